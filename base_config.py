@@ -1,0 +1,426 @@
+"""Config dataclasses shared by all experiments, and how they are checked.
+
+A config is plain data (numbers, strings, tuples, dicts), so that it prints,
+saves to JSON and loads back equal. Fields are edited in place or with
+`dataclasses.replace`; a mistyped field name is an error, and lists become
+tuples on the way in.
+
+  config = TrainConfig(learning_rate=1e-3)
+  config.batch_size = 64
+  from_dict(TrainConfig, to_dict(config)) == config
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import inspect
+import math
+import numbers
+import types
+import typing
+from typing import Any
+
+import jax
+import numpy as np
+
+# Keys of jax.random take 32 bits; the last value of model_init_seed is kept for
+# the random lengths of the steps, which all of them share.
+SEQ_LENGTH_STREAM = 2**32 - 1
+_MAX_SEED = SEQ_LENGTH_STREAM - 1
+
+
+def did_you_mean(value: Any, choices: Iterable[str]) -> str:
+  """Returns `; did you mean 'x'?` for the nearest choice, or nothing."""
+  nearest = difflib.get_close_matches(str(value).lower(), choices, 1, 0.5)
+  return f"; did you mean '{nearest[0]}'?" if nearest else ''
+
+
+def check_choice(field: str, value: Any, choices: Iterable[str]) -> None:
+  """Raises ValueError unless `value` is one of `choices`.
+
+  Args:
+    field: Name of the config field or argument, for the message.
+    value: What was given.
+    choices: What is allowed.
+  """
+  choices = sorted(choices)
+  if value not in choices:  # A list: the value need not be hashable.
+    raise ValueError(
+      f'{field} {value!r} is not one of {", ".join(choices)}'
+      f'{did_you_mean(value, choices)}'
+    )
+
+
+class Registry(dict):
+  """Things by name, in any case of letters.
+
+  A missing name is a ValueError with the list and the nearest match.
+  """
+
+  def __init__(self, kind: str, entries: Mapping[str, Any]):
+    """Initializes the registry.
+
+    Args:
+      kind: What the names are names of, for messages.
+      entries: By lower-case name.
+    """
+    super().__init__(entries)
+    self.kind = kind
+
+  def lookup(self, field: str, name: Any) -> Any:
+    """Returns the entry; `field` is what the message calls the name."""
+    key = name.lower() if isinstance(name, str) else name
+    check_choice(field, key, self)
+    return self[key]
+
+  def __missing__(self, name: Any) -> Any:
+    return self.lookup(self.kind, name)
+
+
+def check_kwargs(
+  field: str, kwargs: Mapping[str, Any], choices: Iterable[str]
+) -> None:
+  """Raises ValueError if `kwargs` has a key that is not one of `choices`."""
+  for key in kwargs:
+    if key not in choices:
+      raise ValueError(
+        f'{field} has no {key!r}; it takes '
+        f'{", ".join(sorted(choices)) or "nothing"}'
+        f'{did_you_mean(key, choices)}'
+      )
+
+
+def check_constructor(
+  field: str,
+  constructor: Callable[..., Any],
+  kwargs: Mapping[str, Any],
+  given: Iterable[str] = (),
+) -> None:
+  """Raises ValueError unless a constructor can be called with `kwargs`.
+
+  Args:
+    field: Name of the kwargs, for the message.
+    constructor: A class or function.
+    kwargs: By name.
+    given: Parameters that the caller supplies besides.
+  """
+  parameters = {
+    name: parameter
+    for name, parameter in inspect.signature(constructor).parameters.items()
+    if name not in given
+    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+  }
+  check_kwargs(field, kwargs, parameters)
+  for name, parameter in parameters.items():
+    if parameter.default is parameter.empty and name not in kwargs:
+      raise ValueError(f'{field} lacks {name!r}')
+
+
+def check_int(
+  field: str, value: Any, minimum: int, maximum: int | None = None
+) -> None:
+  """Raises ValueError unless `value` is an integer in [minimum, maximum]."""
+  is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if not is_int or value < minimum or (maximum is not None and value > maximum):
+    limit = f' and <= {maximum}' if maximum is not None else ''
+    raise ValueError(
+      f'{field} is {value!r}; it must be an int >= {minimum}{limit}'
+    )
+
+
+def check_float(
+  field: str, value: Any, minimum: float, maximum: float = math.inf
+) -> None:
+  """Raises ValueError unless `value` is a number in [minimum, maximum)."""
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not is_number or not minimum <= value < maximum:
+    raise ValueError(
+      f'{field} is {value!r}; it must be a number in [{minimum}, {maximum})'
+    )
+
+
+def check_bool(field: str, value: Any) -> None:
+  """Raises ValueError unless `value` is True or False."""
+  if not isinstance(value, bool):
+    raise ValueError(f'{field} is {value!r}; it must be True or False')
+
+
+def check_mapping(field: str, value: Any) -> None:
+  """Raises ValueError unless `value` is a dict with string keys."""
+  if not isinstance(value, Mapping) or not all(
+    isinstance(key, str) for key in value
+  ):
+    raise ValueError(f'{field} is {value!r}; it must be a dict of named values')
+
+
+def check_dirichlet(
+  field: str, concentration: Any, alphabet_size: int | None = None
+) -> tuple[float, ...] | float:
+  """Checks the concentration of a Dirichlet prior.
+
+  Args:
+    field: Name of the config field or argument, for the message.
+    concentration: A positive number (symmetric prior) or one per symbol.
+    alphabet_size: K, if known.
+
+  Returns:
+    The concentration as a float, or as a tuple of K floats.
+
+  Raises:
+    ValueError: If an entry is not positive, or their number is not K.
+  """
+  values = np.asarray(concentration)
+  if not (
+    values.ndim <= 1
+    and values.size
+    and np.issubdtype(values.dtype, np.number)
+    and np.all(np.isfinite(values))
+    and np.all(values > 0)
+  ):
+    raise ValueError(
+      f'{field} is {concentration!r}; it must be a positive number or one '
+      'positive number per symbol'
+    )
+  if values.ndim == 1 and values.size != (alphabet_size or values.size):
+    raise ValueError(
+      f'{field} has {values.size} entries for {alphabet_size} symbols'
+    )
+  if values.ndim == 1:
+    return tuple(float(value) for value in values)
+  return float(values)
+
+
+def plain(value: Any) -> Any:
+  """Returns `value` with lists as tuples and NumPy scalars as Python's."""
+  if isinstance(value, Mapping):
+    return {key: plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(plain(item) for item in value)
+  if isinstance(value, (np.ndarray, jax.Array)):
+    return plain(np.asarray(value).tolist())
+  if isinstance(value, np.generic):
+    return value.item()
+  return value
+
+
+_ConfigT = typing.TypeVar('_ConfigT', bound='Config')
+
+
+class Config:
+  """Base of the config dataclasses: known fields only, plain values only."""
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    fields = [field.name for field in dataclasses.fields(self)]
+    if name not in fields:
+      raise AttributeError(
+        f'{type(self).__name__} has no field {name!r}; its fields are '
+        f'{", ".join(fields)}{did_you_mean(name, fields)}'
+      )
+    object.__setattr__(self, name, plain(value))
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig(Config):
+  """How the network is trained.
+
+  Attributes:
+    model_init_seed: Tells apart runs of one seed; changes the initial
+      parameters and the batches.
+    learning_rate: Of Adam.
+    seq_length: T, symbols per sequence.
+    seq_length_fixed: If False, each step draws its length uniformly from
+      2, 4, 8, ..., the largest power of two up to `seq_length`.
+    batch_size: B, sequences per step.
+    clip_grad_norm: Largest global norm of a gradient; None does not clip.
+    reset_predictor_init_state: If False, each batch starts from the final
+      state of the one before it (networks with a state only).
+    gradient_chunk_length: The gradient is cut every so many symbols; None
+      keeps the whole sequence.
+  """
+
+  model_init_seed: int = 0
+  learning_rate: float = 2e-3
+  seq_length: int = 32
+  seq_length_fixed: bool = True
+  batch_size: int = 128
+  clip_grad_norm: float | None = 1.0
+  reset_predictor_init_state: bool = True
+  gradient_chunk_length: int | None = None
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the field, if a value is out of range."""
+    check_int('train.model_init_seed', self.model_init_seed, 0, _MAX_SEED)
+    check_float('train.learning_rate', self.learning_rate, 0.0)
+    check_int('train.seq_length', self.seq_length, 2)
+    check_bool('train.seq_length_fixed', self.seq_length_fixed)
+    check_int('train.batch_size', self.batch_size, 1)
+    if self.clip_grad_norm is not None:
+      check_float('train.clip_grad_norm', self.clip_grad_norm, 0.0)
+      if self.clip_grad_norm == 0:
+        raise ValueError('train.clip_grad_norm is 0; None turns clipping off')
+    check_bool(
+      'train.reset_predictor_init_state', self.reset_predictor_init_state
+    )
+    if self.gradient_chunk_length is not None:
+      check_int('train.gradient_chunk_length', self.gradient_chunk_length, 1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig(Config):
+  """Which network is trained.
+
+  Attributes:
+    model_type: A key of `predictor_factories.PREDICTOR_FACTORIES`.
+    architecture_kwargs: What its factory takes, e.g. `hidden_size`.
+  """
+
+  model_type: str = 'lstm'
+  architecture_kwargs: dict[str, Any] = dataclasses.field(
+    default_factory=lambda: {'hidden_size': 64}
+  )
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the field, if a value has the wrong type."""
+    if not isinstance(self.model_type, str):
+      raise ValueError(f'model.model_type is {self.model_type!r}, not a name')
+    check_mapping('model.architecture_kwargs', self.architecture_kwargs)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScheduleConfig(Config):
+  """How long the network is trained.
+
+  Attributes:
+    training_steps: Number of gradient updates.
+  """
+
+  training_steps: int = 10_000
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the field, if a value is out of range."""
+    check_int('schedule.training_steps', self.training_steps, 0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoggerConfig(Config):
+  """How often the run reports.
+
+  Attributes:
+    log_frequency: Training steps from one log entry to the next. The steps
+      between two logs are one compiled call.
+  """
+
+  log_frequency: int = 100
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the field, if a value is out of range."""
+    check_int('logger.log_frequency', self.log_frequency, 1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvalConfig(Config):
+  """How the network is evaluated.
+
+  Attributes:
+    batch_size: Sequences per evaluation step.
+  """
+
+  batch_size: int = 512
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the field, if a value is out of range."""
+    check_int('eval.batch_size', self.batch_size, 1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExperimentConfig(Config):
+  """What every experiment has; experiments add their data and evaluation.
+
+  Attributes:
+    name: Of the run, and of its folder.
+    seed: All randomness follows from it and from `train.model_init_seed`.
+    model: The network.
+    train: Its training.
+    schedule: Its length.
+    logger: Its reports.
+    eval: Its evaluation.
+  """
+
+  name: str = 'experiment'
+  seed: int = 0
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+  logger: LoggerConfig = dataclasses.field(default_factory=LoggerConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+  def validate(self) -> None:
+    """Raises ValueError, naming the field, if a value is out of range."""
+    if not isinstance(self.name, str) or not self.name:
+      raise ValueError(f'name is {self.name!r}; it must be a non-empty string')
+    check_int('seed', self.seed, 0, _MAX_SEED)
+    for part in (self.model, self.train, self.schedule, self.logger, self.eval):
+      part.validate()
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns the config as nested dicts of plain data, ready for JSON."""
+  return plain(dataclasses.asdict(config))
+
+
+def from_dict(
+  config_class: type[_ConfigT], values: Mapping[str, Any]
+) -> _ConfigT:
+  """Returns the config that `to_dict` made the values of.
+
+  Args:
+    config_class: The dataclass to build.
+    values: Nested dicts, as from `to_dict` or `json.load`. Fields left out
+      keep their defaults.
+
+  Raises:
+    ValueError: If a field is unknown, or a nested config is not a dict.
+  """
+  fields = {field.name for field in dataclasses.fields(config_class)}
+  check_kwargs(config_class.__name__, values, fields)
+  types_by_field = typing.get_type_hints(config_class)
+  kwargs = {}
+  for name, value in values.items():
+    nested = _config_class(types_by_field[name])
+    if nested is not None and value is not None:
+      check_mapping(f'{config_class.__name__}.{name}', value)
+      value = from_dict(nested, value)
+    kwargs[name] = value
+  return config_class(**kwargs)
+
+
+def differences(old: Any, new: Any, path: str = '') -> list[str]:
+  """Returns `path: old -> new` for every field that differs.
+
+  Args:
+    old: Nested dicts, as from `to_dict`.
+    new: Likewise.
+    path: Of the two inside what they are part of.
+  """
+  if isinstance(old, Mapping) and isinstance(new, Mapping):
+    lines = []
+    for key in sorted({*old, *new}):
+      inner = f'{path}.{key}' if path else key
+      lines += differences(old.get(key, 'unset'), new.get(key, 'unset'), inner)
+    return lines
+  return [] if old == new else [f'{path}: {old!r} -> {new!r}']
+
+
+def _config_class(annotation: Any) -> type[Config] | None:
+  """The Config class in `X` or `X | None`, if there is one."""
+  options = (
+    typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType)
+    else (annotation,)
+  )
+  for option in options:
+    if isinstance(option, type) and issubclass(option, Config):
+      return option
+  return None

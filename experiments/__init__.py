@@ -1,0 +1,1 @@
+"""Sources, exact Bayes predictors, evaluation and launch scripts."""

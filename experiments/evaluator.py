@@ -1,0 +1,250 @@
+"""Regret of a predictor, beside that of the exact Bayes predictors.
+
+The regret of a prediction q of a symbol drawn from p is KL(p || q) in nats: the
+cross entropy against the true parameters minus their entropy. The first symbol
+is left out, since networks do not predict it.
+
+Axes: B batch, T time, K alphabet size.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import base_constants
+from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+
+# Name of the evaluated predictor among the regrets; the others have their own.
+NETWORK = 'network'
+
+
+def instantaneous_regret(
+  predictions: jax.Array, parameters: jax.Array
+) -> jax.Array:
+  """Returns the regret of predicting symbols 2, ..., T.
+
+    sum_k p_k (log p_k - log q_k),  with 0 log 0 = 0
+
+  Args:
+    predictions: Logits `[B, T, K]`; those at t are about symbol t + 1.
+    parameters: True probabilities `[B, T, K]` of the symbols.
+
+  Returns:
+    `[B, T - 1]`, in nats.
+  """
+  log_probs = jax.nn.log_softmax(predictions[:, :-1], axis=-1)
+  truth = parameters[:, 1:]
+  safe = jnp.where(truth > 0, truth, 1)
+  terms = jnp.where(truth > 0, truth * (jnp.log(safe) - log_probs), 0)
+  return terms.sum(axis=-1)
+
+
+class MetaLearningEvaluator:
+  """Evaluates a predictor and exact Bayes predictors on the same sequences."""
+
+  def __init__(
+    self,
+    predictor: predictors.Predictor,
+    generator: base_constants.DataGenerator,
+    optimal_predictors: Mapping[str, predictors.Predictor],
+    batch_size: int,
+    seq_length: int,
+    chunk_length: int | None = None,
+  ):
+    """Initializes the evaluator.
+
+    Args:
+      predictor: To evaluate.
+      generator: Of the sequences.
+      optimal_predictors: To set beside it, by name.
+      batch_size: B.
+      seq_length: T.
+      chunk_length: Symbols that `predictor` reads at a time; see
+        `predictors.unroll_in_chunks`.
+
+    Raises:
+      ValueError: If a size is too small, or the source is not categorical.
+    """
+    base_config.check_int('batch_size', batch_size, 1)
+    base_config.check_int('seq_length', seq_length, 2)
+    if chunk_length is not None:
+      base_config.check_int('chunk_length', chunk_length, 1)
+    if NETWORK in optimal_predictors:
+      raise ValueError(f'optimal_predictors has the reserved name {NETWORK!r}')
+    self.alphabet_size = generator.alphabet_size
+    self.predictor = predictor
+    self.optimal_predictors = dict(optimal_predictors)
+    self.generator = generator
+    self.batch_size = batch_size
+    self.seq_length = seq_length
+    self.chunk_length = chunk_length
+    # Compiled once, for `step` and `evaluate` alike.
+    self._regrets = jax.jit(self._sequence_regrets)
+
+  def step(
+    self,
+    predictor_params: predictors.Params,
+    predictor_state: predictors.State,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Returns metrics over one batch of fresh sequences, in nats.
+
+    Args:
+      predictor_params: Of the predictor.
+      predictor_state: Where it starts; None is its initial state.
+      rng: Key of the batch.
+
+    Returns:
+      `mean_regret` (per symbol) and `cumulative_regret` (per sequence); for
+      every exact predictor `optimal_cumulative_regret/<name>` and
+      `cumulative_regret_above_optimal/<name>`. For each of these but the first
+      its standard error over sequences, with `_stderr` before the slash.
+    """
+    return self.metrics(self._regrets(predictor_params, predictor_state, rng))
+
+  def predict(
+    self,
+    predictor_params: predictors.Params,
+    batch: jax.Array,
+    predictor_state: predictors.State = None,
+  ) -> dict[str, jax.Array]:
+    """Returns what all predictors make of a batch.
+
+    Args:
+      predictor_params: Of the predictor.
+      batch: Symbols `[B, T, K]`.
+      predictor_state: Where it starts; None is its initial state.
+
+    Returns:
+      Predictions `[B, T, K]` by name, the predictor's own under `NETWORK`.
+    """
+    own, _ = predictors.unroll_in_chunks(
+      self.predictor,
+      predictor_params,
+      None,
+      batch,
+      predictor_state,
+      self.chunk_length,
+    )
+    predictions = {NETWORK: own}
+    for name, optimal in self.optimal_predictors.items():
+      predictions[name], _ = optimal.unroll({}, None, batch, None)
+    return predictions
+
+  def evaluate(
+    self,
+    predictor_params: predictors.Params,
+    rng: jax.Array,
+    num_sequences: int,
+    use_tqdm: bool = False,
+  ) -> dict[str, np.ndarray]:
+    """Returns cumulative regrets on many fresh sequences, batch by batch.
+
+    Args:
+      predictor_params: Of the predictor.
+      rng: Key of all batches.
+      num_sequences: N.
+      use_tqdm: Show a progress bar.
+
+    Returns:
+      Cumulative regret of every sequence `[N]` by name, the predictor's own
+      under `NETWORK`; `metrics` sums them up.
+    """
+    base_config.check_int('num_sequences', num_sequences, 1)
+    num_batches = -(-num_sequences // self.batch_size)
+    batches = [
+      jax.device_get(self._regrets(predictor_params, None, key))
+      for key in tqdm.tqdm(
+        jax.random.split(rng, num_batches),
+        desc='evaluation',
+        unit='batch',
+        disable=not use_tqdm,
+      )
+    ]
+    return {
+      name: np.concatenate([batch[name] for batch in batches])[:num_sequences]
+      for name in batches[0]
+    }
+
+  def metrics(
+    self, regrets: Mapping[str, jax.Array | np.ndarray]
+  ) -> dict[str, jax.Array]:
+    """Returns means and standard errors of regrets, as `step` names them.
+
+    Args:
+      regrets: Cumulative regret of every sequence `[N]`, by name.
+    """
+    own = regrets[NETWORK]
+    metrics = {'mean_regret': own.mean() / (self.seq_length - 1)}
+    metrics |= _mean_and_stderr('cumulative_regret', '', own)
+    for name in self.optimal_predictors:
+      metrics |= _mean_and_stderr(
+        'optimal_cumulative_regret', f'/{name}', regrets[name]
+      )
+      # Paired: both read the same sequences.
+      metrics |= _mean_and_stderr(
+        'cumulative_regret_above_optimal', f'/{name}', own - regrets[name]
+      )
+    return metrics
+
+  def _sequence_regrets(
+    self,
+    predictor_params: predictors.Params,
+    predictor_state: predictors.State,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Cumulative regret of every sequence of a batch `[B]`, by name."""
+    batch, parameters = self.generator.sample(
+      rng, self.batch_size, self.seq_length
+    )
+    predictions = self.predict(predictor_params, batch, predictor_state)
+    return {
+      name: instantaneous_regret(logits, parameters).sum(axis=-1)
+      for name, logits in predictions.items()
+    }
+
+
+def build_evaluator(
+  predictor: predictors.Predictor, config: config_lib.EvalConfig
+) -> MetaLearningEvaluator:
+  """Returns the evaluator that a config describes.
+
+  Args:
+    predictor: To evaluate.
+    config: As `post_process_config` leaves it.
+
+  Raises:
+    ValueError: If the config is not complete or not valid.
+  """
+  config.validate()
+  for field in ('data', 'seq_length'):
+    if getattr(config, field) is None:
+      raise ValueError(
+        f'eval.{field} is None; post_process_config fills it from training'
+      )
+  generator = constants.build_data_generator(config.data)
+  return MetaLearningEvaluator(
+    predictor,
+    generator,
+    constants.build_optimal_predictors(config, generator.alphabet_size),
+    config.batch_size,
+    config.seq_length,
+    config.chunk_length,
+  )
+
+
+def _mean_and_stderr(
+  name: str, suffix: str, values: jax.Array | np.ndarray
+) -> dict[str, jax.Array]:
+  # With a single sequence there is no spread to measure.
+  spread = values.std(ddof=1) if len(values) > 1 else jnp.nan
+  return {
+    f'{name}{suffix}': values.mean(),
+    f'{name}_stderr{suffix}': spread / np.sqrt(len(values)),
+  }

@@ -1,0 +1,241 @@
+"""Partition Tree Weighting with KT base models, for any alphabet.
+
+Veness, White, Bowling & Gyorgy, Partition Tree Weighting, DCC 2013. PTW_d is
+the exact Bayes mixture over all binary temporal partitions of up to 2^d
+symbols: a block is one segment or split in the middle, with probability 1/2
+each, and so on down to single symbols.
+
+Instead of block probabilities, which grow large in the log domain, this code
+mixes predictions, from the last level (blocks of one symbol) to the root:
+
+  kt_j(s | t)  KT from the symbols of t's level-j block seen before t
+  L_j(t)     = sum over tau < t in the block of
+               log p_{j+1}(x_tau) - log kt_j(x_tau)
+  p_d        = kt_d
+  p_j        = sigmoid(-L_j) kt_j + sigmoid(L_j) p_{j+1}
+
+p_0 is the prediction. L_j is the log posterior odds that the block is split.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import predictors
+
+# The time is an int32.
+MAX_DEPTH = 30
+
+
+def min_depth(seq_length: int) -> int:
+  """Returns ceil(log2 T), the least depth that holds T symbols."""
+  return (seq_length - 1).bit_length()
+
+
+def check_horizon(depth: int, seq_length: int) -> None:
+  """Raises ValueError if T symbols are more than a tree of 2^depth holds."""
+  if seq_length > 2**depth:
+    raise ValueError(
+      f'depth {depth} holds {2**depth} symbols, not {seq_length}; '
+      f'depth={min_depth(seq_length)} does'
+    )
+
+
+class PTWState(NamedTuple):
+  """The sufficient statistics of PTW: what its open blocks have seen.
+
+  Attributes:
+    time: Symbols seen so far, int32, the same for all sequences.
+    counts: Of the symbols in the open block of each level, int32
+      `[B, d + 1, K]`.
+    log_odds: L_j of the open blocks, `[B, d]`.
+  """
+
+  time: jax.Array
+  counts: jax.Array
+  log_odds: jax.Array
+
+
+class PTWPredictor(predictors.OptimalPredictor):
+  """The exact Bayes predictor of the `ptw` source.
+
+  A whole sequence takes d + 1 passes over all times at once, without a time
+  loop. From a given state, symbols are taken one by one: `O(d K)` memory.
+  After 2^d symbols the tree is used up; the next prediction is the prior mean.
+  """
+
+  def __init__(
+    self,
+    depth: int,
+    concentration: float | Sequence[float] = 0.5,
+    alphabet_size: int | None = None,
+  ):
+    """Initializes the predictor.
+
+    Args:
+      depth: d; up to 2^d symbols can be predicted.
+      concentration: Of the Dirichlet prior of a segment; 1/2 is KT.
+      alphabet_size: K, as in OptimalPredictor.
+
+    Raises:
+      ValueError: If an argument is out of range.
+    """
+    super().__init__(concentration, alphabet_size)
+    base_config.check_int('depth', depth, 0, MAX_DEPTH)
+    self.depth = depth
+
+  def empty_state(self, batch_size: int, alphabet_size: int) -> PTWState:
+    return PTWState(
+      time=jnp.int32(0),
+      counts=jnp.zeros((batch_size, self.depth + 1, alphabet_size), jnp.int32),
+      log_odds=jnp.zeros((batch_size, self.depth)),
+    )
+
+  def update(self, symbols: jax.Array, state: PTWState) -> PTWState:
+    self._check_time(state, 1)
+    dtype = predictors.dtype_of(symbols)
+    kts, mixtures = self._levels(state, dtype)
+    symbols = symbols.astype(dtype)
+    log_kts = jnp.log(jnp.einsum('bk,bjk->bj', symbols, kts))
+    log_mixtures = jnp.log(jnp.einsum('bk,bjk->bj', symbols, mixtures))
+    log_odds = state.log_odds + log_mixtures[:, 1:] - log_kts[:, :-1]
+    counts = state.counts + symbols.astype(jnp.int32)[:, None]
+    # A block that has just ended makes way for an empty one.
+    time = state.time + 1
+    lengths = 1 << np.arange(self.depth, -1, -1)  # [d + 1]
+    still_open = time % lengths != 0
+    return PTWState(
+      time=time,
+      counts=jnp.where(still_open[:, None], counts, 0),
+      log_odds=jnp.where(still_open[:-1], log_odds, 0).astype(
+        state.log_odds.dtype
+      ),
+    )
+
+  def output_from_state(self, state: PTWState) -> jax.Array:
+    _, mixtures = self._levels(state, state.log_odds.dtype)
+    return jnp.log(mixtures[:, 0])
+
+  def unroll(
+    self,
+    params: predictors.Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: PTWState | None = None,
+  ) -> tuple[jax.Array, PTWState]:
+    state = self._start(batch, init_state)
+    if state.counts.shape[1] != self.depth + 1:
+      raise ValueError(
+        f'init_state is of a tree of depth {state.counts.shape[1] - 1}, not '
+        f'{self.depth}'
+      )
+    self._check_time(state, batch.shape[1])
+    if init_state is None:
+      return self._unroll_whole(batch, state)
+    return super().unroll(params, rng, batch, state)
+
+  def _check_time(self, state: PTWState, num_symbols: int) -> None:
+    """Raises ValueError if the symbols do not fit, where time is concrete."""
+    check_horizon(self.depth, num_symbols)
+    if not isinstance(state.time, jax.core.Tracer):
+      check_horizon(self.depth, int(state.time) + num_symbols)
+
+  def _levels(self, state: PTWState, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """kt_j and p_j of the next symbol, each `[B, d + 1, K]`."""
+    prior = self.prior(state.counts.shape[-1], dtype)
+    weights = state.counts.astype(dtype) + prior
+    kts = weights / weights.sum(axis=-1, keepdims=True)
+    split = jax.nn.sigmoid(state.log_odds.astype(dtype))[..., None]
+    whole = jax.nn.sigmoid(-state.log_odds.astype(dtype))[..., None]
+    mixtures = [kts[:, -1]]
+    for level in reversed(range(self.depth)):
+      mixtures.append(
+        whole[:, level] * kts[:, level] + split[:, level] * mixtures[-1]
+      )
+    return kts, jnp.stack(mixtures[::-1], axis=1)
+
+  def _unroll_whole(
+    self, batch: jax.Array, empty: PTWState
+  ) -> tuple[jax.Array, PTWState]:
+    """All predictions at once; `empty` is the state before them."""
+    dtype = predictors.dtype_of(batch)
+    predict = jax.vmap(
+      lambda symbols: _predict_whole(
+        symbols, self.prior(batch.shape[-1], dtype), self.depth
+      )
+    )
+    log_probs, counts, log_odds = predict(batch.astype(dtype))
+    state = PTWState(
+      time=jnp.int32(batch.shape[1]),
+      counts=counts,
+      log_odds=log_odds.astype(empty.log_odds.dtype),
+    )
+    last = self.output_from_state(state._replace(log_odds=log_odds))
+    # log_probs[t] is about symbol t: shifted, and the last one comes from the
+    # final state.
+    return jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1), state
+
+
+def _predict_whole(
+  symbols: jax.Array, prior: jax.Array, depth: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """PTW of one sequence, level by level, all times at once.
+
+  Args:
+    symbols: `[T, K]`, one-hot.
+    prior: Dirichlet concentration `[K]`.
+    depth: d.
+
+  Returns:
+    log p_0 of every symbol given those before it `[T, K]`, and the statistics
+    of the blocks open at the end: counts `[d + 1, K]`, log-odds `[d]`.
+  """
+  seq_length, alphabet_size = symbols.shape
+  # Levels whose blocks would reach beyond the padded end have only one block.
+  padded_length = 1 << min_depth(seq_length)
+  symbols = jnp.pad(symbols.T, ((0, 0), (0, padded_length - seq_length)))
+  counts_before = jnp.cumsum(symbols.astype(jnp.int32), axis=-1)
+  counts_total = counts_before[:, seq_length - 1]
+  counts_before = counts_before - symbols.astype(jnp.int32)  # [K, T']
+
+  mixture = None  # p_{j+1} of every symbol, [K, T']
+  final_counts, final_log_odds = [], []
+  for level in reversed(range(depth + 1)):
+    length = min(1 << depth - level, padded_length)
+    blocks = (alphabet_size, padded_length // length, length)
+    counts = counts_before.reshape(blocks)
+    counts = (counts - counts[..., :1]).astype(symbols.dtype)
+    totals = jnp.arange(length, dtype=symbols.dtype) + prior.sum()
+    kt = ((counts + prior[:, None, None]) / totals).reshape(symbols.shape)
+    # The block that is open after the last symbol begins here.
+    start = seq_length & -(1 << depth - level)
+    is_open = start < seq_length
+    final_counts.append(
+      counts_total - counts_before[:, start]
+      if is_open
+      else jnp.zeros_like(counts_total)
+    )
+    if mixture is None:
+      mixture = kt
+      continue
+    gains = jnp.log((symbols * mixture).sum(axis=0)) - jnp.log(
+      (symbols * kt).sum(axis=0)
+    )
+    gains = jnp.where(np.arange(padded_length) < seq_length, gains, 0)  # [T']
+    final_log_odds.append(gains[start:].sum())
+    gains = gains.reshape(blocks[1:])
+    log_odds = (jnp.cumsum(gains, axis=-1) - gains).reshape(padded_length)
+    mixture = (
+      jax.nn.sigmoid(-log_odds) * kt + jax.nn.sigmoid(log_odds) * mixture
+    )
+  log_probs = jnp.log(mixture[:, :seq_length]).T
+  return (
+    log_probs,
+    jnp.stack(final_counts[::-1]),
+    jnp.stack(final_log_odds[::-1]) if depth else jnp.zeros(0, symbols.dtype),
+  )

@@ -1,0 +1,291 @@
+"""Sources of piecewise-stationary sequences.
+
+Inside a segment the symbols are i.i.d.; at every switching point the parameters
+of their distribution are drawn anew. The sources differ in the law of the
+switching points:
+
+  static         none
+  regular_shift  every `shift_period` symbols
+  random_shift   segment lengths i.i.d., max(1, round(X))
+  ptw            the binary temporal partitions of the PTW prior
+  lin            a segment ends after its a-th symbol with probability 1/(2a)
+
+Everything is written for one sequence and batched by `vmap` over
+`jax.random.split(rng, batch_size)`: sequences are independent, and any slice of
+the keys gives that slice of the batch.
+"""
+
+import abc
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.experiments import distributions
+from nonstationary_mbml.experiments import ptw_predictors
+
+
+class TrajectoryGenerator(abc.ABC):
+  """A piecewise-stationary source.
+
+  A subclass gives the law of its switching points.
+  """
+
+  def __init__(
+    self,
+    iid_distribution: distributions.Distribution,
+    parameter_distribution: distributions.Distribution,
+    parameter_distribution_params: Sequence[float],
+  ):
+    """Initializes the source.
+
+    Args:
+      iid_distribution: Of the symbols inside a segment.
+      parameter_distribution: Of the parameters of a segment.
+      parameter_distribution_params: The parameters of the latter.
+
+    Raises:
+      ValueError: If the two do not fit each other, in size or in range.
+    """
+    parameter_distribution.check_parameters(
+      'parameter_distribution_params', parameter_distribution_params
+    )
+    iid_distribution.check_fits(
+      'parameter_distribution',
+      parameter_distribution,
+      parameter_distribution_params,
+    )
+    self.iid_distribution = iid_distribution
+    self.parameter_distribution = parameter_distribution
+    self.parameter_distribution_params = tuple(
+      float(value) for value in parameter_distribution_params
+    )
+
+  @property
+  def alphabet_size(self) -> int:
+    """K. Raises ValueError if the symbols are not categorical."""
+    if not isinstance(self.iid_distribution, distributions.Categorical):
+      raise ValueError(
+        f'iid_distribution is {self.iid_distribution.name}; training and '
+        'evaluation take categorical'
+      )
+    return self.iid_distribution.feature_size
+
+  def sample(
+    self, rng: jax.Array, batch_size: int, seq_length: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns a batch `[B, T, F]` and its true parameters `[B, T, P]`.
+
+    Raises:
+      ValueError: If a size is below 1 or the source cannot be that long.
+    """
+    base_config.check_int('batch_size', batch_size, 1)
+    return self.sample_from_keys(jax.random.split(rng, batch_size), seq_length)
+
+  def sample_from_keys(
+    self, keys: jax.Array, seq_length: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns one sequence for each of B keys, as `sample` does."""
+    self._check_seq_length(seq_length)
+    return jax.vmap(lambda key: self._sample_one(key, seq_length))(keys)
+
+  def switch_points(
+    self, rng: jax.Array, batch_size: int, seq_length: int
+  ) -> jax.Array:
+    """Returns the switching points behind `sample` with the same arguments.
+
+    Returns:
+      bool `[B, T]`, True where a new segment starts; False at 0.
+    """
+    base_config.check_int('batch_size', batch_size, 1)
+    self._check_seq_length(seq_length)
+
+    def one(key: jax.Array) -> jax.Array:
+      return self._switch_points_one(_split(key)[0], seq_length)
+
+    return jax.vmap(one)(jax.random.split(rng, batch_size))
+
+  @abc.abstractmethod
+  def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
+    """The switching points of one sequence, bool `[T]`."""
+
+  def _check_seq_length(self, seq_length: int) -> None:
+    base_config.check_int('seq_length', seq_length, 1)
+
+  def _sample_one(
+    self, rng: jax.Array, seq_length: int
+  ) -> tuple[jax.Array, jax.Array]:
+    rng_switch, rng_parameters, rng_symbols = _split(rng)
+    switches = self._switch_points_one(rng_switch, seq_length)
+    # One draw for every t; each segment keeps that of its first symbol.
+    draws = self.parameter_distribution.sample(
+      rng_parameters,
+      # NumPy, so that it stays concrete inside jit.
+      np.asarray(self.parameter_distribution_params, jnp.result_type(float)),
+      (seq_length,),
+    )
+    starts = jnp.where(switches, jnp.arange(seq_length), 0)
+    parameters = draws[jax.lax.cummax(starts)]
+    symbols = self.iid_distribution.sample(rng_symbols, parameters)
+    return symbols, parameters
+
+
+class StaticGenerator(TrajectoryGenerator):
+  """One segment: `0 1 0 0 1 0 0 0`."""
+
+  def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
+    del rng
+    return jnp.zeros(seq_length, bool)
+
+
+class RegularShiftGenerator(TrajectoryGenerator):
+  """A new segment every `shift_period` symbols: `0 1 0 | 1 1 1 | 0 0`."""
+
+  def __init__(self, *args, shift_period: int, **kwargs):
+    """Initializes the source; other arguments as in TrajectoryGenerator."""
+    super().__init__(*args, **kwargs)
+    base_config.check_int('shift_period', shift_period, 1)
+    self.shift_period = shift_period
+
+  def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
+    del rng
+    time = jnp.arange(seq_length)
+    return (time % self.shift_period == 0) & (time > 0)
+
+
+class RandomShiftGenerator(TrajectoryGenerator):
+  """Segments of i.i.d. length max(1, round(X)), X from any distribution.
+
+  Halves round to even; a segment is never empty.
+  """
+
+  def __init__(
+    self,
+    *args,
+    shift_distribution: str | distributions.Distribution,
+    shift_parameters: Sequence[float],
+    **kwargs,
+  ):
+    """Initializes the source; other arguments as in TrajectoryGenerator.
+
+    Args:
+      *args: As in TrajectoryGenerator.
+      shift_distribution: Of X, by name or as an object of one feature.
+      shift_parameters: Its parameters.
+      **kwargs: As in TrajectoryGenerator.
+
+    Raises:
+      ValueError: If the distribution is unknown, not univariate, or does not
+        take these parameters.
+    """
+    super().__init__(*args, **kwargs)
+    if not isinstance(shift_distribution, distributions.Distribution):
+      shift_distribution = distributions.DISTRIBUTIONS.lookup(
+        'shift_distribution', shift_distribution
+      )()
+    if shift_distribution.feature_size != 1:
+      raise ValueError(
+        f'shift_distribution {shift_distribution.name} has '
+        f'{shift_distribution.feature_size} features; a length is one number'
+      )
+    shift_distribution.check_parameters('shift_parameters', shift_parameters)
+    self.shift_distribution = shift_distribution
+    self.shift_parameters = tuple(shift_parameters)
+
+  def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
+    parameters = np.asarray(self.shift_parameters, jnp.result_type(float))
+    # Even if all lengths are 1, T of them reach the end.
+    draws = self.shift_distribution.sample(rng, parameters, (seq_length,))
+    # Clipped to T, so that their sum is never too large for an integer.
+    lengths = jnp.clip(jnp.round(draws[:, 0]), 1, seq_length).astype(jnp.int32)
+    ends = jnp.cumsum(jnp.minimum(lengths, seq_length))
+    return jnp.zeros(seq_length, bool).at[ends].set(True, mode='drop')
+
+
+class PTWGenerator(TrajectoryGenerator):
+  """Binary temporal partitions of depth d (Veness et al., 2013, section 3).
+
+  A block of 2^d symbols is one segment or split in the middle, with probability
+  1/2 each, and so are its halves, down to single symbols. The mean number of
+  switching points in 2^d symbols is d/2. Symbols beyond the first T of the 2^d
+  are not drawn.
+
+    d = 3:  0 1 1 0 | 1 1 | 1 | 0     split at 4, at 6 and at 7
+  """
+
+  def __init__(self, *args, depth: int | None = None, **kwargs):
+    """Initializes the source.
+
+    Args:
+      *args: As in TrajectoryGenerator.
+      depth: d; by default the least that holds the sequence, ceil(log2 T).
+      **kwargs: As in TrajectoryGenerator.
+    """
+    super().__init__(*args, **kwargs)
+    if depth is not None:
+      base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
+    self.depth = depth
+
+  def depth_for(self, seq_length: int) -> int:
+    """Returns the depth of the tree behind a sequence of T symbols."""
+    if self.depth is None:
+      return ptw_predictors.min_depth(seq_length)
+    return self.depth
+
+  def _check_seq_length(self, seq_length: int) -> None:
+    super()._check_seq_length(seq_length)
+    ptw_predictors.check_horizon(self.depth_for(seq_length), seq_length)
+
+  def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
+    depth = self.depth_for(seq_length)
+    # Only the blocks of a level that begin before T: ceil(T / length).
+    num_blocks = [-(-seq_length >> depth - level) for level in range(depth)]
+    coins = jax.random.bernoulli(rng, 0.5, (sum(num_blocks),))
+    switches = jnp.zeros(seq_length, bool)
+    splits = jnp.ones(1, bool)
+    for level, count in enumerate(num_blocks):
+      coins_here, coins = coins[:count], coins[count:]
+      # A block is there if its parent, and so all its ancestors, are split.
+      splits = jnp.repeat(splits, 2 if level else 1)[:count] & coins_here
+      length = 1 << depth - level
+      middles = np.arange(count) * length + length // 2
+      inside = middles < seq_length
+      switches = switches.at[middles[inside]].set(splits[inside])
+    return switches
+
+
+class LINGenerator(TrajectoryGenerator):
+  """A segment ends after its a-th symbol with probability 1/(2a).
+
+  The switching prior behind Live-and-Die weighting (Willems, 1996).
+  """
+
+  def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
+    uniforms = jax.random.uniform(rng, (seq_length - 1,))
+
+    def step(age: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+      ends = uniform < 1 / (2 * age)
+      return jnp.where(ends, 1, age + 1), ends
+
+    _, ends = jax.lax.scan(step, jnp.int32(1), uniforms)
+    return jnp.concatenate([jnp.zeros(1, bool), ends])
+
+
+TRAJECTORY_GENERATORS = base_config.Registry(
+  'trajectory_generator',
+  {
+    'static': StaticGenerator,
+    'regular_shift': RegularShiftGenerator,
+    'random_shift': RandomShiftGenerator,
+    'ptw': PTWGenerator,
+    'iid_ptw_cat': PTWGenerator,
+    'lin': LINGenerator,
+  },
+)
+
+
+def _split(rng: jax.Array) -> jax.Array:
+  """The keys of one sequence: switching points, parameters, symbols."""
+  return jax.random.split(rng, 3)

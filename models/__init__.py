@@ -1,0 +1,1 @@
+"""Haiku networks: they map symbols `[B, T, F]` to logits `[B, T, K]`."""

@@ -1,0 +1,235 @@
+"""A causal Transformer encoder.
+
+Vaswani et al., Attention Is All You Need, 2017: post-norm, ReLU. Axes: B batch,
+T time, F features of a symbol, D embedding_dim, H heads, K outputs.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.models import positional_encodings as pos_encs_lib
+
+PositionalEncodings = pos_encs_lib.PositionalEncodings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+  """Hyperparameters of the Transformer.
+
+  Attributes:
+    embedding_dim: D.
+    num_layers: Blocks of attention and MLP.
+    num_heads: H.
+    num_hiddens_per_head: Size of queries, keys and values; by default D / H.
+    dropout_prob: After the embeddings, and on what every sub-layer adds.
+    emb_init_scale: Standard deviation of the initial embeddings.
+    use_embeddings: If False the symbols are taken as embeddings, and their F
+      features take the place of `embedding_dim`.
+    attention_window: Each position sees this many most recent ones, itself
+      included; None is all of them.
+    widening_factor: Hidden units of the MLPs, in units of D.
+    positional_encodings: NONE, SIN_COS, ALIBI or RELATIVE.
+    positional_encodings_params: `max_timescale` of the sinusoids in SIN_COS and
+      RELATIVE, 10,000 by default.
+
+  Raises:
+    ValueError: If a value is out of range, or the heads do not divide D.
+  """
+
+  embedding_dim: int = 64
+  num_layers: int = 5
+  num_heads: int = 8
+  num_hiddens_per_head: int | None = None
+  dropout_prob: float = 0.1
+  emb_init_scale: float = 0.02
+  use_embeddings: bool = True
+  attention_window: int | None = None
+  widening_factor: int = 4
+  positional_encodings: str | PositionalEncodings = 'SIN_COS'
+  positional_encodings_params: dict[str, Any] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def __post_init__(self):
+    for field in ('embedding_dim', 'num_heads', 'widening_factor'):
+      base_config.check_int(field, getattr(self, field), 1)
+    base_config.check_int('num_layers', self.num_layers, 0)
+    for field in ('num_hiddens_per_head', 'attention_window'):
+      if getattr(self, field) is not None:
+        base_config.check_int(field, getattr(self, field), 1)
+    base_config.check_float('dropout_prob', self.dropout_prob, 0.0, 1.0)
+    base_config.check_float('emb_init_scale', self.emb_init_scale, 0.0)
+    base_config.check_bool('use_embeddings', self.use_embeddings)
+    if self.use_embeddings:
+      self.check_heads('embedding_dim', self.embedding_dim)
+    encodings = PositionalEncodings.parse(self.positional_encodings)
+    object.__setattr__(self, 'positional_encodings', encodings)
+    params = self.positional_encodings_params
+    params = {} if params is None else params
+    object.__setattr__(self, 'positional_encodings_params', params)
+    base_config.check_mapping('positional_encodings_params', params)
+    base_config.check_kwargs(
+      f'positional_encodings_params of {encodings.name}',
+      params,
+      pos_encs_lib.PARAMS[encodings],
+    )
+    if 'max_timescale' in params:
+      base_config.check_float('max_timescale', params['max_timescale'], 1.0)
+
+  def check_heads(self, field: str, embedding_dim: int) -> None:
+    """Raises ValueError unless the heads divide the embedding."""
+    if self.num_hiddens_per_head is None and embedding_dim % self.num_heads:
+      raise ValueError(
+        f'{field} {embedding_dim} is not divisible by num_heads '
+        f'{self.num_heads}; set num_hiddens_per_head, or change one of them'
+      )
+
+
+class MultiHeadAttention(hk.Module):
+  """Causal multi-head self-attention (Vaswani et al., 2017, section 3.2)."""
+
+  def __init__(self, config: TransformerConfig, name: str | None = None):
+    """Initializes the module."""
+    super().__init__(name)
+    self._config = config
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Returns what each position reads from the past and itself `[B, T, D]`."""
+    config = self._config
+    batch_size, seq_length, embedding_dim = inputs.shape
+    num_heads = config.num_heads
+    size = config.num_hiddens_per_head or embedding_dim // num_heads
+
+    def project(name: str) -> jax.Array:
+      linear = hk.Linear(num_heads * size, with_bias=False, name=name)
+      return linear(inputs).reshape(batch_size, seq_length, num_heads, size)
+
+    query, key, value = project('query'), project('key'), project('value')
+    encodings = config.positional_encodings
+    if encodings is PositionalEncodings.RELATIVE:
+      logits = pos_encs_lib.RelativePositions(
+        **config.positional_encodings_params
+      )(query, key)
+    else:
+      logits = jnp.einsum('bthd,bshd->bhts', query, key)
+    logits = logits / math.sqrt(size)  # [B, H, T, T]
+    if encodings is PositionalEncodings.ALIBI:
+      bias = pos_encs_lib.alibi_bias(num_heads, seq_length)
+      logits = logits + jnp.asarray(bias, logits.dtype)
+    visible = _visible(seq_length, config.attention_window)
+    logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    read = jnp.einsum('bhts,bshd->bthd', weights, value)
+    read = read.reshape(batch_size, seq_length, num_heads * size)
+    return hk.Linear(embedding_dim, with_bias=False, name='output')(read)
+
+
+class TransformerEncoder(hk.Module):
+  """Embeddings and post-norm blocks: symbols `[B, T, F]` to `[B, T, D]`.
+
+  Dropout is on when the Haiku context has a key, and off without one.
+  """
+
+  def __init__(self, config: TransformerConfig, name: str | None = None):
+    """Initializes the module."""
+    super().__init__(name)
+    self._config = config
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Returns the last block's output at every position, `[B, T, D]`."""
+    config = self._config
+    hidden = self._dropout(self._embed(inputs))
+    embedding_dim = hidden.shape[-1]
+    for layer in range(config.num_layers):
+      attention = MultiHeadAttention(config, name=f'attention_{layer}')
+      hidden = _layer_norm(
+        hidden + self._dropout(attention(hidden)), f'attention_norm_{layer}'
+      )
+      mlp = hk.nets.MLP(
+        (config.widening_factor * embedding_dim, embedding_dim),
+        name=f'mlp_{layer}',
+      )
+      hidden = _layer_norm(
+        hidden + self._dropout(mlp(hidden)), f'mlp_norm_{layer}'
+      )
+    return hidden
+
+  def _embed(self, inputs: jax.Array) -> jax.Array:
+    config = self._config
+    _, seq_length, num_features = inputs.shape
+    if config.use_embeddings:
+      init = hk.initializers.TruncatedNormal(stddev=config.emb_init_scale)
+      embed = hk.Linear(
+        config.embedding_dim, with_bias=False, w_init=init, name='embedding'
+      )
+      hidden = embed(inputs) * math.sqrt(config.embedding_dim)
+    else:
+      config.check_heads(
+        'use_embeddings is False, and feature size', num_features
+      )
+      hidden = inputs
+    if config.positional_encodings is PositionalEncodings.SIN_COS:
+      waves = pos_encs_lib.sinusoids(
+        np.arange(seq_length),
+        hidden.shape[-1],
+        **config.positional_encodings_params,
+      )
+      hidden = hidden + jnp.asarray(waves, hidden.dtype)
+    return hidden
+
+  def _dropout(self, inputs: jax.Array) -> jax.Array:
+    if not self._config.dropout_prob:
+      return inputs
+    rng = hk.maybe_next_rng_key()
+    if rng is None:
+      return inputs
+    return hk.dropout(rng, self._config.dropout_prob, inputs)
+
+
+def make_transformer_encoder(
+  output_size: int, **config_kwargs: Any
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns a causal Transformer with a linear head.
+
+  Args:
+    output_size: K.
+    **config_kwargs: Fields of TransformerConfig.
+
+  Returns:
+    A model `[B, T, F] -> [B, T, K]`, for `InContextPredictor`.
+
+  Raises:
+    ValueError: If a field is unknown or its value not allowed.
+  """
+  base_config.check_int('output_size', output_size, 1)
+  fields = [field.name for field in dataclasses.fields(TransformerConfig)]
+  base_config.check_kwargs('transformer', config_kwargs, fields)
+  config = TransformerConfig(**config_kwargs)
+
+  def transformer(inputs: jax.Array) -> jax.Array:
+    hidden = TransformerEncoder(config)(inputs)
+    return hk.Linear(output_size, name='logits')(hidden)
+
+  return transformer
+
+
+def _visible(seq_length: int, window: int | None) -> np.ndarray:
+  """Which keys (columns) a query (row) sees, bool `[T, T]`."""
+  time = np.arange(seq_length)
+  distances = time[:, None] - time
+  visible = distances >= 0
+  return visible if window is None else visible & (distances < window)
+
+
+def _layer_norm(inputs: jax.Array, name: str) -> jax.Array:
+  return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(
+    inputs
+  )

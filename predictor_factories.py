@@ -1,0 +1,208 @@
+"""From a model type and its keyword arguments to a Predictor.
+
+  PREDICTOR_FACTORIES['lstm'](output_size=2, architecture_kwargs={})
+
+Types: `rnn` (with a `core`), its shorthands `lstm` and `stack_rnn`,
+`transformer` and `sliding_window_transformer`.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import inspect
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import predictors
+from nonstationary_mbml.models import basic
+from nonstationary_mbml.models import stack_rnn
+from nonstationary_mbml.models import transformer
+
+CORES = base_config.Registry(
+  'core',
+  {
+    'gru': hk.GRU,
+    'lstm': hk.LSTM,
+    'stack_rnn': stack_rnn.StackRNNCore,
+    'vanilla_rnn': hk.VanillaRNN,
+  },
+)
+
+_RNN_DEFAULTS = {
+  'core': 'lstm',
+  'hidden_size': 64,
+  'before_mlp_layers': (),
+  'after_mlp_layers': (),
+}
+_STACK_DEFAULTS = {
+  'stack_cell_size': 8,
+  'stack_size': 30,
+  'n_stacks': 1,
+  'inner_core': 'vanilla_rnn',
+}
+
+
+def make_rnn_predictor(
+  output_size: int, architecture_kwargs: Mapping[str, Any]
+) -> predictors.RNNPredictor:
+  """Returns a recurrent predictor.
+
+  Args:
+    output_size: K.
+    architecture_kwargs: `core` (a name in `CORES`, by default `lstm`, or a
+      Haiku class), `hidden_size` (64), `before_mlp_layers` and
+      `after_mlp_layers` (none). For `stack_rnn` also `stack_cell_size` (8),
+      `stack_size` (30), `n_stacks` (1) and `inner_core` (`vanilla_rnn`). What
+      is None takes its default. A Haiku class is given all other arguments.
+
+  Raises:
+    ValueError: If an argument is unknown or its value not allowed.
+  """
+  kwargs = _with_defaults(_RNN_DEFAULTS, architecture_kwargs)
+  core = _core_class('core', kwargs.pop('core'))
+  layers = {
+    name: kwargs.pop(name) for name in ('before_mlp_layers', 'after_mlp_layers')
+  }
+  if core is stack_rnn.StackRNNCore:
+    kwargs = _with_defaults(_STACK_DEFAULTS, kwargs)
+    kwargs['inner_core'] = _core_class('inner_core', kwargs['inner_core'])
+    if kwargs['inner_core'] is core:
+      raise ValueError(
+        'inner_core stack_rnn is the core itself; choose another'
+      )
+    for name in ('stack_cell_size', 'stack_size', 'n_stacks'):
+      base_config.check_int(name, kwargs[name], 1)
+    defaults = _RNN_DEFAULTS | _STACK_DEFAULTS
+  else:
+    defaults = _RNN_DEFAULTS
+  if core in CORES.values():
+    base_config.check_kwargs('architecture_kwargs', kwargs, defaults)
+    base_config.check_int('hidden_size', kwargs['hidden_size'], 1)
+  network = basic.make_rnn(output_size, core, **layers, **kwargs)
+  return predictors.RNNPredictor(network)
+
+
+def make_transformer_predictor(
+  output_size: int, architecture_kwargs: Mapping[str, Any]
+) -> predictors.InContextPredictor:
+  """Returns a Transformer predictor.
+
+  Args:
+    output_size: K.
+    architecture_kwargs: Fields of `models.transformer.TransformerConfig`.
+
+  Raises:
+    ValueError: If an argument is unknown or its value not allowed.
+  """
+  return predictors.InContextPredictor(
+    transformer.make_transformer_encoder(output_size, **architecture_kwargs)
+  )
+
+
+def make_sliding_window_transformer_predictor(
+  output_size: int, architecture_kwargs: Mapping[str, Any]
+) -> predictors.InContextPredictor:
+  """Returns a Transformer that forgets everything every `context_length`.
+
+  The sequence is cut into consecutive windows; every prediction is made from
+  the symbols of its own window alone. The last window may be shorter.
+
+    context_length 3:  0 1 1 | 0 0 1 | 1 0
+
+  Args:
+    output_size: K.
+    architecture_kwargs: `context_length`, and fields of TransformerConfig.
+
+  Raises:
+    ValueError: If an argument is unknown or its value not allowed.
+  """
+  kwargs = dict(architecture_kwargs)
+  if kwargs.get('context_length') is None:
+    raise ValueError(
+      'sliding_window_transformer needs context_length, the symbols per window'
+    )
+  context_length = kwargs.pop('context_length')
+  base_config.check_int('context_length', context_length, 1)
+  model = transformer.make_transformer_encoder(output_size, **kwargs)
+
+  def windowed(inputs: jax.Array) -> jax.Array:
+    batch_size, seq_length, num_features = inputs.shape
+    window = min(context_length, seq_length)
+    num_windows = -(-seq_length // window)
+    # Symbols of padding come last in the last window: nobody sees them.
+    padding = num_windows * window - seq_length
+    inputs = jnp.pad(inputs, ((0, 0), (0, padding), (0, 0)))
+    inputs = inputs.reshape(batch_size * num_windows, window, num_features)
+    outputs = model(inputs).reshape(batch_size, num_windows * window, -1)
+    return outputs[:, :seq_length]
+
+  return predictors.InContextPredictor(windowed)
+
+
+def _shorthand(core: str) -> Callable[..., predictors.RNNPredictor]:
+  """The factory of `rnn` with a given core."""
+
+  def make(
+    output_size: int, architecture_kwargs: Mapping[str, Any]
+  ) -> predictors.RNNPredictor:
+    given = architecture_kwargs.get('core')
+    if given is not None and _core_class('core', given) is not CORES[core]:
+      raise ValueError(
+        f'core {given!r} contradicts model_type {core!r}; use model_type rnn'
+      )
+    return make_rnn_predictor(
+      output_size, {**architecture_kwargs, 'core': core}
+    )
+
+  return make
+
+
+PREDICTOR_FACTORIES = base_config.Registry(
+  'model_type',
+  {
+    'rnn': make_rnn_predictor,
+    'lstm': _shorthand('lstm'),
+    'stack_rnn': _shorthand('stack_rnn'),
+    'transformer': make_transformer_predictor,
+    'sliding_window_transformer': make_sliding_window_transformer_predictor,
+  },
+)
+
+
+def build_predictor(
+  config: base_config.ModelConfig, output_size: int
+) -> predictors.Predictor:
+  """Returns the predictor a model config describes.
+
+  Args:
+    config: Model type and architecture.
+    output_size: K.
+
+  Raises:
+    ValueError: If the config is not valid.
+  """
+  config.validate()
+  factory = PREDICTOR_FACTORIES.lookup('model.model_type', config.model_type)
+  return factory(output_size, config.architecture_kwargs)
+
+
+def _with_defaults(
+  defaults: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+  """A new dict: `kwargs` where they are given, else the defaults."""
+  given = {key: value for key, value in kwargs.items() if value is not None}
+  return {**defaults, **given}
+
+
+def _core_class(field: str, core: Any) -> Callable[..., hk.RNNCore]:
+  if inspect.isclass(core) and issubclass(core, hk.RNNCore):
+    return core
+  if not isinstance(core, str):
+    raise ValueError(
+      f'{field} {core!r} is neither the name of a core nor a Haiku RNNCore '
+      f'class; names are {", ".join(sorted(CORES))}'
+    )
+  return CORES.lookup(field, core)

@@ -1,0 +1,463 @@
+"""The Predictor interface, for networks and exact Bayes predictors alike.
+
+A predictor reads one-hot symbols `[B, T, K]` and says at every time what it
+expects next. Axes: B batch, T time, F features of a symbol (K of them for
+one-hot symbols), K alphabet size.
+
+  symbols      x_0  x_1  x_2  ...  x_{T-1}
+  predictions  about x_1, x_2, x_3, ...,  x_T
+
+The last prediction is about a symbol not seen yet. Predictions are logits;
+those of Bayes predictors are normalised log-probabilities, in nats.
+"""
+
+import abc
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from nonstationary_mbml import base_config
+
+Params = Any
+State = Any
+
+
+class Predictor(abc.ABC):
+  """Predicts the next symbol of sequences."""
+
+  # Whether `initial_state` is more than None, to be carried from one chunk of a
+  # sequence to the next.
+  has_state: bool
+
+  @abc.abstractmethod
+  def init_params(
+    self, rng: jax.Array, batch_init: jax.Array, state_init: State
+  ) -> Params:
+    """Returns initial parameters; {} if the predictor has none.
+
+    Args:
+      rng: Key of the parameters.
+      batch_init: A batch `[B, T, F]`, for its shape and dtype.
+      state_init: A state for the batch, or None.
+    """
+
+  @abc.abstractmethod
+  def initial_state(
+    self, params: Params, rng: jax.Array | None, batch_size: int
+  ) -> State:
+    """Returns the state before any symbol, a pytree; None if stateless."""
+
+  @abc.abstractmethod
+  def unroll(
+    self,
+    params: Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: State = None,
+  ) -> tuple[jax.Array, State]:
+    """Predicts every next symbol of a batch.
+
+    For a predictor with a state, unrolling chunk after chunk with the state
+    carried over equals one unroll of the whole.
+
+    Args:
+      params: From `init_params`, or trained.
+      rng: Key of dropout. None is evaluation: deterministic, no dropout.
+      batch: Symbols `[B, T, F]`.
+      init_state: Where to start; None is the initial state.
+
+    Returns:
+      Predictions `[B, T, K]` (logits) and the state after the last symbol.
+
+    Raises:
+      ValueError: If the batch or the state has the wrong shape, or a state is
+        given to a predictor that has none.
+    """
+
+
+class InContextPredictor(Predictor):
+  """A Haiku model of whole sequences, without a state (Transformer, CNN).
+
+  Each call is a context of its own: there is nothing to carry over.
+  """
+
+  has_state = False
+
+  def __init__(self, model: Callable[[jax.Array], jax.Array]):
+    """Initializes the predictor.
+
+    Args:
+      model: Maps `[B, T, F]` to logits `[B, T, K]`, causally; called inside
+        `hk.transform`. Without a key in its Haiku context it must not use
+        dropout.
+    """
+    self._transformed = hk.transform(model)
+
+  def init_params(
+    self, rng: jax.Array, batch_init: jax.Array, state_init: State
+  ) -> Params:
+    self._check_stateless(state_init)
+    check_batch(batch_init)
+    return self._transformed.init(rng, batch_init)
+
+  def initial_state(
+    self, params: Params, rng: jax.Array | None, batch_size: int
+  ) -> State:
+    return None
+
+  def unroll(
+    self,
+    params: Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: State = None,
+  ) -> tuple[jax.Array, State]:
+    self._check_stateless(init_state)
+    check_batch(batch)
+    return self._transformed.apply(params, rng, batch), None
+
+  def _check_stateless(self, state: State) -> None:
+    if state is not None:
+      raise ValueError(
+        'init_state must be None: a predictor without a state has nothing to '
+        'carry over, every chunk is its own context'
+      )
+
+
+class RNNPredictor(Predictor):
+  """A recurrent Haiku network.
+
+  The network is a module with `initial_state(batch_size)`, `__call__(batch,
+  state) -> (logits, state)` and `unroll_states(batch, state)`, as
+  `models.basic.make_rnn` builds.
+  """
+
+  has_state = True
+
+  def __init__(self, make_network: Callable[[], hk.Module]):
+    """Initializes the predictor.
+
+    Args:
+      make_network: Builds the network; called inside `hk.transform`.
+    """
+
+    def network():
+      module = make_network()
+
+      def init(batch: jax.Array) -> jax.Array:
+        state = module.initial_state(batch.shape[0])
+        return module(batch, state)
+
+      return init, (module, module.initial_state, module.unroll_states)
+
+    transformed = hk.multi_transform(network)
+    self._init = transformed.init
+    self._apply, self._initial_state, self._unroll_states = transformed.apply
+
+  def init_params(
+    self, rng: jax.Array, batch_init: jax.Array, state_init: State
+  ) -> Params:
+    check_batch(batch_init)
+    return self._init(rng, batch_init)
+
+  def initial_state(
+    self, params: Params, rng: jax.Array | None, batch_size: int
+  ) -> State:
+    base_config.check_int('batch_size', batch_size, 1)
+    return self._initial_state(params, rng, batch_size)
+
+  def unroll(
+    self,
+    params: Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: State = None,
+  ) -> tuple[jax.Array, State]:
+    rng, state = self._start(params, rng, batch, init_state)
+    return self._apply(params, rng, batch, state)
+
+  def unroll_states(
+    self,
+    params: Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: State = None,
+  ) -> State:
+    """Returns the core's states after every symbol, for analysis.
+
+    Args:
+      params: As in `unroll`.
+      rng: As in `unroll`.
+      batch: Symbols `[B, T, F]`.
+      init_state: As in `unroll`.
+
+    Returns:
+      A pytree like the state, its arrays `[B, T, ...]`: T times the memory of
+      `unroll`.
+    """
+    rng, state = self._start(params, rng, batch, init_state)
+    return self._unroll_states(params, rng, batch, state)
+
+  def _start(
+    self,
+    params: Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: State,
+  ) -> tuple[jax.Array | None, State]:
+    """The key to unroll with, and the state to start from."""
+    check_batch(batch)
+    if init_state is None:
+      rng, rng_state = _split(rng)
+      return rng, self.initial_state(params, rng_state, batch.shape[0])
+    check_state_batch_size(init_state, batch)
+    return rng, init_state
+
+
+class ScanPredictor(Predictor):
+  """A predictor without parameters, defined by what one symbol does.
+
+  A subclass gives `initial_state`, `update` and `output_from_state`; the state
+  keeps its shapes, so that `unroll` is a `lax.scan`.
+  """
+
+  has_state = True
+
+  @abc.abstractmethod
+  def update(self, symbols: jax.Array, state: State) -> State:
+    """Returns the state after one more symbol of each sequence, `[B, F]`."""
+
+  @abc.abstractmethod
+  def output_from_state(self, state: State) -> jax.Array:
+    """Returns the prediction `[B, K]` of the next symbol."""
+
+  def init_params(
+    self, rng: jax.Array, batch_init: jax.Array, state_init: State
+  ) -> Params:
+    return {}
+
+  def unroll(
+    self,
+    params: Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: State = None,
+  ) -> tuple[jax.Array, State]:
+    check_batch(batch)
+    if init_state is None:
+      init_state = self.initial_state(params, rng, batch.shape[0])
+    check_state_batch_size(init_state, batch)
+
+    def step(state: State, symbols: jax.Array) -> tuple[State, jax.Array]:
+      state = self.update(symbols, state)
+      return state, self.output_from_state(state)
+
+    final_state, outputs = jax.lax.scan(step, init_state, batch.swapaxes(0, 1))
+    return outputs.swapaxes(0, 1), final_state
+
+
+class OptimalPredictor(ScanPredictor):
+  """An exact Bayes predictor of segments with a Dirichlet prior.
+
+  Attributes:
+    concentration: Of the Dirichlet prior: one number for a symmetric one, else
+      a tuple of K.
+  """
+
+  def __init__(
+    self,
+    concentration: float | Sequence[float] = 0.5,
+    alphabet_size: int | None = None,
+  ):
+    """Initializes the predictor.
+
+    Args:
+      concentration: Of the Dirichlet prior; 1/2 is the KT estimator's.
+      alphabet_size: K. By default that of the batch, of `concentration`, or, in
+        `initial_state` with a symmetric prior, 2.
+
+    Raises:
+      ValueError: If the concentration is not positive, or does not have K
+        entries.
+    """
+    if alphabet_size is not None:
+      base_config.check_int('alphabet_size', alphabet_size, 2)
+    self.concentration = base_config.check_dirichlet(
+      'concentration', concentration, alphabet_size
+    )
+    if isinstance(self.concentration, tuple):
+      alphabet_size = len(self.concentration)
+    self._alphabet_size = alphabet_size
+
+  @abc.abstractmethod
+  def empty_state(self, batch_size: int, alphabet_size: int) -> State:
+    """Returns the state before any symbol, for an alphabet of K."""
+
+  def initial_state(
+    self, params: Params, rng: jax.Array | None, batch_size: int
+  ) -> State:
+    base_config.check_int('batch_size', batch_size, 1)
+    return self.empty_state(batch_size, self._alphabet_size or 2)
+
+  def prior(self, alphabet_size: int, dtype: Any) -> jax.Array:
+    """Returns the concentration of every symbol, `[K]`."""
+    return jnp.broadcast_to(
+      jnp.asarray(self.concentration, dtype), (alphabet_size,)
+    )
+
+  def _start(self, batch: jax.Array, init_state: State) -> State:
+    """Checks a batch and returns the state to start from."""
+    check_batch(batch)
+    alphabet_size = batch.shape[-1]
+    if alphabet_size != (self._alphabet_size or alphabet_size):
+      raise ValueError(
+        f'the batch has {alphabet_size} symbols, but alphabet_size is '
+        f'{self._alphabet_size}'
+      )
+    if init_state is None:
+      return self.empty_state(batch.shape[0], alphabet_size)
+    check_state_batch_size(init_state, batch)
+    if init_state.counts.shape[-1] != alphabet_size:
+      raise ValueError(
+        f'init_state counts {init_state.counts.shape[-1]} symbols, the batch '
+        f'has {alphabet_size}; build the predictor with '
+        f'alphabet_size={alphabet_size}'
+      )
+    return init_state
+
+
+class KTState(NamedTuple):
+  """Attributes: counts: Symbols seen so far, int32 `[B, K]`."""
+
+  counts: jax.Array
+
+
+class OptimalCategoricalPredictor(OptimalPredictor):
+  """The Bayes predictor of one segment; KT for Dirichlet(1/2).
+
+    p(s) = (n_s + a_s) / (n + sum_k a_k)
+
+  Source: Krichevsky & Trofimov, The performance of universal encoding, 1981.
+  """
+
+  def empty_state(self, batch_size: int, alphabet_size: int) -> KTState:
+    return KTState(jnp.zeros((batch_size, alphabet_size), jnp.int32))
+
+  def update(self, symbols: jax.Array, state: KTState) -> KTState:
+    return KTState(state.counts + symbols.astype(jnp.int32))
+
+  def output_from_state(self, state: KTState) -> jax.Array:
+    return self._log_probs(state.counts, jnp.result_type(float))
+
+  def unroll(
+    self,
+    params: Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: KTState | None = None,
+  ) -> tuple[jax.Array, KTState]:
+    state = self._start(batch, init_state)
+    seen = jnp.cumsum(batch.astype(jnp.int32), axis=1)
+    counts = state.counts[:, None] + seen  # [B, T, K]
+    return self._log_probs(counts, dtype_of(batch)), KTState(counts[:, -1])
+
+  def _log_probs(self, counts: jax.Array, dtype: Any) -> jax.Array:
+    weights = counts.astype(dtype) + self.prior(counts.shape[-1], dtype)
+    return jnp.log(weights / weights.sum(axis=-1, keepdims=True))
+
+
+def dtype_of(batch: jax.Array) -> Any:
+  """The dtype to compute in: the batch's, or the default for integers."""
+  if jnp.issubdtype(batch.dtype, jnp.floating):
+    return batch.dtype
+  return jnp.result_type(float)
+
+
+def check_batch(batch: jax.Array) -> None:
+  """Raises ValueError unless the batch is `[B, T, F]` with T >= 1."""
+  if jnp.ndim(batch) != 3 or 0 in jnp.shape(batch):
+    raise ValueError(
+      f'batch has shape {jnp.shape(batch)}; it must be [B, T, F], none of them '
+      '0'
+    )
+
+
+def check_state_batch_size(state: State, batch: jax.Array) -> None:
+  """Raises ValueError if a state is not for the sequences of the batch."""
+  for leaf in jax.tree.leaves(state):
+    if jnp.ndim(leaf) and jnp.shape(leaf)[0] != batch.shape[0]:
+      raise ValueError(
+        f'init_state is for {jnp.shape(leaf)[0]} sequences, the batch has '
+        f'{batch.shape[0]}'
+      )
+
+
+def unroll_in_chunks(
+  predictor: Predictor,
+  params: Params,
+  rng: jax.Array | None,
+  batch: jax.Array,
+  init_state: State = None,
+  chunk_length: int | None = None,
+) -> tuple[jax.Array, State]:
+  """Predicts a batch chunk after chunk, in the memory of one chunk.
+
+  A state is carried from each chunk to the next, so the result is that of one
+  unroll. Without a state every chunk is a context of its own.
+
+  Args:
+    predictor: Whose predictions.
+    params: Its parameters.
+    rng: As in `Predictor.unroll`.
+    batch: Symbols `[B, T, F]`.
+    init_state: Where to start; None is the initial state.
+    chunk_length: Symbols per chunk; None is the whole batch.
+
+  Returns:
+    As `Predictor.unroll`.
+  """
+  seq_length = batch.shape[1]
+  if chunk_length is None or chunk_length >= seq_length:
+    return predictor.unroll(params, rng, batch, init_state)
+  if init_state is None:
+    rng, rng_state = _split(rng)
+    init_state = predictor.initial_state(params, rng_state, batch.shape[0])
+
+  def unroll(
+    state: State, begin: jax.Array | int, length: int
+  ) -> tuple[State, jax.Array]:
+    chunk = jax.lax.dynamic_slice_in_dim(batch, begin, length, axis=1)
+    chunk_rng = None if rng is None else jax.random.fold_in(rng, begin)
+    predictions, state = predictor.unroll(params, chunk_rng, chunk, state)
+    return state, predictions
+
+  num_chunks, rest = divmod(seq_length, chunk_length)
+  state, predictions = init_state, []
+  shapes = jax.tree.map(jnp.shape, state)
+  after = jax.eval_shape(lambda: unroll(state, 0, chunk_length)[0])
+  if jax.tree.map(jnp.shape, after) == shapes:
+    state, stacked = jax.lax.scan(
+      lambda state, begin: unroll(state, begin, chunk_length),
+      state,
+      jnp.arange(num_chunks) * chunk_length,
+    )
+    predictions.extend(stacked)
+  else:  # The state grows, as that of LAD does.
+    for chunk in range(num_chunks):
+      state, chunk_predictions = unroll(
+        state, chunk * chunk_length, chunk_length
+      )
+      predictions.append(chunk_predictions)
+  if rest:
+    state, last = unroll(state, seq_length - rest, rest)
+    predictions.append(last)
+  return jnp.concatenate(predictions, axis=1), state
+
+
+def _split(rng: jax.Array | None) -> tuple[jax.Array | None, ...]:
+  return (None, None) if rng is None else tuple(jax.random.split(rng))

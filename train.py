@@ -1,0 +1,429 @@
+"""Training on log loss: TrainState, one update, and the loop.
+
+The key of step n = 1, 2, ... is fold_in(fold_in(key(seed), model_init_seed),
+n); step 0 is the initialisation. So a step does not depend on how often the run
+logs. All steps between two logs are one compiled call: data generation, loss,
+gradient and update never visit the host. With several devices the whole call
+runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
+and gradients meet in a mean.
+
+Axes: B batch, T time, K alphabet size.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import base_constants
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
+
+_AXIS = 'batch'
+_REPLICATED = jax.sharding.PartitionSpec()
+
+
+class TrainState(NamedTuple):
+  """All that a step changes.
+
+  Attributes:
+    step: Steps done so far, int32.
+    params: Of the predictor.
+    opt_state: Of the optimiser.
+    predictor_state: Carried over to the next batch; None if each batch starts
+      from the initial state.
+  """
+
+  step: jax.Array
+  params: predictors.Params
+  opt_state: optax.OptState
+  predictor_state: predictors.State
+
+
+# Where the parts of a TrainState lie over several devices.
+_STATE_SPEC = TrainState(
+  _REPLICATED, _REPLICATED, _REPLICATED, jax.sharding.PartitionSpec(_AXIS)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """What training leaves.
+
+  Attributes:
+    predictor: The predictor that was trained.
+    params: Its trained parameters.
+    history: One dict per log: `step`, `loss` (mean since the last log, nats per
+      symbol) and the evaluator's metrics.
+  """
+
+  predictor: predictors.Predictor
+  params: predictors.Params
+  history: list[dict[str, float]]
+
+
+def sequence_lengths(config: base_config.TrainConfig) -> tuple[int, ...]:
+  """Returns the lengths that training steps can have, equally likely."""
+  if config.seq_length_fixed:
+    return (config.seq_length,)
+  return tuple(2**k for k in range(1, config.seq_length.bit_length()))
+
+
+class StepKeys(NamedTuple):
+  """The keys of one step.
+
+  Step 0 is the initialisation: `predictor` is the key of the parameters, and
+  `evaluation` that of evaluations after training.
+
+  Attributes:
+    data: Of the batch.
+    state: Of the predictor's initial state.
+    predictor: Of dropout.
+    evaluation: Of the evaluation after the step, if there is one.
+  """
+
+  data: jax.Array
+  state: jax.Array
+  predictor: jax.Array
+  evaluation: jax.Array
+
+
+def step_keys(
+  seed: int, model_init_seed: int, step: int | jax.Array
+) -> StepKeys:
+  """Returns the keys of one step."""
+  run = jax.random.fold_in(jax.random.key(seed), model_init_seed)
+  return StepKeys(*jax.random.split(jax.random.fold_in(run, step), 4))
+
+
+def log_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Returns the summed code length of the targets, in nats.
+
+    -sum log softmax(logits)[target]
+
+  Args:
+    logits: `[B, T, K]`.
+    targets: One-hot `[B, T, K]`; a row of zeros counts nothing.
+  """
+  return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1))
+
+
+def loss_and_grads(
+  predictor: predictors.Predictor,
+  params: predictors.Params,
+  rng: jax.Array | None,
+  batch: jax.Array,
+  init_state: predictors.State,
+  chunk_length: int | None = None,
+) -> tuple[jax.Array, predictors.Params, predictors.State]:
+  """Returns the mean log loss of a batch, its gradient and the final state.
+
+  Symbols 2, ..., T of each sequence are predicted, and every one of them counts
+  the same. With chunks, the state is carried from each to the next and the
+  gradient is cut between them; memory does not grow with their number.
+
+  Args:
+    predictor: Whose loss it is.
+    params: Its parameters.
+    rng: Key of dropout, or None.
+    batch: One-hot symbols `[B, T, K]`, T >= 2.
+    init_state: State before the first symbol.
+    chunk_length: Symbols per chunk; None is the whole sequence.
+
+  Raises:
+    ValueError: If T < 2.
+  """
+  batch_size, seq_length, _ = batch.shape
+  base_config.check_int('seq_length', seq_length, 2)
+  num_targets = batch_size * (seq_length - 1)
+  # Nothing is asked of the last prediction.
+  targets = jnp.pad(batch[:, 1:], ((0, 0), (0, 1), (0, 0)))
+  chunk_length = min(chunk_length or seq_length, seq_length)
+
+  def chunk_loss(params, chunk_rng, state, inputs, targets):
+    logits, state = predictor.unroll(params, chunk_rng, inputs, state)
+    return log_loss(logits, targets) / num_targets, state
+
+  def add_chunk(carry, begin, length):
+    state, loss, grads = carry
+    chunk_rng = None if rng is None else jax.random.fold_in(rng, begin)
+    inputs, outputs = (
+      jax.lax.dynamic_slice_in_dim(array, begin, length, axis=1)
+      for array in (batch, targets)
+    )
+    (chunk, state), chunk_grads = jax.value_and_grad(chunk_loss, has_aux=True)(
+      params, chunk_rng, state, inputs, outputs
+    )
+    return state, loss + chunk, jax.tree.map(jnp.add, grads, chunk_grads)
+
+  carry = (
+    init_state,
+    jnp.zeros((), batch.dtype),
+    jax.tree.map(jnp.zeros_like, params),
+  )
+  num_chunks, rest = divmod(seq_length, chunk_length)
+  if num_chunks == 1:
+    carry = add_chunk(carry, 0, chunk_length)
+  else:
+    carry, _ = jax.lax.scan(
+      lambda carry, begin: (add_chunk(carry, begin, chunk_length), None),
+      carry,
+      jnp.arange(num_chunks) * chunk_length,
+    )
+  if rest:
+    carry = add_chunk(carry, seq_length - rest, rest)
+  state, loss, grads = carry
+  return loss, grads, state
+
+
+def make_optimizer(
+  config: base_config.TrainConfig,
+) -> optax.GradientTransformation:
+  """Returns Adam, after clipping by the global norm where configured."""
+  adam = optax.adam(config.learning_rate)
+  if config.clip_grad_norm is None:
+    return adam
+  return optax.chain(optax.clip_by_global_norm(config.clip_grad_norm), adam)
+
+
+def make_update(
+  config: base_config.ExperimentConfig,
+  generator: base_constants.DataGenerator,
+  predictor: predictors.Predictor,
+  num_devices: int = 1,
+) -> Callable[[TrainState], tuple[TrainState, jax.Array]]:
+  """Returns the function that does one step: state -> (state, loss).
+
+  Args:
+    config: Of the experiment.
+    generator: Of the batches.
+    predictor: To train.
+    num_devices: If above 1, the function is for the inside of a `shard_map`
+      over that many, and takes and returns a device's share of the predictor
+      state.
+  """
+  train_config = config.train
+  optimizer = make_optimizer(train_config)
+  lengths = sequence_lengths(train_config)
+  share = train_config.batch_size // num_devices
+
+  def update(state: TrainState) -> tuple[TrainState, jax.Array]:
+    step = state.step + 1
+    rngs = step_keys(config.seed, train_config.model_init_seed, step)
+    keys = jax.random.split(rngs.data, train_config.batch_size)
+    if num_devices > 1:
+      device = jax.lax.axis_index(_AXIS)
+      keys = jax.lax.dynamic_slice_in_dim(keys, device * share, share)
+      rngs = rngs._replace(
+        state=jax.random.fold_in(rngs.state, device),
+        predictor=jax.random.fold_in(rngs.predictor, device),
+      )
+    init_state = state.predictor_state
+    if train_config.reset_predictor_init_state:
+      init_state = predictor.initial_state(state.params, rngs.state, share)
+
+    def at_length(seq_length: int) -> Callable[[], Any]:
+      def run():
+        batch, _ = generator.sample_from_keys(keys, seq_length)
+        return loss_and_grads(
+          predictor,
+          state.params,
+          rngs.predictor,
+          batch,
+          init_state,
+          train_config.gradient_chunk_length,
+        )
+
+      return run
+
+    index = _length_index(config.seed, step, len(lengths))
+    loss, grads, predictor_state = jax.lax.switch(
+      index, [at_length(seq_length) for seq_length in lengths]
+    )
+    if num_devices > 1:
+      loss, grads = jax.lax.pmean((loss, grads), _AXIS)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    if train_config.reset_predictor_init_state:
+      predictor_state = None
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(step, params, opt_state, predictor_state), loss
+
+  return update
+
+
+def make_run_steps(
+  update: Callable[[TrainState], tuple[TrainState, jax.Array]],
+  devices: list[jax.Device],
+) -> Callable[[TrainState, int], tuple[TrainState, jax.Array]]:
+  """Returns the compiled loop: (state, number of steps) -> (state, losses).
+
+  The state is donated: it cannot be used after the call. On several devices,
+  wait for a call to end before the next one: collectives of two calls in flight
+  can deadlock the CPU backend.
+
+  Args:
+    update: From `make_update`, for as many devices.
+    devices: To run on.
+  """
+
+  def run_steps(
+    state: TrainState, num_steps: int
+  ) -> tuple[TrainState, jax.Array]:
+    def scan_steps(state: TrainState) -> tuple[TrainState, jax.Array]:
+      return jax.lax.scan(
+        lambda state, _: update(state), state, length=num_steps
+      )
+
+    if len(devices) == 1:
+      return scan_steps(state)
+    return jax.shard_map(
+      scan_steps,
+      mesh=_mesh(devices),
+      in_specs=(_STATE_SPEC,),
+      out_specs=(_STATE_SPEC, _REPLICATED),
+      # Replication is ours to keep: all that is replicated follows from means
+      # over the devices.
+      check_vma=False,
+    )(state)
+
+  return jax.jit(run_steps, static_argnums=1, donate_argnums=0)
+
+
+def init_state(
+  config: base_config.ExperimentConfig,
+  predictor: predictors.Predictor,
+  alphabet_size: int,
+  devices: list[jax.Device],
+) -> TrainState:
+  """Returns the state before the first step, laid out over the devices."""
+  train_config = config.train
+  rngs = step_keys(config.seed, train_config.model_init_seed, 0)
+
+  @jax.jit
+  def init() -> TrainState:
+    shape = (train_config.batch_size, min(sequence_lengths(train_config)))
+    batch = jnp.zeros((*shape, alphabet_size))
+    params = predictor.init_params(rngs.predictor, batch, None)
+    predictor_state = None
+    if not train_config.reset_predictor_init_state:
+      predictor_state = predictor.initial_state(params, rngs.state, shape[0])
+    opt_state = make_optimizer(train_config).init(params)
+    return TrainState(jnp.int32(0), params, opt_state, predictor_state)
+
+  state = init()
+  if len(devices) == 1:
+    return state
+  shardings = jax.tree.map(
+    lambda spec: jax.sharding.NamedSharding(_mesh(devices), spec), _STATE_SPEC
+  )
+  return TrainState(*map(jax.device_put, state, shardings))
+
+
+def train(
+  config: base_config.ExperimentConfig,
+  build_data_generator: base_constants.DataGeneratorBuilder,
+  build_evaluator: base_constants.EvaluatorBuilder,
+  use_tqdm: bool = False,
+) -> TrainResult:
+  """Trains a predictor as configured, on all devices of the process.
+
+  Args:
+    config: Of the experiment; also has a `data` field.
+    build_data_generator: Makes the source from `config.data`.
+    build_evaluator: Makes the evaluator, run at every log, from the predictor
+      and `config.eval`.
+    use_tqdm: Show a progress bar with step, loss and regret.
+
+  Returns:
+    The trained parameters and the log history.
+
+  Raises:
+    ValueError: If the config is not valid, before anything is compiled.
+  """
+  config.validate()
+  devices = jax.local_devices()
+  train_config = config.train
+  if train_config.batch_size % len(devices):
+    raise ValueError(
+      f'train.batch_size {train_config.batch_size} does not divide over '
+      f'{len(devices)} devices'
+    )
+  generator = build_data_generator(config.data)
+  predictor = predictor_factories.build_predictor(
+    config.model, generator.alphabet_size
+  )
+  if not train_config.reset_predictor_init_state and not predictor.has_state:
+    raise ValueError(
+      'train.reset_predictor_init_state is False, but model.model_type '
+      f'{config.model.model_type!r} has no state to carry over'
+    )
+  evaluator = build_evaluator(predictor, config.eval)
+
+  state = init_state(config, predictor, generator.alphabet_size, devices)
+  run_steps = make_run_steps(
+    make_update(config, generator, predictor, len(devices)), devices
+  )
+  history = []
+  total = config.schedule.training_steps
+  progress = tqdm.tqdm(
+    total=total, desc='training', unit='step', disable=not use_tqdm
+  )
+  with progress:
+    done = 0
+    while done < total:
+      num_steps = min(config.logger.log_frequency, total - done)
+      state, losses = run_steps(state, num_steps)
+      losses = jax.block_until_ready(losses)
+      done += num_steps
+      rngs = step_keys(config.seed, train_config.model_init_seed, done)
+      metrics = evaluator.step(
+        _on_one_device(state.params), None, rngs.evaluation
+      )
+      entry = {
+        'step': done,
+        'loss': float(np.mean(losses)),
+        **{name: float(value) for name, value in metrics.items()},
+      }
+      history.append(entry)
+      progress.set_postfix(_summary(entry), refresh=False)
+      progress.update(num_steps)
+  return TrainResult(predictor, _on_one_device(state.params), history)
+
+
+def _length_index(
+  seed: int, step: jax.Array, num_lengths: int
+) -> jax.Array | int:
+  """Which length a step has; depends on the seed and the step alone."""
+  if num_lengths == 1:
+    return 0
+  stream = jax.random.fold_in(
+    jax.random.key(seed), base_config.SEQ_LENGTH_STREAM
+  )
+  rng = jax.random.fold_in(stream, step)
+  return jax.random.randint(rng, (), 0, num_lengths)
+
+
+def _mesh(devices: list[jax.Device]) -> jax.sharding.Mesh:
+  return jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
+
+
+def _on_one_device(tree: Any) -> Any:
+  """A copy-free view of replicated arrays on the first device."""
+  return jax.tree.map(lambda array: array.addressable_data(0), tree)
+
+
+def _summary(entry: dict[str, float]) -> dict[str, str]:
+  """What the progress bar shows of a log entry."""
+  names = {'loss': 'loss', 'regret': 'cumulative_regret'}
+  return {
+    shown: f'{entry[name]:.3f}'
+    for shown, name in names.items()
+    if name in entry
+  }
