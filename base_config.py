@@ -33,8 +33,9 @@ _MAX_SEED = SEQ_LENGTH_STREAM - 1
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
   """Returns `; did you mean 'x'?` for the nearest choice, or nothing."""
-  nearest = difflib.get_close_matches(str(value).lower(), choices, 1, 0.5)
-  return f"; did you mean '{nearest[0]}'?" if nearest else ''
+  by_lower = {choice.lower(): choice for choice in choices}
+  nearest = difflib.get_close_matches(str(value).lower(), by_lower, 1, 0.5)
+  return f"; did you mean '{by_lower[nearest[0]]}'?" if nearest else ''
 
 
 def check_choice(field: str, value: Any, choices: Iterable[str]) -> None:

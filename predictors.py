@@ -14,6 +14,7 @@ those of Bayes predictors are normalised log-probabilities, in nats.
 import abc
 from collections.abc import Callable
 from collections.abc import Sequence
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -253,12 +254,7 @@ class ScanPredictor(Predictor):
       init_state = self.initial_state(params, rng, batch.shape[0])
     check_state_batch_size(init_state, batch)
 
-    def step(state: State, symbols: jax.Array) -> tuple[State, jax.Array]:
-      state = self.update(symbols, state)
-      return state, self.output_from_state(state)
-
-    final_state, outputs = jax.lax.scan(step, init_state, batch.swapaxes(0, 1))
-    return outputs.swapaxes(0, 1), final_state
+    return _scan(self, batch, init_state)
 
 
 class OptimalPredictor(ScanPredictor):
@@ -369,6 +365,20 @@ class OptimalCategoricalPredictor(OptimalPredictor):
   def _log_probs(self, counts: jax.Array, dtype: Any) -> jax.Array:
     weights = counts.astype(dtype) + self.prior(counts.shape[-1], dtype)
     return jnp.log(weights / weights.sum(axis=-1, keepdims=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scan(
+  predictor: ScanPredictor, batch: jax.Array, init_state: State
+) -> tuple[jax.Array, State]:
+  """Unrolls `predictor`; compiled once for each object and shape."""
+
+  def step(state: State, symbols: jax.Array) -> tuple[State, jax.Array]:
+    state = predictor.update(symbols, state)
+    return state, predictor.output_from_state(state)
+
+  final_state, outputs = jax.lax.scan(step, init_state, batch.swapaxes(0, 1))
+  return outputs.swapaxes(0, 1), final_state
 
 
 def dtype_of(batch: jax.Array) -> Any:

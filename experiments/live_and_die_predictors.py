@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nonstationary_mbml import predictors
 
-# The loop over time runs in pieces of doubling length, each on arrays as long
-# as its own past; the first has this many symbols.
-_FIRST_PIECE = 32
+# Room for starts of segments grows by doubling, from this many symbols.
+_LEAST_ROOM = 32
 
 
 def hazard(run_length: jax.Array) -> jax.Array:
@@ -39,26 +39,31 @@ def hazard(run_length: jax.Array) -> jax.Array:
 class LADState(NamedTuple):
   """The posterior over the start of the current segment.
 
-  The arrays grow by one entry with every symbol.
+  There is room for S > t starts, so that arrays change their shape only when it
+  is used up and doubles; entries beyond t are 0.
 
   Attributes:
-    weights: w_t(s) for s = 0, ..., t, `[B, t + 1]`.
-    counts: Of the symbols since s, int32 `[B, t + 1, K]`.
+    time: t, symbols seen so far, int32, the same for all sequences.
+    weights: w_t(s) for s = 0, ..., t, and zeros, `[B, S]`.
+    counts: Of the symbols since s, int32 `[B, S, K]`.
   """
 
+  time: jax.Array
   weights: jax.Array
   counts: jax.Array
 
 
 class LADPredictor(predictors.OptimalPredictor):
-  """The exact Bayes predictor of the `lin` source, O(T^2) time, O(T) memory.
+  """The exact Bayes predictor of the `lin` source: O(T^2) time, O(T) memory.
 
-  Its state grows with time, so that under `jit` every length it is continued
-  from compiles once.
+  Its state grows with time. Where the time is not concrete (inside `jit`), room
+  is made for all symbols of every chunk.
   """
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> LADState:
     return LADState(
+      # NumPy, so that it stays concrete inside jit.
+      time=np.int32(0),
       weights=jnp.ones((batch_size, 1)),
       counts=jnp.zeros((batch_size, 1, alphabet_size), jnp.int32),
     )
@@ -81,90 +86,116 @@ class LADPredictor(predictors.OptimalPredictor):
     init_state: LADState | None = None,
   ) -> tuple[jax.Array, LADState]:
     state = self._start(batch, init_state)
-    dtype = predictors.dtype_of(batch)
+    dtype, state_dtype = predictors.dtype_of(batch), state.weights.dtype
     prior = self.prior(batch.shape[-1], dtype)
-
-    def one(
-      symbols: jax.Array, weights: jax.Array, counts: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-      return _unroll_one(symbols, weights.astype(dtype), counts, prior)
-
-    probs, weights, counts = jax.vmap(one)(
-      batch.astype(dtype), state.weights, state.counts
-    )
-    final_state = LADState(weights.astype(state.weights.dtype), counts)
+    time, weights, counts = state
+    weights = weights.astype(dtype)
+    seq_length = batch.shape[1]
+    # The loop over time runs in pieces, each on arrays of at most twice its
+    # past; `room` is that of the state, which may be used up already.
+    room = weights.shape[1] - 1
+    is_concrete = not isinstance(time, jax.core.Tracer)
+    used = int(time) if is_concrete else room
+    probs = []
+    begin = 0
+    while begin < seq_length:
+      if used == room:
+        room = max(_LEAST_ROOM, 2 * room) if is_concrete else room + seq_length
+      end = min(begin + room - used, seq_length)
+      piece, weights, counts = _advance(
+        batch[:, begin:end].astype(dtype),
+        _pad(weights, room + 1),
+        _pad(counts, room + 1),
+        time,
+        prior,
+      )
+      probs.append(piece)
+      used += end - begin
+      time = time + np.int32(end - begin)
+      begin = end
     # probs[t] is about symbol t, given those before it.
-    last = self.output_from_state(LADState(weights, counts))
-    log_probs = jnp.log(probs[:, 1:])
-    return jnp.concatenate([log_probs, last[:, None]], axis=1), final_state
+    last = self.output_from_state(LADState(time, weights, counts))
+    log_probs = jnp.log(jnp.concatenate(probs, axis=1)[:, 1:])
+    return (
+      jnp.concatenate([log_probs, last[:, None]], axis=1),
+      LADState(time, weights.astype(state_dtype), counts),
+    )
 
 
-def _unroll_one(
-  symbols: jax.Array, weights: jax.Array, counts: jax.Array, prior: jax.Array
+def _pad(array: jax.Array, length: int) -> jax.Array:
+  """Zeros up to the given length of axis 1."""
+  padding = [(0, 0)] * array.ndim
+  padding[1] = (0, length - array.shape[1])
+  return jnp.pad(array, padding)
+
+
+@jax.jit
+def _advance(
+  symbols: jax.Array,
+  weights: jax.Array,
+  counts: jax.Array,
+  time: jax.Array,
+  prior: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """One sequence, or its continuation.
+  """Takes in the symbols of a batch, for which there is room.
 
   Args:
-    symbols: `[T, K]`, one-hot.
-    weights: w(s) before them, `[S]`.
-    counts: Of the symbols since s, `[S, K]`.
+    symbols: `[B, T, K]`, one-hot.
+    weights: w(s) before them, `[B, S]`, S > time + T.
+    counts: Of the symbols since s, `[B, S, K]`.
+    time: Symbols seen before.
     prior: Dirichlet concentration `[K]`.
 
   Returns:
-    Probabilities of every symbol `[T, K]` given those before it; weights
-    `[S + T]` and counts `[S + T, K]` at the end.
+    Probabilities `[B, T, K]` of every symbol given those before it, and the
+    weights and counts after the last.
   """
-  seq_length = symbols.shape[0]
-  seen = jnp.cumsum(symbols.astype(jnp.int32), axis=0)
-  # Counts as differences: what was seen by t less what was seen by s, the
-  # latter negative before this chunk. `[S + T, K]`
-  before_start = jnp.concatenate([-counts, seen])
+  advance = jax.vmap(_advance_one, in_axes=(0, 0, 0, None, None))
+  return advance(symbols, weights, counts, time, prior)
+
+
+def _advance_one(
+  symbols: jax.Array,
+  weights: jax.Array,
+  counts: jax.Array,
+  time: jax.Array,
+  prior: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """One sequence of `_advance`, without the batch axis."""
   dtype = symbols.dtype
-  before_time = jnp.concatenate([jnp.zeros_like(seen[:1]), seen[:-1]])
-  first = weights.shape[0] - 1  # The number of symbols before this chunk.
+  seq_length = symbols.shape[0]
+  starts = jnp.arange(weights.shape[0])
+  ones = jnp.ones(weights.shape[0], dtype)
+  # Counts as differences: what was seen by t less what was seen by s; the
+  # latter is negative where s lies before these symbols.
+  seen = jnp.cumsum(symbols.astype(jnp.int32), axis=0)
+  seen_by_start = jax.lax.dynamic_update_slice_in_dim(
+    -counts, seen, time + 1, axis=0
+  )
+  seen_by_time = (seen - symbols.astype(jnp.int32)).astype(dtype)
+  before = seen_by_start.T.astype(dtype)  # [K, S]
 
-  probs = []
-  begin = 0
-  while begin < seq_length:
-    end = min(begin + max(_FIRST_PIECE, first + begin), seq_length)
-    num_starts = first + end + 1
-    weights = jnp.pad(weights, (0, num_starts - weights.shape[0]))
-    starts = jnp.arange(num_starts)
-    before = before_start[:num_starts].T.astype(dtype)  # [K, S]
-    ones = jnp.ones(num_starts, dtype)
+  def step(
+    weights: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    now, symbol, seen_now = inputs
+    run_lengths = (now - starts).astype(dtype)  # Before this symbol.
+    begun = run_lengths >= 0
+    scale = jnp.where(begun, 1 / (run_lengths + prior.sum()), 0)
+    hazards = jnp.where(begun, hazard(run_lengths + 1), 0)
+    # w_t(s) kt(k | s) for all symbols k. Sums as matrix products, which are
+    # faster than reductions here.
+    joint = (weights * scale) * ((seen_now + prior)[:, None] - before)  # [K, S]
+    probs = jnp.dot(joint, ones, precision=jax.lax.Precision.HIGHEST)
+    posterior = jnp.dot(symbol, joint, precision=jax.lax.Precision.HIGHEST)
+    posterior = posterior / (symbol * probs).sum()
+    dying = posterior * hazards
+    weights = jnp.where(starts == now + 1, dying.sum(), posterior - dying)
+    return weights, probs
 
-    def step(
-      weights: jax.Array,
-      inputs: tuple[jax.Array, jax.Array, jax.Array],
-      starts: jax.Array = starts,
-      before: jax.Array = before,
-      ones: jax.Array = ones,
-    ) -> tuple[jax.Array, jax.Array]:
-      time, symbol, now = inputs
-      run_lengths = (time - starts).astype(dtype)  # Before this symbol.
-      begun = run_lengths >= 0
-      scale = jnp.where(begun, 1 / (run_lengths + prior.sum()), 0)
-      hazards = jnp.where(begun, hazard(run_lengths + 1), 0)
-      # w_t(s) kt(k | s), for all symbols k; sums as matrix products, which are
-      # faster than reductions here.
-      joint = (weights * scale) * ((now + prior)[:, None] - before)  # [K, S]
-      probs = jnp.dot(joint, ones, precision=jax.lax.Precision.HIGHEST)
-      posterior = jnp.dot(symbol, joint, precision=jax.lax.Precision.HIGHEST)
-      posterior = posterior / (symbol * probs).sum()
-      dying = posterior * hazards
-      new = jnp.where(starts == time + 1, dying.sum(), posterior - dying)
-      return new, probs
-
-    weights, piece = jax.lax.scan(
-      step,
-      weights,
-      (
-        first + jnp.arange(begin, end),
-        symbols[begin:end],
-        before_time[begin:end].astype(dtype),
-      ),
-    )
-    probs.append(piece)
-    begin = end
-
-  return jnp.concatenate(probs), weights, seen[-1] - before_start
+  weights, probs = jax.lax.scan(
+    step, weights, (time + jnp.arange(seq_length), symbols, seen_by_time)
+  )
+  begun = starts <= time + seq_length
+  counts = jnp.where(begun[:, None], seen[-1] - seen_by_start, 0)
+  return probs, weights, counts

@@ -18,6 +18,7 @@ p_0 is the prediction. L_j is the log posterior odds that the block is split.
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -91,7 +92,8 @@ class PTWPredictor(predictors.OptimalPredictor):
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> PTWState:
     return PTWState(
-      time=jnp.int32(0),
+      # NumPy, so that it stays concrete inside jit.
+      time=np.int32(0),
       counts=jnp.zeros((batch_size, self.depth + 1, alphabet_size), jnp.int32),
       log_odds=jnp.zeros((batch_size, self.depth)),
     )
@@ -135,8 +137,8 @@ class PTWPredictor(predictors.OptimalPredictor):
         f'{self.depth}'
       )
     self._check_time(state, batch.shape[1])
-    if init_state is None:
-      return self._unroll_whole(batch, state)
+    if not isinstance(state.time, jax.core.Tracer) and int(state.time) == 0:
+      return self._unroll_whole(batch, state.log_odds.dtype)
     return super().unroll(params, rng, batch, state)
 
   def _check_time(self, state: PTWState, num_symbols: int) -> None:
@@ -160,28 +162,32 @@ class PTWPredictor(predictors.OptimalPredictor):
     return kts, jnp.stack(mixtures[::-1], axis=1)
 
   def _unroll_whole(
-    self, batch: jax.Array, empty: PTWState
+    self, batch: jax.Array, state_dtype: Any
   ) -> tuple[jax.Array, PTWState]:
-    """All predictions at once; `empty` is the state before them."""
+    """All predictions at once, from the first symbol."""
     dtype = predictors.dtype_of(batch)
-    predict = jax.vmap(
-      lambda symbols: _predict_whole(
-        symbols, self.prior(batch.shape[-1], dtype), self.depth
-      )
+    log_probs, counts, log_odds = _predict_whole(
+      batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
     )
-    log_probs, counts, log_odds = predict(batch.astype(dtype))
-    state = PTWState(
-      time=jnp.int32(batch.shape[1]),
-      counts=counts,
-      log_odds=log_odds.astype(empty.log_odds.dtype),
+    state = PTWState(np.int32(batch.shape[1]), counts, log_odds)
+    # log_probs[t] is about symbol t: what the last prediction is about is seen
+    # from the final state.
+    last = self.output_from_state(state)
+    return (
+      jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1),
+      state._replace(log_odds=log_odds.astype(state_dtype)),
     )
-    last = self.output_from_state(state._replace(log_odds=log_odds))
-    # log_probs[t] is about symbol t: shifted, and the last one comes from the
-    # final state.
-    return jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1), state
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _predict_whole(
+  batch: jax.Array, prior: jax.Array, depth: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`_predict_one` of every sequence of a batch `[B, T, K]`."""
+  return jax.vmap(lambda symbols: _predict_one(symbols, prior, depth))(batch)
+
+
+def _predict_one(
   symbols: jax.Array, prior: jax.Array, depth: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """PTW of one sequence, level by level, all times at once.

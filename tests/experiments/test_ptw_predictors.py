@@ -1,0 +1,193 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml.tests import oracles
+
+
+def _unroll(predictor, batch, state=None):
+  return predictor.unroll({}, None, jnp.asarray(batch), state)
+
+
+def _stream(predictor, batch):
+  """One symbol after the other."""
+  batch = jnp.asarray(batch)
+  state = predictor.empty_state(batch.shape[0], batch.shape[-1])
+  return predictors.ScanPredictor.unroll(predictor, {}, None, batch, state)
+
+
+def _random_batch(seed, batch_size, seq_length, alphabet_size=2):
+  rng = np.random.default_rng(seed)
+  symbols = rng.integers(alphabet_size, size=(batch_size, seq_length))
+  return oracles.one_hot(symbols, alphabet_size)
+
+
+@pytest.mark.parametrize('depth', [3, 4])
+def test_equals_enumeration_for_all_binary_sequences(x64, depth):
+  sequences = oracles.all_sequences(2, 8)
+  batch = oracles.one_hot(sequences, 2)
+  truth = oracles.mixture_predictions(
+    sequences, oracles.ptw_partitions(depth), (0.5, 0.5)
+  )
+  predictions, _ = _unroll(ptw_predictors.PTWPredictor(depth), batch)
+  np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
+
+
+@pytest.mark.parametrize('seq_length', [1, 2, 3, 5, 6, 7])
+def test_equals_enumeration_when_length_is_no_power_of_two(x64, seq_length):
+  sequences = oracles.all_sequences(2, seq_length)
+  longer = np.hstack([sequences, np.zeros_like(sequences[:, :1])])
+  truth = oracles.mixture_predictions(
+    longer, oracles.ptw_partitions(3), (0.5, 0.5)
+  )
+  predictions, _ = _unroll(
+    ptw_predictors.PTWPredictor(3), oracles.one_hot(sequences, 2)
+  )
+  np.testing.assert_allclose(predictions, truth[:, 1:], atol=1e-12)
+
+
+@pytest.mark.parametrize('prior', [(0.5, 0.5, 0.5), (2.0, 0.3, 1.0)])
+def test_equals_enumeration_for_three_symbols_and_any_prior(x64, prior):
+  sequences = oracles.all_sequences(3, 4)
+  truth = oracles.mixture_predictions(
+    sequences, oracles.ptw_partitions(2), prior
+  )
+  predictions, _ = _unroll(
+    ptw_predictors.PTWPredictor(2, concentration=prior),
+    oracles.one_hot(sequences, 3),
+  )
+  np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
+
+
+def test_prediction_before_any_symbol_is_prior_mean(x64):
+  predictor = ptw_predictors.PTWPredictor(3, concentration=(1.0, 2.0, 5.0))
+  state = predictor.initial_state({}, None, 2)
+  np.testing.assert_allclose(
+    np.exp(predictor.output_from_state(state)),
+    np.tile([0.125, 0.25, 0.625], (2, 1)),
+  )
+
+
+def test_prediction_after_the_horizon_is_prior_mean(x64):
+  predictor = ptw_predictors.PTWPredictor(3, concentration=(1.0, 3.0))
+  predictions, _ = _unroll(predictor, np.tile([1.0, 0.0], (1, 8, 1)))
+  np.testing.assert_allclose(np.exp(predictions[0, -1]), [0.25, 0.75])
+
+
+def test_depth_zero_predicts_prior_mean(x64):
+  predictions, _ = _unroll(
+    ptw_predictors.PTWPredictor(0), np.array([[[1.0, 0.0]]])
+  )
+  np.testing.assert_allclose(np.exp(predictions), 0.5)
+
+
+@pytest.mark.parametrize('depth', [6, 9])
+@pytest.mark.parametrize('seq_length', [1, 33, 64])
+def test_parallel_and_streaming_forms_are_equal(x64, depth, seq_length):
+  batch = _random_batch(0, 3, seq_length, 3)
+  predictor = ptw_predictors.PTWPredictor(depth, alphabet_size=3)
+  whole, state = _unroll(predictor, batch)
+  streamed, streamed_state = _stream(predictor, batch)
+  np.testing.assert_allclose(whole, streamed, atol=1e-12)
+  assert int(state.time) == int(streamed_state.time) == seq_length
+  np.testing.assert_array_equal(state.counts, streamed_state.counts)
+  np.testing.assert_allclose(
+    state.log_odds, streamed_state.log_odds, atol=1e-12
+  )
+
+
+def test_streaming_continues_from_a_parallel_state(x64):
+  batch = _random_batch(1, 2, 32)
+  predictor = ptw_predictors.PTWPredictor(5)
+  whole, _ = _unroll(predictor, batch)
+  first, state = _unroll(predictor, batch[:, :13])
+  second, _ = _unroll(predictor, batch[:, 13:], state)
+  np.testing.assert_allclose(
+    np.concatenate([first, second], axis=1), whole, atol=1e-12
+  )
+
+
+def test_counts_do_not_overflow_on_long_constant_sequences():
+  batch = np.tile(np.float32([0, 1]), (1, 1024, 1))
+  predictions, state = _unroll(ptw_predictors.PTWPredictor(11), batch)
+  # After 1,023 ones, nearly all weight is on long segments.
+  assert np.exp(predictions[0, -2, 0]) < 1e-3
+  assert int(state.counts[0, 0, 1]) == 1024
+
+
+def test_float32_code_length_of_a_long_sequence_is_that_of_float64():
+  rng = np.random.default_rng(2)
+  probabilities = np.repeat([0.02, 0.6, 0.98, 0.3], 2**12)
+  symbols = (rng.random((1, 2**14)) < probabilities).astype(int)
+
+  def code_length(dtype):
+    batch = jnp.asarray(oracles.one_hot(symbols, 2, dtype))
+    predictor = ptw_predictors.PTWPredictor(14)
+    predictions, _ = jax.jit(lambda b: predictor.unroll({}, None, b))(batch)
+    assert predictions.dtype == dtype
+    return np.sum(
+      np.asarray(predictions[:, :-1], float) * np.asarray(batch[:, 1:])
+    )
+
+  with jax.enable_x64(True):
+    truth = code_length(np.float64)
+  np.testing.assert_allclose(code_length(np.float32), truth, rtol=1e-6)
+
+
+def test_deep_tree_costs_nothing_extra_to_stream(x64):
+  predictor = ptw_predictors.PTWPredictor(30)
+  batch = _random_batch(3, 1, 20)
+  whole, _ = _unroll(predictor, batch)
+  streamed, _ = _stream(predictor, batch)
+  np.testing.assert_allclose(whole, streamed, atol=1e-12)
+
+
+@pytest.mark.parametrize('continued', [False, True])
+def test_sequence_beyond_the_horizon_is_an_error(continued):
+  predictor = ptw_predictors.PTWPredictor(3)
+  batch = _random_batch(4, 1, 9).astype(np.float32)
+  with pytest.raises(ValueError, match=r'depth 3 holds 8 symbols.*depth=4'):
+    if continued:
+      _, state = _unroll(predictor, batch[:, :5])
+      _unroll(predictor, batch[:, 5:], state)
+    else:
+      _unroll(predictor, batch)
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'depth': -1}, 'depth is -1'),
+    ({'depth': 31}, 'depth is 31'),
+    ({'depth': 2.5}, 'depth is 2.5'),
+    ({'depth': 3, 'concentration': 0.0}, 'concentration is 0.0'),
+    ({'depth': 3, 'concentration': (1.0, -1.0)}, 'concentration is'),
+    (
+      {'depth': 3, 'concentration': (1.0, 1.0, 1.0), 'alphabet_size': 2},
+      'concentration has 3 entries for 2',
+    ),
+  ],
+)
+def test_wrong_arguments_are_named(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    ptw_predictors.PTWPredictor(**kwargs)
+
+
+@pytest.mark.parametrize(
+  ('state_of', 'batch_size', 'message'),
+  [
+    ({'depth': 4}, 2, 'depth 4, not 3'),
+    ({'depth': 3}, 1, 'for 1 sequences'),
+    ({'depth': 3, 'alphabet_size': 3}, 2, 'counts 3 symbols'),
+  ],
+)
+def test_foreign_states_are_refused(state_of, batch_size, message):
+  state = ptw_predictors.PTWPredictor(**state_of).initial_state(
+    {}, None, batch_size
+  )
+  batch = _random_batch(5, 2, 4).astype(np.float32)
+  with pytest.raises(ValueError, match=message):
+    _unroll(ptw_predictors.PTWPredictor(3), batch, state)

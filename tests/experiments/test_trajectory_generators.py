@@ -1,0 +1,323 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from nonstationary_mbml.experiments import distributions
+from nonstationary_mbml.experiments import trajectory_generators
+from nonstationary_mbml.tests import oracles
+
+SOURCES = {
+  'static': {},
+  'regular_shift': {'shift_period': 5},
+  'random_shift': {
+    'shift_distribution': 'gamma',
+    'shift_parameters': (2.0, 0.4),
+  },
+  'ptw': {},
+  'lin': {},
+}
+# Frequencies are tested at this probability of failing under the right law, for
+# all times of a source together.
+FALSE_ALARM_RATE = 1e-4
+
+
+def _make(name, alpha=(0.5, 0.5), **kwargs):
+  alphabet_size = len(alpha)
+  return trajectory_generators.TRAJECTORY_GENERATORS[name](
+    distributions.Categorical(alphabet_size),
+    distributions.Dirichlet(alphabet_size),
+    alpha,
+    **(kwargs or SOURCES.get(name, {})),
+  )
+
+
+def _assert_frequencies(switches, probabilities):
+  """Every time's switches are Bernoulli of the given probability."""
+  switches = np.asarray(switches)
+  num_sequences, seq_length = switches.shape
+  spread = np.sqrt(num_sequences * probabilities * (1 - probabilities))
+  deviation = np.abs(switches.sum(axis=0) - num_sequences * probabilities)
+  bound = stats.norm.isf(FALSE_ALARM_RATE / 2 / seq_length)
+  # Half a count for the normal approximation.
+  assert np.all(deviation <= bound * spread + 0.5)
+
+
+@pytest.mark.parametrize(
+  ('depth', 'seq_length'), [(None, 16), (6, 16), (4, 13)]
+)
+def test_ptw_switches_have_their_prior_probability(depth, seq_length):
+  generator = _make('ptw', depth=depth)
+  switches = generator.switch_points(jax.random.key(0), 20_000, seq_length)
+  truth = [
+    oracles.ptw_switch_probability(depth or 4, time)
+    for time in range(1, seq_length)
+  ]
+  _assert_frequencies(switches, np.array([0.0, *truth]))
+
+
+def test_ptw_partitions_have_their_prior_probability():
+  switches = np.asarray(
+    _make('ptw').switch_points(jax.random.key(1), 50_000, 8)
+  )
+  counts = {partition: 0 for partition in oracles.ptw_partitions(3)}
+  for row in switches:
+    edges = [0, *np.flatnonzero(row), 8]
+    counts[tuple(np.diff(edges).tolist())] += 1
+  expected = 50_000 * np.array(list(oracles.ptw_partitions(3).values()))
+  test = stats.chisquare(list(counts.values()), expected)
+  assert test.pvalue > FALSE_ALARM_RATE
+
+
+def test_lin_switches_have_their_prior_probability():
+  switches = _make('lin').switch_points(jax.random.key(2), 20_000, 24)
+  _assert_frequencies(switches, oracles.lin_switch_probabilities(24))
+
+
+def test_lin_partitions_have_their_prior_probability():
+  switches = np.asarray(
+    _make('lin').switch_points(jax.random.key(3), 50_000, 5)
+  )
+  counts = {
+    partition: 0
+    for partition in oracles.hazard_partitions(5, oracles.lin_hazard)
+  }
+  for row in switches:
+    edges = [0, *np.flatnonzero(row), 5]
+    counts[tuple(np.diff(edges).tolist())] += 1
+  expected = 50_000 * np.array(
+    list(oracles.hazard_partitions(5, oracles.lin_hazard).values())
+  )
+  test = stats.chisquare(list(counts.values()), expected)
+  assert test.pvalue > FALSE_ALARM_RATE
+
+
+def test_random_shift_lengths_follow_the_rounded_law():
+  generator = _make(
+    'random_shift', shift_distribution='exponential', shift_parameters=(0.5,)
+  )
+  switches = generator.switch_points(jax.random.key(4), 20_000, 12)
+  # P(max(1, round X) = a) of an exponential, then the renewal recursion.
+  survival = stats.expon(scale=2).sf
+  lengths = [1 - survival(1.5)] + [
+    survival(a - 0.5) - survival(a + 0.5) for a in range(2, 12)
+  ]
+  starts = [1.0]
+  for time in range(1, 12):
+    starts.append(
+      sum(starts[time - a] * lengths[a - 1] for a in range(1, time + 1))
+    )
+  _assert_frequencies(switches, np.array([0.0, *starts[1:]]))
+
+
+@pytest.mark.parametrize('value', [0.0, 0.2, -3.0])
+def test_segment_length_rounded_to_zero_becomes_one(value):
+  generator = _make(
+    'random_shift', shift_distribution='constant', shift_parameters=(value,)
+  )
+  switches = generator.switch_points(jax.random.key(5), 2, 6)
+  np.testing.assert_array_equal(switches, [[False] + 5 * [True]] * 2)
+
+
+def test_segment_length_beyond_any_integer_is_one_segment():
+  generator = _make(
+    'random_shift', shift_distribution='constant', shift_parameters=(1e30,)
+  )
+  assert not generator.switch_points(jax.random.key(6), 2, 6).any()
+
+
+def test_regular_shift_switches_every_period():
+  switches = _make('regular_shift').switch_points(jax.random.key(7), 2, 12)
+  np.testing.assert_array_equal(np.flatnonzero(switches[1]), [5, 10])
+
+
+def test_static_never_switches():
+  assert not _make('static').switch_points(jax.random.key(8), 3, 50).any()
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_parameters_change_exactly_at_the_switching_points(name):
+  generator, rng = _make(name), jax.random.key(9)
+  _, parameters = generator.sample(rng, 16, 32)
+  changes = np.any(np.diff(parameters, axis=1) != 0, axis=-1)
+  switches = np.asarray(generator.switch_points(rng, 16, 32))
+  np.testing.assert_array_equal(changes, switches[:, 1:])
+  assert not switches[:, 0].any()
+
+
+@pytest.mark.parametrize('name', ['ptw', 'lin', 'random_shift'])
+def test_every_sequence_has_its_own_switching_points(name):
+  # A PTW sequence has no switch at all with probability 1/2, so 64 agree by
+  # chance with probability 2^-64.
+  switches = _make(name).switch_points(jax.random.key(10), 64, 64)
+  assert len(np.unique(switches, axis=0)) > 1
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_sequences_of_a_batch_are_independent(name):
+  # Symbols at the same time of neighbours, of which half are expected to agree.
+  batch, _ = _make(name).sample(jax.random.key(11), 20_000, 3)
+  agree = np.asarray(jnp.argmax(batch[::2], -1) == jnp.argmax(batch[1::2], -1))
+  _assert_frequencies(agree, np.full(3, 0.5))
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_a_slice_of_the_keys_gives_that_slice_of_the_batch(name):
+  generator, rng = _make(name), jax.random.key(12)
+  batch, parameters = generator.sample(rng, 8, 16)
+  keys = jax.random.split(rng, 8)
+  some_batch, some_parameters = generator.sample_from_keys(keys[2:5], 16)
+  np.testing.assert_array_equal(batch[2:5], some_batch)
+  np.testing.assert_array_equal(parameters[2:5], some_parameters)
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_sampling_is_pure_and_jits(name):
+  generator = _make(name)
+  sample = jax.jit(generator.sample, static_argnums=(1, 2))
+  first = sample(jax.random.key(13), 4, 16)
+  np.testing.assert_array_equal(
+    first[0], generator.sample(jax.random.key(13), 4, 16)[0]
+  )
+  assert np.any(first[0] != sample(jax.random.key(14), 4, 16)[0])
+  assert first[0].shape == first[1].shape == (4, 16, 2)
+  assert first[0].dtype == first[1].dtype == jnp.float32
+
+
+@pytest.mark.parametrize('alpha', [(0.5, 0.5), (3.0, 1.0), (0.5, 2.0, 2.0)])
+def test_parameters_follow_the_configured_dirichlet(alpha):
+  _, parameters = _make('ptw', alpha).sample(jax.random.key(15), 20_000, 2)
+  truth = stats.beta(alpha[0], sum(alpha[1:]))
+  test = stats.kstest(np.asarray(parameters[:, 1, 0], float), truth.cdf)
+  assert test.pvalue > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize('alpha', [(0.5, 0.5), (1.0, 2.0, 3.0)])
+def test_symbols_have_the_probabilities_of_their_parameters(alpha):
+  batch, parameters = _make('lin', alpha).sample(jax.random.key(16), 5_000, 8)
+  surplus = np.asarray(batch - parameters, float).reshape(-1, len(alpha))
+  # A martingale difference: standardised means are normal.
+  z = surplus.mean(axis=0) / surplus.std(axis=0) * np.sqrt(len(surplus))
+  assert np.all(np.abs(z) < stats.norm.isf(FALSE_ALARM_RATE / 2 / len(alpha)))
+
+
+def test_symbols_parameters_and_switches_use_different_keys():
+  # With one key for all, low uniforms would mean both a switch and a symbol 0.
+  batch, _ = _make('lin').sample(jax.random.key(17), 20_000, 2)
+  switches = _make('lin').switch_points(jax.random.key(17), 20_000, 2)
+  zeros = np.asarray(batch[:, 1, 0] * switches[:, 1])
+  _assert_frequencies(zeros[:, None], np.array([0.25]))
+
+
+@pytest.mark.parametrize(
+  ('iid', 'prior', 'parameters'),
+  [
+    (distributions.Exponential(), distributions.Gamma(), (2.0, 1.0)),
+    (distributions.Gaussian(), distributions.Uniform(2), (1.0, 2.0, 2.0, 3.0)),
+    (distributions.Beta(), distributions.Gamma(2), (1.0, 2.0, 1.0, 3.0)),
+    (distributions.Uniform(), distributions.Constant(2), (0.0, 1.0)),
+    (distributions.Categorical(3), distributions.Constant(3), (0.2, 0.3, 0.5)),
+    (distributions.Lomax(2), distributions.Exponential(4), (1.0,) * 4),
+  ],
+)
+def test_any_distributions_that_fit_make_a_source(iid, prior, parameters):
+  generator = trajectory_generators.PTWGenerator(iid, prior, parameters)
+  batch, sampled = generator.sample(jax.random.key(18), 3, 8)
+  assert batch.shape == (3, 8, iid.feature_size)
+  assert sampled.shape == (3, 8, iid.parameter_size)
+  iid.check_parameters('sampled', sampled)
+  assert np.all(np.isfinite(iid.log_density(batch, sampled)))
+
+
+@pytest.mark.parametrize(
+  ('iid', 'prior', 'parameters', 'message'),
+  [
+    (
+      distributions.Categorical(3),
+      distributions.Dirichlet(2),
+      (0.5, 0.5),
+      'feature_size 2, but categorical with feature_size 3 takes 3',
+    ),
+    (
+      distributions.Categorical(2),
+      distributions.Gamma(2),
+      (1.0,) * 4,
+      'gamma does not draw probabilities',
+    ),
+    (
+      distributions.Categorical(2),
+      distributions.Constant(2),
+      (0.5, 0.6),
+      'sum to 1',
+    ),
+    (
+      distributions.Exponential(),
+      distributions.Gaussian(),
+      (0.0, 1.0),
+      'exponential cannot take',
+    ),
+    (
+      distributions.Uniform(),
+      distributions.Uniform(2),
+      (0.0, 1.0, 2.0, 3.0),
+      'uniform cannot take',
+    ),
+    (
+      distributions.Categorical(2),
+      distributions.Dirichlet(2),
+      (0.5, -1.0),
+      'parameter_distribution_params',
+    ),
+  ],
+)
+def test_distributions_that_do_not_fit_are_refused(
+  iid, prior, parameters, message
+):
+  with pytest.raises(ValueError, match=message):
+    trajectory_generators.StaticGenerator(iid, prior, parameters)
+
+
+@pytest.mark.parametrize(
+  ('name', 'kwargs', 'message'),
+  [
+    ('regular_shift', {'shift_period': 0}, 'shift_period is 0'),
+    (
+      'random_shift',
+      {'shift_distribution': 'gama', 'shift_parameters': (1.0, 1.0)},
+      "did you mean 'gamma'",
+    ),
+    (
+      'random_shift',
+      {'shift_distribution': 'gamma', 'shift_parameters': (1.0,)},
+      'shift_parameters',
+    ),
+    (
+      'random_shift',
+      {'shift_distribution': 'dirichlet', 'shift_parameters': (1.0, 1.0)},
+      'a length is one number',
+    ),
+    ('ptw', {'depth': -1}, 'depth is -1'),
+  ],
+)
+def test_wrong_arguments_are_named(name, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    _make(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'seq_length', 'message'),
+  [
+    (0, 4, 'batch_size is 0'),
+    (2, 0, 'seq_length is 0'),
+    (2, 9, 'depth 3 holds 8 symbols'),
+  ],
+)
+def test_wrong_sizes_are_named(batch_size, seq_length, message):
+  with pytest.raises(ValueError, match=message):
+    _make('ptw', depth=3).sample(jax.random.key(0), batch_size, seq_length)
+
+
+def test_other_name_of_the_ptw_source():
+  registry = trajectory_generators.TRAJECTORY_GENERATORS
+  assert registry['iid_ptw_cat'] is registry['ptw']

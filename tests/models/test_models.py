@@ -1,0 +1,245 @@
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nonstationary_mbml.models import basic
+from nonstationary_mbml.models import positional_encodings
+from nonstationary_mbml.models import stack_rnn
+from nonstationary_mbml.models import transformer
+
+
+def _apply(model, inputs):
+  transformed = hk.transform(model)
+  params = transformed.init(jax.random.key(0), inputs)
+  return params, lambda x: transformed.apply(params, None, x)
+
+
+def test_mlp_maps_the_last_axis():
+  inputs = jax.random.normal(jax.random.key(1), (4, 5, 3))
+  params, apply = _apply(basic.make_mlp(2, (7, 6)), inputs)
+  assert apply(inputs).shape == (4, 5, 2)
+  assert [layer['w'].shape for layer in params.values()] == [
+    (3, 7),
+    (7, 6),
+    (6, 2),
+  ]
+  np.testing.assert_allclose(
+    apply(inputs)[1, 2], apply(inputs[1, 2]), atol=1e-6
+  )
+
+
+def test_cnn_sees_the_last_kernel_size_to_the_layers_symbols():
+  inputs = jax.random.normal(jax.random.key(1), (1, 20, 3))
+  _, apply = _apply(basic.make_cnn(2, (8, 8), kernel_size=3), inputs)
+  changed = apply(inputs.at[:, 5].add(1.0))
+  differs = np.any(np.abs(changed - apply(inputs)) > 1e-6, axis=(0, 2))
+  np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(5, 14))
+
+
+@pytest.mark.parametrize('encoding', ['NONE', 'SIN_COS', 'ALIBI', 'RELATIVE'])
+def test_transformer_is_causal(encoding):
+  inputs = jax.random.normal(jax.random.key(1), (1, 9, 3))
+  model = transformer.make_transformer_encoder(
+    2,
+    embedding_dim=8,
+    num_heads=2,
+    num_layers=2,
+    positional_encodings=encoding,
+  )
+  _, apply = _apply(model, inputs)
+  changed = apply(inputs.at[:, 4].add(1.0))
+  differs = np.any(np.abs(changed - apply(inputs)) > 1e-5, axis=(0, 2))
+  np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(4, 9))
+
+
+@pytest.mark.parametrize('encoding', ['SIN_COS', 'ALIBI', 'RELATIVE'])
+def test_transformer_with_positions_tells_the_order_of_the_past(encoding):
+  inputs = jax.random.normal(jax.random.key(1), (1, 4, 3))
+  swapped = inputs[:, jnp.array([1, 0, 2, 3])]
+
+  def difference(encoding):
+    model = transformer.make_transformer_encoder(
+      2,
+      embedding_dim=8,
+      num_heads=2,
+      num_layers=1,
+      emb_init_scale=1.0,
+      positional_encodings=encoding,
+    )
+    _, apply = _apply(model, inputs)
+    return np.abs(apply(inputs) - apply(swapped))[0, -1].max()
+
+  assert difference('NONE') < 1e-6
+  assert difference(encoding) > 1e-4
+
+
+def test_transformer_sizes_follow_its_config():
+  inputs = jnp.zeros((1, 4, 3))
+  model = transformer.make_transformer_encoder(
+    2,
+    embedding_dim=8,
+    num_heads=2,
+    num_layers=1,
+    num_hiddens_per_head=5,
+    widening_factor=3,
+  )
+  params, _ = _apply(model, inputs)
+  shapes = {
+    name.split('/', 1)[1]: layer['w'].shape
+    for name, layer in params.items()
+    if 'w' in layer and '/' in name
+  }
+  assert shapes == {
+    '~_embed/embedding': (3, 8),
+    'attention_0/query': (8, 10),
+    'attention_0/key': (8, 10),
+    'attention_0/value': (8, 10),
+    'attention_0/output': (10, 8),
+    'mlp_0/~/linear_0': (8, 24),
+    'mlp_0/~/linear_1': (24, 8),
+  }
+
+
+def test_sinusoids_are_the_formula():
+  waves = positional_encodings.sinusoids(np.arange(4), 6, max_timescale=100.0)
+  for position in range(4):
+    for pair in range(3):
+      angle = position / 100 ** (2 * pair / 6)
+      np.testing.assert_allclose(
+        waves[position, 2 * pair : 2 * pair + 2],
+        [np.sin(angle), np.cos(angle)],
+      )
+
+
+def test_sinusoids_of_a_prefix_are_those_of_the_whole():
+  np.testing.assert_array_equal(
+    positional_encodings.sinusoids(np.arange(3), 5),
+    positional_encodings.sinusoids(np.arange(9), 5)[:3],
+  )
+
+
+@pytest.mark.parametrize(
+  ('num_heads', 'slopes'),
+  [
+    (1, [2.0**-8]),
+    (8, [2.0**-h for h in range(1, 9)]),
+    (3, [2.0**-4, 2.0**-8, 2.0**-2]),
+  ],
+)
+def test_alibi_slopes_are_the_papers(num_heads, slopes):
+  np.testing.assert_allclose(
+    positional_encodings.alibi_slopes(num_heads), slopes
+  )
+
+
+def test_alibi_bias_grows_with_the_distance():
+  bias = positional_encodings.alibi_bias(2, 4)
+  for head, slope in enumerate((2.0**-4, 2.0**-8)):
+    for query in range(4):
+      for key in range(query + 1):
+        assert bias[head, query, key] == -slope * (query - key)
+
+
+def test_relative_logits_are_the_formula():
+  seq_length, num_heads, size = 5, 2, 3
+  rng = jax.random.split(jax.random.key(2))
+  query, key = (
+    jax.random.normal(r, (1, seq_length, num_heads, size)) for r in rng
+  )
+  transformed = hk.transform(
+    lambda q, k: positional_encodings.RelativePositions()(q, k)
+  )
+  params = transformed.init(jax.random.key(0), query, key)
+  logits = transformed.apply(params, None, query, key)
+  own = params['relative_positions']
+  u, v = np.asarray(own['content_bias']), np.asarray(own['position_bias'])
+  w = np.asarray(params['relative_positions/position_key']['w'])
+  waves = positional_encodings.sinusoids(np.arange(5), num_heads * size)
+  keys = (waves @ w).reshape(seq_length, num_heads, size)
+  for head in range(num_heads):
+    for i in range(seq_length):
+      for j in range(i + 1):
+        q = np.asarray(query)[0, i, head]
+        expected = (q + u[head]) @ np.asarray(key)[0, j, head]
+        expected += (q + v[head]) @ keys[i - j, head]
+        np.testing.assert_allclose(logits[0, head, i, j], expected, atol=1e-5)
+
+
+def _stack_step(params, inputs, state):
+  """One step of a Stack-RNN with a vanilla RNN, stack by stack, in NumPy."""
+  stacks, hidden = np.asarray(state.stacks), np.asarray(state.inner)
+  n_stacks, size, _ = stacks.shape
+
+  def linear(name, x):
+    layer = params[f'stack_rnn_core/{name}']
+    return x @ np.asarray(layer['w']) + np.asarray(layer.get('b', 0))
+
+  tops = stacks[:, 0].reshape(-1)
+  inputs = np.concatenate([inputs, tops])
+  inner = params['stack_rnn_core/~/vanilla_rnn/hidden_to_hidden']
+  hidden = np.maximum(
+    linear('~/vanilla_rnn/input_to_hidden', inputs)
+    + hidden @ np.asarray(inner['w'])
+    + np.asarray(inner.get('b', 0)),
+    0,
+  )
+  pushed = linear('push', hidden).reshape(n_stacks, -1)
+  actions = linear('actions', hidden).reshape(n_stacks, 3)
+  new = np.zeros_like(stacks)
+  for stack in range(n_stacks):
+    exps = np.exp(actions[stack])
+    push, pop, noop = exps / exps.sum()
+    for cell in range(size):
+      above = pushed[stack] if cell == 0 else stacks[stack, cell - 1]
+      below = 0 if cell == size - 1 else stacks[stack, cell + 1]
+      new[stack, cell] = push * above + pop * below + noop * stacks[stack, cell]
+  return hidden, new
+
+
+def test_stack_rnn_is_the_papers_recursion():
+  transformed = hk.transform(
+    lambda x, state: stack_rnn.StackRNNCore(
+      3, stack_size=4, n_stacks=2, hidden_size=5
+    )(x, state)
+  )
+  inputs = jax.random.normal(jax.random.key(3), (6, 2))
+  empty = stack_rnn.StackState(jnp.zeros((2, 4, 3)), jnp.zeros(5))
+  params = transformed.init(jax.random.key(0), inputs[0], empty)
+  # Larger weights than initial ones, so that the stacks fill.
+  params = jax.tree.map(lambda w: 3 * w, params)
+  state = empty
+  for symbol in inputs:
+    hidden, stacks = _stack_step(params, np.asarray(symbol), state)
+    outputs, state = transformed.apply(params, None, symbol, state)
+    np.testing.assert_allclose(outputs, hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.stacks, stacks, rtol=1e-4, atol=1e-5)
+
+
+def test_each_stack_has_a_softmax_of_its_own():
+  """Constant pushes of ones: all weight of each stack adds to one."""
+  transformed = hk.transform(
+    lambda x, state: stack_rnn.StackRNNCore(
+      1, stack_size=2, n_stacks=3, hidden_size=4
+    )(x, state)
+  )
+  ones = stack_rnn.StackState(jnp.ones((3, 2, 1)), jnp.zeros(4))
+  params = transformed.init(jax.random.key(0), jnp.ones(2), ones)
+  params = dict(params)
+  push = params['stack_rnn_core/push']
+  params['stack_rnn_core/push'] = {
+    'w': jnp.zeros_like(push['w']),
+    'b': jnp.ones_like(push['b']),
+  }
+  _, state = transformed.apply(params, None, jnp.ones(2), ones)
+  np.testing.assert_allclose(state.stacks[:, 0], 1, rtol=1e-6)
+
+
+def test_models_compute_in_the_dtype_of_the_batch(x64):
+  inputs = jnp.zeros((1, 4, 3), jnp.float32)
+  model = transformer.make_transformer_encoder(
+    2, embedding_dim=8, num_heads=2, positional_encodings='RELATIVE'
+  )
+  _, apply = _apply(model, inputs)
+  assert apply(inputs).dtype == jnp.float32

@@ -1,0 +1,162 @@
+"""Slow float64 truths, by enumeration, that share no code with what they test.
+
+Symbols are integers, sequences tuples of them, probabilities Python floats.
+A partition is the tuple of its segments' lengths.
+"""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+
+Partition = tuple[int, ...]
+
+
+def one_hot(sequences, alphabet_size, dtype=np.float64):
+  """Returns `[B, T, K]`."""
+  return np.eye(alphabet_size, dtype=dtype)[np.asarray(sequences)]
+
+
+def all_sequences(alphabet_size, seq_length):
+  """Returns every sequence, `[K^T, T]`."""
+  return np.array(
+    list(itertools.product(range(alphabet_size), repeat=seq_length))
+  )
+
+
+@functools.cache
+def kt_probability(symbols, prior):
+  """Probability of a whole segment, from the Dirichlet-multinomial formula."""
+  log_probability = math.lgamma(sum(prior)) - math.lgamma(
+    sum(prior) + len(symbols)
+  )
+  for symbol, concentration in enumerate(prior):
+    count = symbols.count(symbol)
+    log_probability += math.lgamma(concentration + count) - math.lgamma(
+      concentration
+    )
+  return math.exp(log_probability)
+
+
+@functools.cache
+def ptw_partitions(depth):
+  """All binary temporal partitions of 2^depth symbols: {partition: prior}."""
+  if depth == 0:
+    return {(1,): 1.0}
+  halves = ptw_partitions(depth - 1)
+  partitions = {(2**depth,): 0.5}
+  for left, left_prior in halves.items():
+    for right, right_prior in halves.items():
+      partitions[left + right] = 0.5 * left_prior * right_prior
+  return partitions
+
+
+@functools.cache
+def hazard_partitions(seq_length, hazard):
+  """All partitions when a segment ends after its a-th symbol with hazard(a).
+
+  The last segment may go on, so its end is not counted.
+  """
+  partitions = {}
+  for ends in itertools.product((False, True), repeat=seq_length - 1):
+    prior, length, lengths = 1.0, 0, []
+    for end in ends:
+      length += 1
+      prior *= hazard(length) if end else 1 - hazard(length)
+      if end:
+        lengths.append(length)
+        length = 0
+    partitions[(*lengths, length + 1)] = prior
+  return partitions
+
+
+def lin_hazard(run_length):
+  """Willems, 1996."""
+  return 1 / (2 * run_length)
+
+
+def mixture_probability(symbols, partitions, prior):
+  """Probability of symbols, or of a first part of the partitioned ones."""
+  total = 0.0
+  for partition, weight in partitions.items():
+    probability, start = weight, 0
+    for length in partition:
+      segment = symbols[start : start + length]
+      if segment:
+        probability *= kt_probability(segment, prior)
+      start += length
+    total += probability
+  return total
+
+
+def mixture_predictions(sequences, partitions, prior):
+  """Log predictions of symbols 1, ..., T given those before, `[B, T, K]`."""
+  cache = {}
+
+  def probability(symbols):
+    if symbols not in cache:
+      cache[symbols] = mixture_probability(symbols, partitions, prior)
+    return cache[symbols]
+
+  predictions = np.empty((*np.shape(sequences), len(prior)))
+  for row, sequence in enumerate(np.asarray(sequences).tolist()):
+    for time in range(len(sequence)):
+      past = tuple(sequence[:time])
+      for symbol in range(len(prior)):
+        joint = probability((*past, symbol))
+        predictions[row, time, symbol] = math.log(joint / probability(past))
+  return predictions
+
+
+def run_length_log_domain(symbols, prior, hazard):
+  """Log predictions `[T, K]` after each symbol, in O(T^2), all in logs.
+
+  The recursion over the start of the current segment, for sequences too long
+  to enumerate.
+  """
+  prior = np.asarray(prior, float)
+  log_weights = np.zeros(1)
+  counts = np.zeros((1, len(prior)))
+  predictions = []
+  for symbol in symbols:
+    log_kt = np.log(counts[:, symbol] + prior[symbol]) - np.log(
+      counts.sum(axis=1) + prior.sum()
+    )
+    ends = np.array([hazard(1 + n) for n in counts.sum(axis=1)])
+    joint = log_weights + log_kt
+    with np.errstate(divide='ignore'):
+      log_weights = np.append(
+        joint + np.log1p(-ends), np.logaddexp.reduce(joint + np.log(ends))
+      )
+    log_weights -= np.logaddexp.reduce(log_weights)
+    counts[:, symbol] += 1
+    counts = np.vstack([counts, np.zeros(len(prior))])
+    log_kts = np.log(counts + prior) - np.log(
+      counts.sum(axis=1, keepdims=True) + prior.sum()
+    )
+    predictions.append(
+      np.logaddexp.reduce(log_weights[:, None] + log_kts, axis=0)
+    )
+  return np.array(predictions)
+
+
+def ptw_switch_probability(depth, time):
+  """P(a new segment starts at `time`): its block and all ancestors split."""
+  trailing_zeros = (time & -time).bit_length() - 1
+  return 0.5 ** (depth - trailing_zeros)
+
+
+def lin_switch_probabilities(seq_length):
+  """P(a new segment starts at t) for t < T, by the renewal recursion."""
+  lengths = []  # P(a segment has length a).
+  survival = 1.0
+  for age in range(1, seq_length):
+    lengths.append(survival * lin_hazard(age))
+    survival *= 1 - lin_hazard(age)
+  starts = [1.0]
+  for time in range(1, seq_length):
+    starts.append(
+      sum(starts[time - age] * lengths[age - 1] for age in range(1, time + 1))
+    )
+  return np.array([0.0, *starts[1:]])

@@ -1,0 +1,243 @@
+import copy
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
+from nonstationary_mbml import train
+
+SMALL_TRANSFORMER = {'embedding_dim': 8, 'num_layers': 2, 'num_heads': 2}
+STATEFUL = {
+  'lstm': ('lstm', {'hidden_size': 8}),
+  'vanilla_rnn': ('rnn', {'core': 'vanilla_rnn', 'hidden_size': 8}),
+  'gru': ('rnn', {'core': 'gru', 'hidden_size': 8}),
+  'haiku_class': ('rnn', {'core': hk.GRU, 'hidden_size': 8}),
+  'with_mlps': (
+    'rnn',
+    {'hidden_size': 8, 'before_mlp_layers': (6,), 'after_mlp_layers': (6, 5)},
+  ),
+  'stack_rnn': (
+    'stack_rnn',
+    {'hidden_size': 8, 'stack_cell_size': 3, 'stack_size': 5, 'n_stacks': 2},
+  ),
+  'stack_lstm': ('stack_rnn', {'hidden_size': 8, 'inner_core': 'lstm'}),
+}
+STATELESS = {
+  'transformer': ('transformer', SMALL_TRANSFORMER),
+  'no_positions': (
+    'transformer',
+    {**SMALL_TRANSFORMER, 'positional_encodings': 'NONE'},
+  ),
+  'alibi': (
+    'transformer',
+    {**SMALL_TRANSFORMER, 'positional_encodings': 'ALIBI'},
+  ),
+  'relative': (
+    'transformer',
+    {**SMALL_TRANSFORMER, 'positional_encodings': 'RELATIVE'},
+  ),
+  'attention_window': (
+    'transformer',
+    {**SMALL_TRANSFORMER, 'attention_window': 3},
+  ),
+  'sliding_window': (
+    'sliding_window_transformer',
+    {**SMALL_TRANSFORMER, 'context_length': 4},
+  ),
+}
+ALL = {**STATEFUL, **STATELESS}
+
+
+def _build(name):
+  model_type, kwargs = ALL[name]
+  return predictor_factories.PREDICTOR_FACTORIES[model_type](2, kwargs)
+
+
+def _batch(batch_size=3, seq_length=11):
+  symbols = np.random.default_rng(0).integers(2, size=(batch_size, seq_length))
+  return jnp.eye(2)[symbols]
+
+
+def _init(predictor, batch):
+  return predictor.init_params(jax.random.key(0), batch, None)
+
+
+def _unroll(predictor):
+  return jax.jit(
+    lambda params, batch, state=None: predictor.unroll(
+      params, None, batch, state
+    )
+  )
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_predictions_of_a_prefix_are_those_of_the_whole(name):
+  predictor, batch = _build(name), _batch()
+  params = _init(predictor, batch)
+  whole, _ = _unroll(predictor)(params, batch)
+  assert whole.shape == batch.shape
+  for length in (1, 6):
+    prefix, _ = _unroll(predictor)(params, batch[:, :length])
+    np.testing.assert_allclose(prefix, whole[:, :length], atol=2e-5)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_predictions_do_not_depend_on_the_rest_of_the_batch(name):
+  predictor, batch = _build(name), _batch()
+  params = _init(predictor, batch)
+  whole, _ = _unroll(predictor)(params, batch)
+  changed, _ = _unroll(predictor)(params, batch.at[0].set(1 - batch[0]))
+  np.testing.assert_allclose(changed[1:], whole[1:], atol=2e-5)
+  assert np.max(np.abs(changed[0] - whole[0])) > 1e-3
+
+
+@pytest.mark.parametrize('name', STATEFUL)
+def test_chunks_with_the_state_carried_equal_the_whole(name):
+  predictor, batch = _build(name), _batch()
+  params = _init(predictor, batch)
+  whole, final_state = _unroll(predictor)(params, batch)
+  first, state = _unroll(predictor)(params, batch[:, :4])
+  second, state = _unroll(predictor)(params, batch[:, 4:], state)
+  np.testing.assert_allclose(
+    np.concatenate([first, second], axis=1), whole, atol=2e-5
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+    state,
+    final_state,
+  )
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_three_steps_lower_the_loss_on_a_fixed_batch(name):
+  predictor, batch = _build(name), _batch(4, 8)
+  params = _init(predictor, batch)
+  optimizer = optax.adam(1e-2)
+  opt_state = optimizer.init(params)
+
+  @jax.jit
+  def step(params, opt_state):
+    loss, grads, _ = train.loss_and_grads(predictor, params, None, batch, None)
+    updates, opt_state = optimizer.update(grads, opt_state)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+  losses = []
+  for _ in range(4):
+    params, opt_state, loss = step(params, opt_state)
+    losses.append(float(loss))
+  assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_factory_leaves_its_kwargs_as_they_are(name):
+  model_type, kwargs = ALL[name]
+  before = copy.deepcopy(kwargs)
+  for _ in range(2):  # The second build has to work as the first did.
+    predictor = predictor_factories.PREDICTOR_FACTORIES[model_type](2, kwargs)
+    assert isinstance(predictor, predictors.Predictor)
+  assert kwargs == before
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training():
+  kwargs = {**SMALL_TRANSFORMER, 'dropout_prob': 0.5}
+  predictor = predictor_factories.PREDICTOR_FACTORIES['transformer'](2, kwargs)
+  batch = _batch()
+  params = _init(predictor, batch)
+
+  def predict(rng):
+    return np.asarray(predictor.unroll(params, rng, batch)[0])
+
+  without = predictor_factories.PREDICTOR_FACTORIES['transformer'](
+    2, {**kwargs, 'dropout_prob': 0.0}
+  )
+  expected = np.asarray(without.unroll(params, None, batch)[0])
+  np.testing.assert_array_equal(predict(None), expected)
+  first, second = jax.random.split(jax.random.key(1))
+  assert np.any(predict(first) != expected)
+  assert np.any(predict(first) != predict(second))
+  np.testing.assert_array_equal(predict(first), predict(first))
+
+
+def test_sliding_window_predicts_each_window_from_its_own_symbols():
+  predictor, batch = _build('sliding_window'), _batch(3, 11)
+  params = _init(predictor, batch)
+  whole, _ = _unroll(predictor)(params, batch)
+  for begin in (0, 4, 8):
+    alone, _ = _unroll(predictor)(params, batch[:, begin : begin + 4])
+    np.testing.assert_allclose(whole[:, begin : begin + 4], alone, atol=2e-5)
+
+
+def test_attention_window_forgets_what_lies_before_it():
+  kwargs = {**SMALL_TRANSFORMER, 'num_layers': 1, 'attention_window': 3}
+  predictor = predictor_factories.PREDICTOR_FACTORIES['transformer'](2, kwargs)
+  batch = _batch(1, 8)
+  params = _init(predictor, batch)
+  before, _ = predictor.unroll(params, None, batch)
+  changed, _ = predictor.unroll(
+    params, None, batch.at[:, 2].set(1 - batch[:, 2])
+  )
+  differs = np.any(np.abs(changed - before) > 1e-6, axis=(0, 2))
+  assert differs.tolist() == [False, False, True, True, True] + 3 * [False]
+
+
+@pytest.mark.parametrize('name', ['LSTM', 'Stack_RNN', 'TRANSFORMER'])
+def test_model_type_in_any_case_of_letters(name):
+  registry = predictor_factories.PREDICTOR_FACTORIES
+  assert registry[name] is registry[name.lower()]
+
+
+@pytest.mark.parametrize(
+  ('model_type', 'kwargs', 'message'),
+  [
+    ('lstn', {}, "model_type 'lstn' is not one of .*did you mean 'lstm'"),
+    ('rnn', {'core': 'gruu'}, "core 'gruu' is not one of .*mean 'gru'"),
+    ('rnn', {'core': 3}, 'core 3 is neither'),
+    ('rnn', {'hidden_sise': 3}, "no 'hidden_sise'.*mean 'hidden_size'"),
+    ('rnn', {'hidden_size': 0}, 'hidden_size is 0'),
+    ('rnn', {'before_mlp_layers': (0,)}, 'before_mlp_layers is 0'),
+    ('lstm', {'stack_size': 3}, "no 'stack_size'"),
+    ('lstm', {'core': 'gru'}, "core 'gru' contradicts model_type 'lstm'"),
+    ('stack_rnn', {'n_stacks': 0}, 'n_stacks is 0'),
+    ('stack_rnn', {'inner_core': 'stack_rnn'}, 'inner_core stack_rnn'),
+    ('transformer', {'num_heads': 7}, 'embedding_dim 64 .* num_heads 7'),
+    (
+      'transformer',
+      {'positional_encodings': 'SINCOS'},
+      "positional_encodings 'SINCOS' is not one of .*'SIN_COS'",
+    ),
+    (
+      'transformer',
+      {'positional_encodings_params': {'max_time': 5}},
+      "SIN_COS has no 'max_time'",
+    ),
+    ('transformer', {'embedding_size': 8}, "no 'embedding_size'"),
+    ('transformer', {'dropout_prob': 1.0}, 'dropout_prob is 1.0'),
+    ('transformer', {'attention_window': 0}, 'attention_window is 0'),
+    ('sliding_window_transformer', {}, 'needs context_length'),
+    (
+      'sliding_window_transformer',
+      {'context_length': 0},
+      'context_length is 0',
+    ),
+  ],
+)
+def test_wrong_architectures_are_named(model_type, kwargs, message):
+  config = base_config.ModelConfig(
+    model_type=model_type, architecture_kwargs=kwargs
+  )
+  with pytest.raises(ValueError, match=message):
+    predictor_factories.build_predictor(config, 2)
+
+
+def test_heads_must_divide_the_features_that_stand_for_embeddings():
+  predictor = predictor_factories.PREDICTOR_FACTORIES['transformer'](
+    2, {'use_embeddings': False, 'num_heads': 4}
+  )
+  with pytest.raises(ValueError, match='feature size 2 .* num_heads 4'):
+    _init(predictor, _batch())

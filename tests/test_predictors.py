@@ -1,0 +1,174 @@
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import live_and_die_predictors
+from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml.models import basic
+from nonstationary_mbml.tests import oracles
+
+BAYES = {
+  'kt': predictors.OptimalCategoricalPredictor(),
+  'ptw': ptw_predictors.PTWPredictor(6),
+  'lad': live_and_die_predictors.LADPredictor(),
+}
+
+
+def _random_batch(batch_size, seq_length, alphabet_size=2, seed=0):
+  rng = np.random.default_rng(seed)
+  symbols = rng.integers(alphabet_size, size=(batch_size, seq_length))
+  return jnp.asarray(oracles.one_hot(symbols, alphabet_size))
+
+
+@pytest.mark.parametrize('prior', [(0.5, 0.5), (3.0, 0.2)])
+def test_kt_equals_the_dirichlet_multinomial(x64, prior):
+  sequences = oracles.all_sequences(2, 6)
+  truth = oracles.mixture_predictions(sequences, {(6,): 1.0}, prior)
+  predictions, _ = predictors.OptimalCategoricalPredictor(prior).unroll(
+    {}, None, jnp.asarray(oracles.one_hot(sequences, 2))
+  )
+  np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
+
+
+def test_kt_counts_do_not_overflow():
+  predictions, _ = BAYES['kt'].unroll(
+    {}, None, jnp.tile(jnp.eye(2)[0], (1, 70_000, 1))
+  )
+  np.testing.assert_allclose(
+    np.exp(predictions[0, -1, 1]), 0.5 / 70_001, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_bayes_predictions_are_normalised(x64, name):
+  predictions, _ = BAYES[name].unroll({}, None, _random_batch(3, 50))
+  np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize('name', BAYES)
+@pytest.mark.parametrize('alphabet_size', [2, 3])
+def test_bayes_predictions_of_a_prefix_are_those_of_the_whole(
+  x64, name, alphabet_size
+):
+  batch = _random_batch(3, 50, alphabet_size)
+  whole, _ = BAYES[name].unroll({}, None, batch)
+  for length in (1, 16, 33):
+    prefix, _ = BAYES[name].unroll({}, None, batch[:, :length])
+    np.testing.assert_allclose(prefix, whole[:, :length], atol=1e-12)
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_bayes_predictions_do_not_depend_on_the_rest_of_the_batch(x64, name):
+  batch = _random_batch(5, 20)
+  whole, _ = BAYES[name].unroll({}, None, batch)
+  alone, _ = BAYES[name].unroll({}, None, batch[3:4])
+  np.testing.assert_allclose(alone, whole[3:4], atol=1e-12)
+
+
+@pytest.mark.parametrize('name', BAYES)
+@pytest.mark.parametrize('chunk_length', [1, 16, 21])
+def test_bayes_chunks_equal_the_whole(x64, name, chunk_length):
+  batch = _random_batch(3, 50)
+  state = BAYES[name].initial_state({}, None, 3)
+  whole, _ = BAYES[name].unroll({}, None, batch, state)
+  chunks, _ = predictors.unroll_in_chunks(
+    BAYES[name], {}, None, batch, state, chunk_length
+  )
+  np.testing.assert_allclose(chunks, whole, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_bayes_computes_in_the_dtype_of_the_batch(x64, name):
+  for dtype in (jnp.float32, jnp.float64):
+    predictions, _ = BAYES[name].unroll(
+      {}, None, _random_batch(1, 5).astype(dtype)
+    )
+    assert predictions.dtype == dtype
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_bayes_state_can_be_jitted_and_scanned(x64, name):
+  predictor, batch = BAYES[name], _random_batch(2, 12)
+  whole, _ = predictor.unroll({}, None, batch)
+
+  @jax.jit
+  def continued(batch):
+    first, state = predictor.unroll({}, None, batch[:, :5])
+    second, _ = predictor.unroll({}, None, batch[:, 5:], state)
+    return jnp.concatenate([first, second], axis=1)
+
+  np.testing.assert_allclose(continued(batch), whole, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_bayes_predictors_have_no_parameters(name):
+  assert BAYES[name].init_params(jax.random.key(0), None, None) == {}
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_alphabet_of_the_batch_must_be_that_of_the_predictor(name):
+  predictor = type(BAYES[name])(
+    **({'depth': 3} if name == 'ptw' else {}), alphabet_size=2
+  )
+  with pytest.raises(ValueError, match='3 symbols, but alphabet_size is 2'):
+    predictor.unroll({}, None, _random_batch(1, 4, 3))
+
+
+@pytest.mark.parametrize('shape', [(3, 2), (2, 0, 2), (0, 3, 2)])
+def test_batch_of_wrong_shape_is_refused(shape):
+  with pytest.raises(ValueError, match='it must be'):
+    BAYES['kt'].unroll({}, None, jnp.zeros(shape))
+
+
+def _lstm():
+  return predictors.RNNPredictor(basic.make_rnn(2, hk.LSTM, hidden_size=5))
+
+
+def test_rnn_initialises_with_any_batch_size():
+  for batch_size in (1, 7):
+    batch = _random_batch(batch_size, 4).astype(jnp.float32)
+    state = _lstm().initial_state({}, None, batch_size)
+    params = _lstm().init_params(jax.random.key(0), batch, state)
+    predictions, _ = _lstm().unroll(params, None, batch, state)
+    assert predictions.shape == (batch_size, 4, 2)
+
+
+def test_rnn_unroll_states_are_the_states_of_prefixes():
+  batch = _random_batch(3, 6).astype(jnp.float32)
+  params = _lstm().init_params(jax.random.key(0), batch, None)
+  states = _lstm().unroll_states(params, None, batch)
+  for time in range(6):
+    _, state = _lstm().unroll(params, None, batch[:, : time + 1])
+    np.testing.assert_allclose(states.hidden[:, time], state.hidden, atol=1e-6)
+    np.testing.assert_allclose(states.cell[:, time], state.cell, atol=1e-6)
+
+
+def test_state_of_another_batch_size_is_refused():
+  batch = _random_batch(3, 6).astype(jnp.float32)
+  params = _lstm().init_params(jax.random.key(0), batch, None)
+  with pytest.raises(ValueError, match='for 2 sequences, the batch has 3'):
+    _lstm().unroll(params, None, batch, _lstm().initial_state({}, None, 2))
+
+
+def test_predictor_without_state_refuses_one():
+  predictor = predictors.InContextPredictor(basic.make_cnn(2))
+  batch = _random_batch(3, 6).astype(jnp.float32)
+  params = predictor.init_params(jax.random.key(0), batch, None)
+  assert predictor.initial_state(params, None, 3) is None
+  with pytest.raises(ValueError, match='init_state must be None'):
+    predictor.unroll(params, None, batch, jnp.zeros(3))
+
+
+def test_chunks_of_a_predictor_without_state_are_contexts_of_their_own():
+  predictor = predictors.InContextPredictor(basic.make_cnn(2))
+  batch = _random_batch(3, 7).astype(jnp.float32)
+  params = predictor.init_params(jax.random.key(0), batch, None)
+  chunks, _ = predictors.unroll_in_chunks(
+    predictor, params, None, batch, None, 3
+  )
+  for begin in (0, 3, 6):
+    alone, _ = predictor.unroll(params, None, batch[:, begin : begin + 3])
+    np.testing.assert_allclose(chunks[:, begin : begin + 3], alone, atol=1e-6)
