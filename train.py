@@ -356,6 +356,12 @@ def train(
       f'{len(devices)} devices'
     )
   generator = build_data_generator(config.data)
+  for seq_length in sequence_lengths(train_config):
+    # Traced but not compiled, to find out whether the source can be that long.
+    jax.eval_shape(
+      lambda rng, length=seq_length: generator.sample(rng, 1, length),
+      jax.random.key(0),
+    )
   predictor = predictor_factories.build_predictor(
     config.model, generator.alphabet_size
   )

@@ -69,7 +69,8 @@ class MetaLearningEvaluator:
         `predictors.unroll_in_chunks`.
 
     Raises:
-      ValueError: If a size is too small, or the source is not categorical.
+      ValueError: If a size is too small, the source is not categorical, or a
+        source or exact predictor cannot be that long.
     """
     base_config.check_int('batch_size', batch_size, 1)
     base_config.check_int('seq_length', seq_length, 2)
@@ -84,6 +85,13 @@ class MetaLearningEvaluator:
     self.batch_size = batch_size
     self.seq_length = seq_length
     self.chunk_length = chunk_length
+    # Traced but not compiled, so that wrong lengths are found out here.
+    batch, _ = jax.eval_shape(
+      lambda rng: generator.sample(rng, batch_size, seq_length),
+      jax.random.key(0),
+    )
+    for optimal in self.optimal_predictors.values():
+      jax.eval_shape(lambda batch, p=optimal: p.unroll({}, None, batch), batch)
     # Compiled once, for `step` and `evaluate` alike.
     self._regrets = jax.jit(self._sequence_regrets)
 

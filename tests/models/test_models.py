@@ -174,15 +174,13 @@ def _stack_step(params, inputs, state):
 
   def linear(name, x):
     layer = params[f'stack_rnn_core/{name}']
-    return x @ np.asarray(layer['w']) + np.asarray(layer.get('b', 0))
+    return x @ np.asarray(layer['w']) + np.asarray(layer['b'])
 
   tops = stacks[:, 0].reshape(-1)
   inputs = np.concatenate([inputs, tops])
-  inner = params['stack_rnn_core/~/vanilla_rnn/hidden_to_hidden']
   hidden = np.maximum(
-    linear('~/vanilla_rnn/input_to_hidden', inputs)
-    + hidden @ np.asarray(inner['w'])
-    + np.asarray(inner.get('b', 0)),
+    linear('~/vanilla_rnn/linear', inputs)
+    + linear('~/vanilla_rnn/linear_1', hidden),
     0,
   )
   pushed = linear('push', hidden).reshape(n_stacks, -1)

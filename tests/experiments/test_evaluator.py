@@ -1,0 +1,245 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import ptw_predictors
+
+
+def _evaluator(predictor, source='ptw', **kwargs):
+  data = config_lib.DataConfig(
+    trajectory_generator=source,
+    trajectory_generator_kwargs=kwargs.pop('source_kwargs', {}),
+    parameter_distribution_params=kwargs.pop('prior', (0.5, 0.5)),
+  )
+  config = config_lib.ExperimentConfig(
+    data=data,
+    eval=config_lib.EvalConfig(
+      **{'batch_size': 16, 'seq_length': 12, **kwargs}
+    ),
+  )
+  return evaluator_lib.build_evaluator(
+    predictor, config_lib.post_process_config(config).eval
+  )
+
+
+def _lstm():
+  predictor = predictor_factories.PREDICTOR_FACTORIES['lstm'](
+    2, {'hidden_size': 5}
+  )
+  params = predictor.init_params(jax.random.key(0), jnp.zeros((1, 4, 2)), None)
+  return predictor, params
+
+
+def test_regret_is_the_kl_divergence(x64):
+  rng = np.random.default_rng(0)
+  truth = rng.dirichlet([1.0, 1.0, 1.0], size=(4, 6))
+  logits = rng.normal(size=(4, 6, 3))
+  regret = evaluator_lib.instantaneous_regret(
+    jnp.asarray(logits), jnp.asarray(truth)
+  )
+  expected = special.rel_entr(
+    truth[:, 1:], special.softmax(logits[:, :-1], axis=-1)
+  ).sum(axis=-1)
+  np.testing.assert_allclose(regret, expected, atol=1e-12)
+
+
+def test_regret_of_a_sure_symbol_is_its_code_length():
+  truth = jnp.array([[[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]])
+  logits = jnp.log(jnp.array([[[0.25, 0.75], [0.25, 0.75], [0.5, 0.5]]]))
+  np.testing.assert_allclose(
+    evaluator_lib.instantaneous_regret(logits, truth),
+    [[-np.log(0.75), -np.log(0.25)]],
+    rtol=1e-6,
+  )
+
+
+def test_regret_of_the_truth_is_zero():
+  truth = jax.random.dirichlet(jax.random.key(0), jnp.ones(3), (2, 5))
+  logits = jnp.log(jnp.roll(truth, -1, axis=1))
+  np.testing.assert_allclose(
+    evaluator_lib.instantaneous_regret(logits, truth), 0, atol=1e-6
+  )
+
+
+def test_step_returns_means_and_paired_standard_errors():
+  predictor, params = _lstm()
+  evaluator = _evaluator(predictor)
+  rng = jax.random.key(1)
+  metrics = evaluator.step(params, None, rng)
+
+  batch, parameters = evaluator.generator.sample(rng, 16, 12)
+
+  def regrets(predictor, params):
+    logits, _ = predictor.unroll(params, None, batch)
+    return np.asarray(
+      evaluator_lib.instantaneous_regret(logits, parameters).sum(axis=1)
+    )
+
+  own = regrets(predictor, params)
+  ptw = regrets(ptw_predictors.PTWPredictor(4), {})
+  expected = {
+    'mean_regret': own.mean() / 11,
+    'cumulative_regret': own.mean(),
+    'cumulative_regret_stderr': own.std(ddof=1) / 4,
+    'optimal_cumulative_regret/ptw': ptw.mean(),
+    'optimal_cumulative_regret_stderr/ptw': ptw.std(ddof=1) / 4,
+    'cumulative_regret_above_optimal/ptw': (own - ptw).mean(),
+    'cumulative_regret_above_optimal_stderr/ptw': (own - ptw).std(ddof=1) / 4,
+  }
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+  assert {name.split('/')[1] for name in metrics if '/' in name} == {
+    'ptw',
+    'lad',
+    'kt',
+  }
+
+
+def test_predictor_is_evaluated_without_dropout():
+  predictor = predictor_factories.PREDICTOR_FACTORIES['transformer'](
+    2,
+    {
+      'embedding_dim': 8,
+      'num_heads': 2,
+      'num_layers': 1,
+      'dropout_prob': 0.9,
+    },
+  )
+  params = predictor.init_params(jax.random.key(0), jnp.zeros((1, 4, 2)), None)
+  evaluator = _evaluator(predictor)
+  batch, parameters = evaluator.generator.sample(jax.random.key(2), 16, 12)
+  logits, _ = predictor.unroll(params, None, batch)
+  regret = evaluator_lib.instantaneous_regret(logits, parameters)
+  metrics = evaluator.step(params, None, jax.random.key(2))
+  np.testing.assert_allclose(
+    metrics['cumulative_regret'], regret.sum(axis=1).mean(), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('chunk_length', [5, 6])
+def test_chunked_evaluation_equals_whole(chunk_length):
+  predictor, params = _lstm()
+  whole = _evaluator(predictor).step(params, None, jax.random.key(3))
+  chunked = _evaluator(predictor, chunk_length=chunk_length).step(
+    params, None, jax.random.key(3)
+  )
+  for name, value in whole.items():
+    np.testing.assert_allclose(chunked[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_evaluation_starts_from_the_given_state():
+  predictor, params = _lstm()
+  evaluator = _evaluator(predictor)
+  fresh = predictor.initial_state(params, None, 16)
+  used = jax.tree.map(lambda leaf: leaf + 3.0, fresh)
+  rng = jax.random.key(4)
+  regrets = [
+    float(evaluator.step(params, state, rng)['cumulative_regret'])
+    for state in (None, fresh, used)
+  ]
+  assert regrets[0] == pytest.approx(regrets[1])
+  assert regrets[0] != pytest.approx(regrets[2])
+
+
+def test_many_sequences_are_evaluated_batch_by_batch():
+  predictor, params = _lstm()
+  evaluator = _evaluator(predictor)
+  regrets = evaluator.evaluate(params, jax.random.key(5), 40)
+  assert {name: len(values) for name, values in regrets.items()} == {
+    'network': 40,
+    'ptw': 40,
+    'lad': 40,
+    'kt': 40,
+  }
+  assert len(np.unique(regrets['network'])) == 40
+  metrics = evaluator.metrics(regrets)
+  np.testing.assert_allclose(
+    metrics['cumulative_regret_stderr'],
+    regrets['network'].std(ddof=1) / np.sqrt(40),
+    rtol=1e-5,
+  )
+
+
+def test_an_exact_predictor_can_be_evaluated():
+  evaluator = _evaluator(ptw_predictors.PTWPredictor(4))
+  metrics = evaluator.step({}, None, jax.random.key(6))
+  assert float(metrics['cumulative_regret_above_optimal/ptw']) == 0
+
+
+@pytest.mark.parametrize(
+  ('source', 'prior'),
+  [('ptw', (0.5, 0.5)), ('lin', (0.5, 0.5)), ('static', (0.5, 0.5))]
+  + [(source, (3.0, 1.0)) for source in ('ptw', 'lin', 'static')],
+)
+def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
+  evaluator = _evaluator(
+    predictors.OptimalCategoricalPredictor(),
+    source,
+    prior=prior,
+    batch_size=4096,
+    seq_length=32,
+  )
+  regrets = evaluator.evaluate({}, jax.random.key(7), 4096)
+  exact = {'ptw': 'ptw', 'lin': 'lad', 'static': 'kt'}[source]
+  for name in evaluator.optimal_predictors:
+    if name != exact:
+      surplus = regrets[name] - regrets[exact]
+      # By more than five standard errors.
+      stderr = surplus.std(ddof=1) / np.sqrt(len(surplus))
+      assert surplus.mean() > 5 * stderr
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'expected'),
+  [
+    ({}, 'ptw'),
+    ({'source': 'iid_ptw_cat'}, 'ptw'),
+    ({'source': 'lin'}, 'lad'),
+    ({'source': 'lin', 'optimal_predictors': ('lin',)}, 'lin'),
+    ({'source': 'static'}, 'kt'),
+    ({'source': 'static', 'prior': (1.0, 2.0)}, 'kt'),
+    (
+      {'source': 'regular_shift', 'source_kwargs': {'shift_period': 3}},
+      None,
+    ),
+    ({'optimal_predictors': ('kt', 'lad')}, None),
+    ({'optimal_predictors_kwargs': {'ptw': {'depth': 9}}}, None),
+    ({'optimal_predictors_kwargs': {'ptw': {'concentration': 1.0}}}, None),
+    ({'optimal_predictors_kwargs': {'ptw': {'concentration': 0.5}}}, 'ptw'),
+    ({'source_kwargs': {'depth': 9}}, 'ptw'),
+  ],
+)
+def test_exact_predictor_has_the_prior_of_the_source(kwargs, expected):
+  data = config_lib.DataConfig(
+    trajectory_generator=kwargs.pop('source', 'ptw'),
+    trajectory_generator_kwargs=kwargs.pop('source_kwargs', {}),
+    parameter_distribution_params=kwargs.pop('prior', (0.5, 0.5)),
+  )
+  config = config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      data=data, eval=config_lib.EvalConfig(seq_length=12, **kwargs)
+    )
+  )
+  generator = constants.build_data_generator(data)
+  optimal = constants.build_optimal_predictors(config.eval, 2)
+  exact = constants.exact_predictor(config.eval, generator, optimal)
+  assert exact == expected
+
+
+def test_no_predictor_is_exact_without_a_dirichlet():
+  data = config_lib.DataConfig(
+    parameter_distribution='constant', parameter_distribution_params=(0.5, 0.5)
+  )
+  config = config_lib.post_process_config(
+    config_lib.ExperimentConfig(data=data)
+  )
+  generator = constants.build_data_generator(data)
+  optimal = constants.build_optimal_predictors(config.eval, 2)
+  assert constants.exact_predictor(config.eval, generator, optimal) is None

@@ -1,0 +1,79 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.experiments import config as config_lib
+
+
+def test_config_loads_back_equal_from_json():
+  config = config_lib.ExperimentConfig(
+    model=base_config.ModelConfig(
+      model_type='rnn',
+      architecture_kwargs={'before_mlp_layers': [3, 4], 'hidden_size': 5},
+    ),
+    eval=config_lib.EvalConfig(data=config_lib.DataConfig()),
+  )
+  text = json.dumps(base_config.to_dict(config))
+  loaded = base_config.from_dict(config_lib.ExperimentConfig, json.loads(text))
+  assert loaded == config
+  assert isinstance(loaded.eval, config_lib.EvalConfig)
+  assert isinstance(loaded.eval.data, config_lib.DataConfig)
+
+
+def test_lists_and_numpy_values_become_plain():
+  config = config_lib.DataConfig(parameter_distribution_params=[1.0, 2.0])
+  assert config.parameter_distribution_params == (1.0, 2.0)
+  config.parameter_distribution_params = np.array([3.0, 4.0])
+  assert config.parameter_distribution_params == (3.0, 4.0)
+  train_config = base_config.TrainConfig(batch_size=np.int64(3))
+  assert type(train_config.batch_size) is int
+
+
+def test_mistyped_field_is_an_error_that_suggests_the_nearest():
+  config = base_config.TrainConfig()
+  with pytest.raises(AttributeError, match="did you mean 'learning_rate'"):
+    config.learnin_rate = 1e-3
+  with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
+    base_config.from_dict(base_config.TrainConfig, {'learnin_rate': 1e-3})
+
+
+def test_config_dicts_are_not_shared():
+  first, second = base_config.ModelConfig(), base_config.ModelConfig()
+  first.architecture_kwargs['hidden_size'] = 1
+  assert second.architecture_kwargs == {'hidden_size': 64}
+
+
+def test_differences_name_the_fields():
+  old = base_config.to_dict(config_lib.ExperimentConfig())
+  new = base_config.to_dict(
+    config_lib.with_overrides(
+      config_lib.ExperimentConfig(),
+      {'train.batch_size': 3, 'model.architecture_kwargs.core': 'gru'},
+    )
+  )
+  assert base_config.differences(old, new) == [
+    "model.architecture_kwargs.core: 'unset' -> 'gru'",
+    'train.batch_size: 128 -> 3',
+  ]
+
+
+def test_registry_finds_any_case_and_suggests_the_nearest():
+  registry = base_config.Registry('fruit', {'apple': 1, 'pear': 2})
+  assert registry['Apple'] == 1
+  message = "fruit 'aple' is not one of apple, pear; did you mean 'apple'"
+  with pytest.raises(ValueError, match=message):
+    registry['aple']
+
+
+@pytest.mark.parametrize('value', [True, 1.0, '1', None])
+def test_only_integers_are_integers(value):
+  with pytest.raises(ValueError, match='field is'):
+    base_config.check_int('field', value, 0)
+
+
+def test_every_field_is_a_keyword():
+  for config_class in (base_config.TrainConfig, config_lib.DataConfig):
+    assert all(field.kw_only for field in dataclasses.fields(config_class))

@@ -1,0 +1,372 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+
+
+def _config(model_type='lstm', architecture_kwargs=None, steps=6, **kwargs):
+  return config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      model=base_config.ModelConfig(
+        model_type=model_type,
+        architecture_kwargs=architecture_kwargs or {'hidden_size': 8},
+      ),
+      train=base_config.TrainConfig(
+        **{'seq_length': 8, 'batch_size': 4, **kwargs}
+      ),
+      schedule=base_config.ScheduleConfig(training_steps=steps),
+      logger=base_config.LoggerConfig(log_frequency=3),
+      eval=config_lib.EvalConfig(batch_size=4, optimal_predictors=('ptw',)),
+    )
+  )
+
+
+def _train(config):
+  return train.train(
+    config, constants.build_data_generator, evaluator_lib.build_evaluator
+  )
+
+
+def _run_steps(config, num_steps, num_devices):
+  """Losses and final state of a run without logs."""
+  devices = jax.local_devices()[:num_devices]
+  generator = constants.build_data_generator(config.data)
+  predictor = predictor_factories.build_predictor(config.model, 2)
+  state = train.init_state(config, predictor, 2, devices)
+  update = train.make_update(config, generator, predictor, num_devices)
+  state, losses = train.make_run_steps(update, devices)(state, num_steps)
+  return np.asarray(losses), jax.device_get(state)
+
+
+def _assert_trees_close(first, second, **tolerance):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **tolerance), first, second
+  )
+
+
+def _predictor_and_batch(seq_length=11, batch_size=3):
+  predictor = predictor_factories.PREDICTOR_FACTORIES['lstm'](
+    2, {'hidden_size': 5}
+  )
+  symbols = np.random.default_rng(0).integers(2, size=(batch_size, seq_length))
+  batch = jnp.eye(2)[symbols]
+  params = predictor.init_params(jax.random.key(0), batch, None)
+  return predictor, params, batch
+
+
+def test_training_lowers_the_regret():
+  config = _config(steps=120, learning_rate=1e-2)
+  config.logger.log_frequency = 60
+  config.eval.batch_size = 256
+  history = _train(config).history
+  assert [entry['step'] for entry in history] == [60, 120]
+  assert history[-1]['loss'] < np.log(2)
+  assert history[-1]['cumulative_regret'] < 2.0
+
+
+@pytest.mark.parametrize('num_devices', [1, 2])
+@pytest.mark.parametrize('reset', [True, False])
+@pytest.mark.parametrize('fixed', [True, False])
+def test_scanned_loop_equals_a_loop_in_python(num_devices, reset, fixed):
+  config = _config(reset_predictor_init_state=reset, seq_length_fixed=fixed)
+  losses, state = _run_steps(config, 6, num_devices)
+
+  generator = constants.build_data_generator(config.data)
+  predictor = predictor_factories.build_predictor(config.model, 2)
+  optimizer = train.make_optimizer(config.train)
+  keys = train.step_keys(config.seed, 0, 0)
+  params = predictor.init_params(keys.predictor, jnp.zeros((4, 2, 2)), None)
+  opt_state = optimizer.init(params)
+  predictor_state = predictor.initial_state(params, None, 4)
+  lengths = train.sequence_lengths(config.train)
+  for step in range(1, 7):
+    keys = train.step_keys(config.seed, 0, step)
+    index = int(train._length_index(config.seed, step, len(lengths)))
+    batch, _ = generator.sample(keys.data, 4, lengths[index])
+
+    def loss_fn(params, batch=batch, predictor_state=predictor_state):
+      logits, final_state = predictor.unroll(
+        params, None, batch, None if reset else predictor_state
+      )
+      log_probs = jax.nn.log_softmax(logits[:, :-1])
+      return -(batch[:, 1:] * log_probs).sum(-1).mean(), final_state
+
+    (loss, predictor_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      params
+    )
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    np.testing.assert_allclose(losses[step - 1], loss, rtol=1e-5)
+  _assert_trees_close(state.params, params, atol=1e-5)
+  if reset:
+    assert state.predictor_state is None
+  else:
+    _assert_trees_close(state.predictor_state, predictor_state, atol=1e-5)
+
+
+def test_two_devices_train_as_one():
+  config = _config(steps=20)
+  losses, state = _run_steps(config, 20, 1)
+  shared_losses, shared_state = _run_steps(config, 20, 2)
+  np.testing.assert_allclose(shared_losses, losses, atol=1e-5)
+  _assert_trees_close(shared_state.params, state.params, atol=1e-4)
+
+
+def test_result_does_not_depend_on_how_often_the_run_logs():
+  often, seldom = _config(), _config()
+  often.logger.log_frequency = 1
+  seldom.logger.log_frequency = 4  # Does not divide the number of steps.
+  first, second = _train(often), _train(seldom)
+  _assert_trees_close(first.params, second.params, rtol=1e-6)
+  assert [entry['step'] for entry in second.history] == [4, 6]
+  np.testing.assert_allclose(
+    np.mean([entry['loss'] for entry in first.history[:4]]),
+    second.history[0]['loss'],
+    rtol=1e-5,
+  )
+  assert first.history[-1]['cumulative_regret'] == pytest.approx(
+    second.history[-1]['cumulative_regret'], rel=1e-5
+  )
+
+
+@pytest.mark.parametrize('field', ['seed', 'model_init_seed'])
+def test_each_seed_makes_another_run(field):
+  config, other = _config(steps=3), _config(steps=3)
+  setattr(other if field == 'seed' else other.train, field, 1)
+  assert _train(config).history[0]['loss'] == _train(config).history[0]['loss']
+  assert _train(config).history[0]['loss'] != _train(other).history[0]['loss']
+
+
+def test_no_key_is_used_twice():
+  keys = [
+    np.asarray(jax.random.key_data(key)).tobytes()
+    for seed in (0, 1)
+    for model_init_seed in (0, 1)
+    for step in range(20)
+    for key in train.step_keys(seed, model_init_seed, step)
+  ]
+  assert len(set(keys)) == len(keys)
+
+
+def test_zero_steps_leave_the_initial_parameters():
+  result = _train(_config(steps=0))
+  assert result.history == []
+  assert result.params
+
+
+@pytest.mark.parametrize(
+  ('seq_length', 'lengths'),
+  [(2, (2,)), (32, (2, 4, 8, 16, 32)), (40, (2, 4, 8, 16, 32))],
+)
+def test_random_lengths_are_powers_of_two_and_never_one(seq_length, lengths):
+  config = base_config.TrainConfig(
+    seq_length=seq_length, seq_length_fixed=False
+  )
+  assert train.sequence_lengths(config) == lengths
+
+
+def test_random_lengths_are_equally_likely_and_shared_by_ensemble_members():
+  indices = jax.vmap(lambda step: train._length_index(3, step, 4))(
+    jnp.arange(4000)
+  )
+  counts = np.bincount(indices, minlength=4)
+  # Chi-squared with 3 degrees of freedom exceeds 21.1 with probability 1e-4.
+  assert ((counts - 1000) ** 2 / 1000).sum() < 21.1
+
+
+def test_losses_are_finite_with_random_lengths():
+  losses, _ = _run_steps(_config(seq_length_fixed=False), 12, 1)
+  assert np.all(np.isfinite(losses))
+
+
+def test_sequences_of_one_symbol_are_refused():
+  predictor, params, batch = _predictor_and_batch(1)
+  with pytest.raises(ValueError, match='seq_length is 1'):
+    train.loss_and_grads(predictor, params, None, batch, None)
+
+
+@pytest.mark.parametrize('chunk_length', [3, 4, 5, 10, 11, 50])
+def test_chunks_change_the_gradient_but_not_the_loss(chunk_length):
+  """Every target counts the same, however the chunks divide the sequence."""
+  predictor, params, batch = _predictor_and_batch()
+  whole, _, whole_state = train.loss_and_grads(
+    predictor, params, None, batch, None
+  )
+  loss, grads, state = train.loss_and_grads(
+    predictor,
+    params,
+    None,
+    batch,
+    predictor.initial_state(params, None, 3),
+    chunk_length,
+  )
+  np.testing.assert_allclose(loss, whole, rtol=1e-5)
+  _assert_trees_close(state, whole_state, atol=1e-5)
+
+  def truncated_loss(params):
+    state, total = predictor.initial_state(params, None, 3), 0.0
+    for begin in range(0, 11, chunk_length):
+      chunk = batch[:, begin : begin + chunk_length]
+      logits, state = predictor.unroll(params, None, chunk, state)
+      state = jax.lax.stop_gradient(state)
+      targets = batch[:, begin + 1 : begin + 1 + chunk_length]
+      log_probs = jax.nn.log_softmax(logits[:, : targets.shape[1]])
+      total -= (targets * log_probs).sum()
+    return total / (3 * 10)
+
+  _assert_trees_close(grads, jax.grad(truncated_loss)(params), atol=1e-6)
+
+
+def test_memory_of_the_gradient_does_not_grow_with_the_number_of_chunks():
+  def temporary_bytes(seq_length):
+    predictor, params, batch = _predictor_and_batch(seq_length, 16)
+    step = jax.jit(
+      lambda params, batch: train.loss_and_grads(
+        predictor,
+        params,
+        None,
+        batch,
+        predictor.initial_state(params, None, 16),
+        32,
+      )[1]
+    )
+    compiled = step.lower(params, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes - batch.nbytes
+
+  # The shifted targets, as large as the batch, are not the gradient's.
+  assert temporary_bytes(32 * 32) < 1.5 * temporary_bytes(4 * 32)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+  config = base_config.TrainConfig(clip_grad_norm=0.5, learning_rate=1.0)
+  optimizer = train.make_optimizer(config)
+  grads = {'a': jnp.array([30.0, 0.0]), 'b': jnp.array([40.0])}
+  state = optimizer.init(grads)
+  _, state = optimizer.update(grads, state)
+  # Adam's first moment is 0.1 of the clipped gradient.
+  np.testing.assert_allclose(state[1][0].mu['a'], [0.03, 0.0], rtol=1e-5)
+  np.testing.assert_allclose(state[1][0].mu['b'], [0.04], rtol=1e-5)
+
+
+def test_training_leaves_its_config_as_it_is():
+  config = _config(steps=1)
+  before = base_config.to_dict(config)
+  _train(config)
+  assert base_config.to_dict(config) == before
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'train.seq_length': 1}, 'train.seq_length is 1'),
+    ({'train.seq_length': 0}, 'train.seq_length is 0'),
+    ({'train.batch_size': 0}, 'train.batch_size is 0'),
+    ({'train.batch_size': 3}, 'batch_size 3 does not divide over 2 devices'),
+    ({'train.learning_rate': -1.0}, 'train.learning_rate is -1.0'),
+    ({'train.clip_grad_norm': 0.0}, 'train.clip_grad_norm is 0'),
+    ({'train.seq_length_fixed': 1}, 'train.seq_length_fixed is 1'),
+    ({'train.gradient_chunk_length': 0}, 'gradient_chunk_length is 0'),
+    ({'schedule.training_steps': -1}, 'training_steps is -1'),
+    ({'logger.log_frequency': 0}, 'log_frequency is 0'),
+    ({'seed': -1}, 'seed is -1'),
+    ({'seed': 2**32}, 'seed is 4294967296'),
+    ({'name': ''}, 'name is'),
+    ({'model.model_type': 'lstn'}, "model.model_type 'lstn'.*mean 'lstm'"),
+    ({'model.architecture_kwargs': 3}, 'model.architecture_kwargs is 3'),
+    (
+      {'data.trajectory_generator': 'ptww'},
+      "data.trajectory_generator 'ptww' is not one of .*mean 'ptw'",
+    ),
+    (
+      {'data.iid_distribution': 'categoric'},
+      "data.iid_distribution 'categoric' .*mean 'categorical'",
+    ),
+    (
+      {
+        'data.iid_distribution': 'exponential',
+        'data.iid_distribution_kwargs': {},
+        'data.parameter_distribution': 'gamma',
+        'data.parameter_distribution_params': (1.0, 1.0),
+      },
+      'iid_distribution is exponential; training and evaluation take categ',
+    ),
+    (
+      {'data.parameter_distribution_params': (0.5, 0.5, 0.5)},
+      'parameter_distribution_params .* must be 2 numbers',
+    ),
+    (
+      {'data.parameter_distribution_kwargs.feature_size': 3},
+      'must be 3 numbers for dirichlet',
+    ),
+    (
+      {'data.trajectory_generator_kwargs.shift_period': 3},
+      "trajectory_generator_kwargs of ptw has no 'shift_period'",
+    ),
+    (
+      {'data.trajectory_generator': 'regular_shift'},
+      "trajectory_generator_kwargs of regular_shift lacks 'shift_period'",
+    ),
+    ({'eval.seq_length': 1}, 'eval.seq_length is 1'),
+    ({'eval.chunk_length': 0}, 'eval.chunk_length is 0'),
+    ({'eval.batch_size': 0}, 'eval.batch_size is 0'),
+    (
+      {'data.trajectory_generator_kwargs.depth': 2},
+      'depth 2 holds 4 symbols, not 8',
+    ),
+    (
+      {'eval.data.trajectory_generator_kwargs.depth': 2},
+      'depth 2 holds 4 symbols, not 8',
+    ),
+    ({'eval.data': None}, 'eval.data is None; post_process_config'),
+    (
+      {
+        'eval.optimal_predictors': ('ptv',),
+        'eval.optimal_predictors_kwargs': {},
+      },
+      "eval.optimal_predictors 'ptv' is not one of .*mean 'ptw'",
+    ),
+    (
+      {'eval.optimal_predictors_kwargs.ptw.dept': 3},
+      r"optimal_predictors_kwargs\[ptw\] has no 'dept'.*mean 'depth'",
+    ),
+    (
+      {'eval.optimal_predictors_kwargs.ptw.depth': 2},
+      'depth 2 holds 4 symbols, not 8',
+    ),
+  ],
+)
+def test_wrong_configs_are_refused_before_anything_compiles(
+  overrides, message, monkeypatch
+):
+  def no_initialisation(*args):
+    raise AssertionError('went on to initialise the network')
+
+  monkeypatch.setattr(train, 'init_state', no_initialisation)
+  config = config_lib.with_overrides(_config(), overrides)
+  with pytest.raises(ValueError, match=message):
+    _train(config)
+
+
+def test_carrying_a_state_that_is_not_there_is_refused():
+  config = _config(
+    'transformer',
+    {'embedding_dim': 8, 'num_heads': 2, 'num_layers': 1},
+    reset_predictor_init_state=False,
+  )
+  with pytest.raises(ValueError, match="'transformer' has no state"):
+    _train(config)
+
+
+def test_result_is_frozen():
+  result = _train(_config(steps=0))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    result.params = None
