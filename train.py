@@ -216,26 +216,26 @@ def make_update(
 
   def update(state: TrainState) -> tuple[TrainState, jax.Array]:
     step = state.step + 1
-    rngs = step_keys(config.seed, train_config.model_init_seed, step)
-    keys = jax.random.split(rngs.data, train_config.batch_size)
+    keys = step_keys(config.seed, train_config.model_init_seed, step)
+    data_keys = jax.random.split(keys.data, train_config.batch_size)
     if num_devices > 1:
       device = jax.lax.axis_index(_AXIS)
-      keys = jax.lax.dynamic_slice_in_dim(keys, device * share, share)
-      rngs = rngs._replace(
-        state=jax.random.fold_in(rngs.state, device),
-        predictor=jax.random.fold_in(rngs.predictor, device),
+      data_keys = jax.lax.dynamic_slice_in_dim(data_keys, device * share, share)
+      keys = keys._replace(
+        state=jax.random.fold_in(keys.state, device),
+        predictor=jax.random.fold_in(keys.predictor, device),
       )
     init_state = state.predictor_state
     if train_config.reset_predictor_init_state:
-      init_state = predictor.initial_state(state.params, rngs.state, share)
+      init_state = predictor.initial_state(state.params, keys.state, share)
 
     def at_length(seq_length: int) -> Callable[[], Any]:
       def run():
-        batch, _ = generator.sample_from_keys(keys, seq_length)
+        batch, _ = generator.sample_from_keys(data_keys, seq_length)
         return loss_and_grads(
           predictor,
           state.params,
-          rngs.predictor,
+          keys.predictor,
           batch,
           init_state,
           train_config.gradient_chunk_length,
@@ -303,21 +303,7 @@ def init_state(
   devices: list[jax.Device],
 ) -> TrainState:
   """Returns the state before the first step, laid out over the devices."""
-  train_config = config.train
-  rngs = step_keys(config.seed, train_config.model_init_seed, 0)
-
-  @jax.jit
-  def init() -> TrainState:
-    shape = (train_config.batch_size, min(sequence_lengths(train_config)))
-    batch = jnp.zeros((*shape, alphabet_size))
-    params = predictor.init_params(rngs.predictor, batch, None)
-    predictor_state = None
-    if not train_config.reset_predictor_init_state:
-      predictor_state = predictor.initial_state(params, rngs.state, shape[0])
-    opt_state = make_optimizer(train_config).init(params)
-    return TrainState(jnp.int32(0), params, opt_state, predictor_state)
-
-  state = init()
+  state = jax.jit(lambda: _init(config, predictor, alphabet_size))()
   if len(devices) == 1:
     return state
   shardings = jax.tree.map(
@@ -326,26 +312,53 @@ def init_state(
   return TrainState(*map(jax.device_put, state, shardings))
 
 
-def train(
+def _init(
+  config: base_config.ExperimentConfig,
+  predictor: predictors.Predictor,
+  alphabet_size: int,
+) -> TrainState:
+  train_config = config.train
+  keys = step_keys(config.seed, train_config.model_init_seed, 0)
+  shape = (train_config.batch_size, min(sequence_lengths(train_config)))
+  batch = jnp.zeros((*shape, alphabet_size))
+  params = predictor.init_params(keys.predictor, batch, None)
+  predictor_state = None
+  if not train_config.reset_predictor_init_state:
+    predictor_state = predictor.initial_state(params, keys.state, shape[0])
+  opt_state = make_optimizer(train_config).init(params)
+  return TrainState(jnp.int32(0), params, opt_state, predictor_state)
+
+
+class Parts(NamedTuple):
+  """What a config describes, built and checked.
+
+  Attributes:
+    generator: The source.
+    predictor: The network.
+    evaluator: Of the network.
+    devices: To train on.
+  """
+
+  generator: base_constants.DataGenerator
+  predictor: predictors.Predictor
+  evaluator: base_constants.Evaluator
+  devices: list[jax.Device]
+
+
+def build_parts(
   config: base_config.ExperimentConfig,
   build_data_generator: base_constants.DataGeneratorBuilder,
   build_evaluator: base_constants.EvaluatorBuilder,
-  use_tqdm: bool = False,
-) -> TrainResult:
-  """Trains a predictor as configured, on all devices of the process.
+) -> Parts:
+  """Returns what training needs; compiles nothing.
 
   Args:
     config: Of the experiment; also has a `data` field.
-    build_data_generator: Makes the source from `config.data`.
-    build_evaluator: Makes the evaluator, run at every log, from the predictor
-      and `config.eval`.
-    use_tqdm: Show a progress bar with step, loss and regret.
-
-  Returns:
-    The trained parameters and the log history.
+    build_data_generator: As in `train`.
+    build_evaluator: As in `train`.
 
   Raises:
-    ValueError: If the config is not valid, before anything is compiled.
+    ValueError: If the config is not valid.
   """
   config.validate()
   devices = jax.local_devices()
@@ -370,8 +383,37 @@ def train(
       'train.reset_predictor_init_state is False, but model.model_type '
       f'{config.model.model_type!r} has no state to carry over'
     )
+  jax.eval_shape(
+    lambda: _init(config, predictor, generator.alphabet_size),
+  )
   evaluator = build_evaluator(predictor, config.eval)
+  return Parts(generator, predictor, evaluator, devices)
 
+
+def train(
+  config: base_config.ExperimentConfig,
+  build_data_generator: base_constants.DataGeneratorBuilder,
+  build_evaluator: base_constants.EvaluatorBuilder,
+  use_tqdm: bool = False,
+) -> TrainResult:
+  """Trains a predictor as configured, on all devices of the process.
+
+  Args:
+    config: Of the experiment; also has a `data` field.
+    build_data_generator: Makes the source from `config.data`.
+    build_evaluator: Makes the evaluator, run at every log, from the predictor
+      and `config.eval`.
+    use_tqdm: Show a progress bar with step, loss and regret.
+
+  Returns:
+    The trained parameters and the log history.
+
+  Raises:
+    ValueError: If the config is not valid, before anything is compiled.
+  """
+  generator, predictor, evaluator, devices = build_parts(
+    config, build_data_generator, build_evaluator
+  )
   state = init_state(config, predictor, generator.alphabet_size, devices)
   run_steps = make_run_steps(
     make_update(config, generator, predictor, len(devices)), devices
@@ -388,9 +430,9 @@ def train(
       state, losses = run_steps(state, num_steps)
       losses = jax.block_until_ready(losses)
       done += num_steps
-      rngs = step_keys(config.seed, train_config.model_init_seed, done)
+      keys = step_keys(config.seed, config.train.model_init_seed, done)
       metrics = evaluator.step(
-        _on_one_device(state.params), None, rngs.evaluation
+        _on_one_device(state.params), None, keys.evaluation
       )
       entry = {
         'step': done,

@@ -9,6 +9,7 @@ setting without a flag is in `make_config`.
 
 import io
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -243,14 +244,16 @@ def open_folder(
   """Makes the folder of a run and writes its config there.
 
   Raises:
-    ValueError: If it holds a run with another config, unless overwriting, or
-      cannot be written.
+    ValueError: If it holds a finished run with another config, unless
+      overwriting, or cannot be written.
   """
   path = folder / 'config.json'
   values = base_config.to_dict(config)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not overwrite:
+    # A run that did not finish has nothing to lose.
+    is_finished = path.exists() and (folder / 'metrics.json').exists()
+    if is_finished and not overwrite:
       try:
         present = base_config.plain(json.loads(path.read_text()))
       except json.JSONDecodeError:
@@ -396,6 +399,8 @@ def _num_cpu_devices(batch_size: int) -> int:
 
 def main(argv: list[str]) -> None:
   """Makes the config, checks the folder, and runs."""
+  # Which backends are not there is of no interest.
+  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   jax.config.update(
@@ -412,6 +417,10 @@ def main(argv: list[str]) -> None:
       seq_length=_SEQ_LENGTH.value,
       batch_size=_BATCH_SIZE.value,
       learning_rate=_LEARNING_RATE.value,
+    )
+    # All there is to go wrong goes wrong before the folder is touched.
+    train.build_parts(
+      config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
     folder = pathlib.Path(_OUTPUT_DIR.value) / config.name
     open_folder(folder, config, _OVERWRITE.value)

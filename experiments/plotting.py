@@ -126,7 +126,7 @@ def _draw_probabilities(
     marker='o',
     markersize=3.5,
     color='0.25',
-    label=f'observed symbol (top: {symbol})',
+    label=f'symbol {symbol} (top) or another (bottom)',
   )
   panel.set_ylim(-0.14, 1.14)
   panel.set_yticks((0, 0.5, 1))

@@ -1,0 +1,144 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import local_launch
+
+SCRIPT = pathlib.Path(local_launch.__file__)
+
+
+def _launch(tmp_path, *flags):
+  cache = SCRIPT.parent.parent / '.cache' / 'jax'
+  return subprocess.run(
+    [sys.executable, SCRIPT, '--output_dir=runs', *flags],
+    cwd=tmp_path,
+    env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(cache)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+SHORT = (
+  '--steps=20',
+  '--seq_length=8',
+  '--batch_size=8',
+  '--num_sequences=600',
+)
+
+
+def test_run_writes_config_metrics_and_figure(tmp_path):
+  result = _launch(tmp_path, *SHORT, '--name=short')
+  assert result.returncode == 0, result.stderr
+  folder = tmp_path / 'runs' / 'short'
+  assert sorted(path.name for path in folder.iterdir()) == [
+    'config.json',
+    'figure.png',
+    'metrics.json',
+  ]
+  config = base_config.from_dict(
+    config_lib.ExperimentConfig,
+    json.loads((folder / 'config.json').read_text()),
+  )
+  assert config.schedule.training_steps == 20
+  metrics = json.loads((folder / 'metrics.json').read_text())
+  assert [row['predictor'] for row in metrics['table']] == [
+    'lstm',
+    'PTW',
+    'LAD',
+    'KT',
+  ]
+  assert metrics['exact_predictor'] == 'ptw'
+  assert metrics['history'][-1]['step'] == 20
+  assert (folder / 'figure.png').read_bytes().startswith(b'\x89PNG')
+  # Progress and table are shown.
+  assert 'loss=' in result.stderr and 'regret=' in result.stderr
+  assert 'PTW' in result.stdout and 'optimum' in result.stdout
+
+  again = _launch(tmp_path, *SHORT, '--name=short', '--seed=1')
+  assert again.returncode != 0
+  assert 'seed: 0 -> 1' in again.stderr and '--overwrite' in again.stderr
+  assert (folder / 'metrics.json').exists()
+
+
+def test_source_without_exact_predictor_is_measured_from_the_best(tmp_path):
+  result = _launch(
+    tmp_path,
+    *SHORT,
+    '--source=regular_shift',
+    '--model_type=sliding_window_transformer',
+    '--steps=0',
+  )
+  assert result.returncode == 0, result.stderr
+  assert 'no exact predictor of its own' in result.stdout
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--source=ptww', "mean 'ptw'"),
+    ('--model_type=lstn', "mean 'lstm'"),
+    ('--steps=-1', '--steps=-1'),
+    ('--seq_length=1', '--seq_length=1'),
+    ('--batch_size=0', '--batch_size=0'),
+    ('--stepps=3', 'steps'),
+    ('--output_dir=/dev/null/runs', 'cannot write to /dev/null/runs'),
+    ('--cpu_devices=3', 'batch_size 128 does not divide over 3 devices'),
+  ],
+)
+def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
+  result = _launch(tmp_path, flag)
+  assert result.returncode != 0
+  assert message in result.stderr
+  assert 'Traceback' not in result.stderr
+  assert 'training' not in result.stderr.replace('training steps', '')
+
+
+def test_default_config_is_the_documented_run():
+  config = local_launch.make_config()
+  assert config.model.model_type == 'lstm'
+  assert config.model.architecture_kwargs == {'hidden_size': 64}
+  assert config.data.trajectory_generator == 'ptw'
+  assert config.train.seq_length == 32
+  assert config.train.learning_rate == 2e-3
+  assert config.train.batch_size == 128
+  assert config.schedule.training_steps == 10_000
+
+
+def test_table_measures_from_the_exact_predictor():
+  metrics = {
+    'cumulative_regret': 3.5,
+    'cumulative_regret_stderr': 0.1,
+    'optimal_cumulative_regret/ptw': 3.0,
+    'optimal_cumulative_regret_stderr/ptw': 0.2,
+    'optimal_cumulative_regret/kt': 2.0,
+    'optimal_cumulative_regret_stderr/kt': 0.2,
+  }
+  names = {'network': 'lstm', 'ptw': 'PTW', 'kt': 'KT'}
+  above = {
+    row['predictor']: row['above_optimum']
+    for row in local_launch.results_table(metrics, names, 'ptw')
+  }
+  assert above == {'lstm': 0.5, 'PTW': 0.0, 'KT': -1.0}
+  best = local_launch.results_table(metrics, names, None)
+  assert [row['is_optimum'] for row in best] == [False, False, True]
+
+
+def test_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
+  path = tmp_path / 'metrics.json'
+  local_launch.write_whole(path, b'old')
+
+  def fail(*args):
+    raise OSError('disk full')
+
+  monkeypatch.setattr(os, 'replace', fail)
+  with pytest.raises(OSError, match='disk full'):
+    local_launch.write_whole(path, b'new')
+  assert path.read_bytes() == b'old'
+  assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,135 @@
+"""Imports point one way, and work from everywhere."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.experiments import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = 'nonstationary_mbml'
+# Every module may import from the groups before its own, and inside its group
+# from the modules before itself.
+ORDER = (
+  ('base_config',),
+  (
+    'models.basic',
+    'models.stack_rnn',
+    'models.positional_encodings',
+    'models.transformer',
+  ),
+  ('predictors',),
+  ('predictor_factories', 'base_constants'),
+  ('train',),
+  (
+    'experiments.distributions',
+    'experiments.ptw_predictors',
+    'experiments.live_and_die_predictors',
+    'experiments.trajectory_generators',
+    'experiments.config',
+    'experiments.constants',
+    'experiments.evaluator',
+    'experiments.plotting',
+    'experiments.local_launch',
+  ),
+)
+MODULES = [module for group in ORDER for module in group]
+
+
+def _path(module):
+  return ROOT / (module.replace('.', '/') + '.py')
+
+
+def _imported(path):
+  """Names of the project's modules that a file imports."""
+  modules = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      modules |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{path} has a relative import'
+      modules |= {f'{node.module}.{alias.name}' for alias in node.names}
+      modules.add(node.module)
+  prefix = f'{PACKAGE}.'
+  return {
+    name.removeprefix(prefix) for name in modules if name.startswith(prefix)
+  }
+
+
+def _sources():
+  folders = (ROOT, ROOT / 'models', ROOT / 'experiments')
+  paths = [path for folder in folders for path in folder.glob('*.py')]
+  return [path for path in paths if path.name != '__init__.py']
+
+
+def test_every_module_has_its_place_in_the_order():
+  found = {
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    for path in _sources()
+  }
+  assert found == set(MODULES)
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_module_imports_only_what_comes_before_it(module):
+  allowed = set(MODULES[: MODULES.index(module)]) | {'models', 'experiments'}
+  assert _imported(_path(module)) <= allowed
+
+
+@pytest.mark.parametrize('module', [m for m in MODULES if '.' not in m])
+def test_top_level_imports_nothing_from_experiments(module):
+  assert not any('experiments' in name for name in _imported(_path(module)))
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_module_has_no_global_random_state_and_no_assert(module):
+  tree = ast.parse(_path(module).read_text())
+  assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+  text = _path(module).read_text()
+  assert not re.search(r'\b(np|numpy)\.random\b|^import random', text, re.M)
+
+
+def test_package_imports_from_any_directory(tmp_path):
+  code = f'from {PACKAGE}.experiments import ptw_predictors as p; print(p)'
+  result = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert str(ROOT / 'experiments' / 'ptw_predictors.py') in result.stdout
+
+
+@pytest.mark.parametrize(
+  'config_class',
+  [
+    base_config.TrainConfig,
+    base_config.ModelConfig,
+    base_config.ScheduleConfig,
+    base_config.LoggerConfig,
+    config_lib.EvalConfig,
+    config_lib.DataConfig,
+    config_lib.ExperimentConfig,
+    config_lib.ExperimentSweep,
+  ],
+)
+def test_every_config_field_is_read(config_class):
+  """Somewhere outside of its own definition and validation."""
+  attributes = set()
+  for path in _sources():
+    for function in ast.walk(ast.parse(path.read_text())):
+      if isinstance(function, ast.FunctionDef) and function.name != 'validate':
+        attributes |= {
+          node.attr
+          for node in ast.walk(function)
+          if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        }
+  fields = {field.name for field in dataclasses.fields(config_class)}
+  assert fields <= attributes
