@@ -25,14 +25,15 @@ def _random_batch(seed, batch_size, seq_length, alphabet_size=2):
   return oracles.one_hot(symbols, alphabet_size)
 
 
+@pytest.mark.parametrize('form', [_unroll, _stream])
 @pytest.mark.parametrize('depth', [3, 4])
-def test_equals_enumeration_for_all_binary_sequences(x64, depth):
+def test_equals_enumeration_for_all_binary_sequences(x64, depth, form):
   sequences = oracles.all_sequences(2, 8)
   batch = oracles.one_hot(sequences, 2)
   truth = oracles.mixture_predictions(
     sequences, oracles.ptw_partitions(depth), (0.5, 0.5)
   )
-  predictions, _ = _unroll(ptw_predictors.PTWPredictor(depth), batch)
+  predictions, _ = form(ptw_predictors.PTWPredictor(depth), batch)
   np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
 
 
@@ -49,13 +50,14 @@ def test_equals_enumeration_when_length_is_no_power_of_two(x64, seq_length):
   np.testing.assert_allclose(predictions, truth[:, 1:], atol=1e-12)
 
 
+@pytest.mark.parametrize('form', [_unroll, _stream])
 @pytest.mark.parametrize('prior', [(0.5, 0.5, 0.5), (2.0, 0.3, 1.0)])
-def test_equals_enumeration_for_three_symbols_and_any_prior(x64, prior):
+def test_equals_enumeration_for_three_symbols_and_any_prior(x64, prior, form):
   sequences = oracles.all_sequences(3, 4)
   truth = oracles.mixture_predictions(
     sequences, oracles.ptw_partitions(2), prior
   )
-  predictions, _ = _unroll(
+  predictions, _ = form(
     ptw_predictors.PTWPredictor(2, concentration=prior),
     oracles.one_hot(sequences, 3),
   )
