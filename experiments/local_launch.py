@@ -393,7 +393,10 @@ def _known(registry: base_config.Registry, flag: str, value: str) -> bool:
 
 def _num_cpu_devices(batch_size: int) -> int:
   """As many as cores, as long as they divide the batch."""
-  cores = len(os.sched_getaffinity(0))
+  if hasattr(os, 'sched_getaffinity'):  # Those this process may use; on Linux.
+    cores = len(os.sched_getaffinity(0))
+  else:
+    cores = os.cpu_count() or 1
   return max(n for n in range(1, cores + 1) if batch_size % n == 0)
 
 
