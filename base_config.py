@@ -29,6 +29,8 @@ import numpy as np
 # the random lengths of the steps, which all of them share.
 SEQ_LENGTH_STREAM = 2**32 - 1
 _MAX_SEED = SEQ_LENGTH_STREAM - 1
+# Times are int32.
+MAX_SEQ_LENGTH = 2**30
 
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
@@ -149,11 +151,42 @@ def check_bool(field: str, value: Any) -> None:
 
 
 def check_mapping(field: str, value: Any) -> None:
-  """Raises ValueError unless `value` is a dict with string keys."""
+  """Raises ValueError unless `value` is a dict of plain data by name."""
   if not isinstance(value, Mapping) or not all(
     isinstance(key, str) for key in value
   ):
     raise ValueError(f'{field} is {value!r}; it must be a dict of named values')
+  for key, item in value.items():
+    _check_plain(f'{field}[{key}]', item)
+
+
+def _check_plain(field: str, value: Any) -> None:
+  if isinstance(value, Mapping):
+    check_mapping(field, value)
+  elif isinstance(value, (list, tuple)):
+    for item in value:
+      _check_plain(field, item)
+  elif value is not None and not isinstance(value, (str, numbers.Real)):
+    raise ValueError(
+      f'{field} is {value!r}; a config holds plain data (numbers, strings, '
+      'tuples, dicts), and classes by name'
+    )
+
+
+def check_instance(field: str, value: Any, wanted: type) -> None:
+  """Raises ValueError unless `value` is of the wanted class."""
+  if not isinstance(value, wanted):
+    raise ValueError(f'{field} is {value!r}; it must be a {wanted.__name__}')
+
+
+def check_vector(field: str, value: Any) -> tuple[float, ...]:
+  """Returns a flat sequence of numbers as floats, or raises ValueError."""
+  try:
+    return tuple(float(item) for item in value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f'{field} is {value!r}; it must be a sequence of numbers'
+    ) from error
 
 
 def check_dirichlet(
@@ -237,8 +270,9 @@ class TrainConfig(Config):
     clip_grad_norm: Largest global norm of a gradient; None does not clip.
     reset_predictor_init_state: If False, each batch starts from the final
       state of the one before it (networks with a state only).
-    gradient_chunk_length: The gradient is cut every so many symbols; None
-      keeps the whole sequence.
+    gradient_chunk_length: The gradient is cut every so many symbols, which
+      bounds the memory; None keeps the whole sequence. A network with a state
+      carries it over; for one without, every chunk is a context of its own.
   """
 
   model_init_seed: int = 0
@@ -254,7 +288,7 @@ class TrainConfig(Config):
     """Raises ValueError, naming the field, if a value is out of range."""
     check_int('train.model_init_seed', self.model_init_seed, 0, _MAX_SEED)
     check_float('train.learning_rate', self.learning_rate, 0.0)
-    check_int('train.seq_length', self.seq_length, 2)
+    check_int('train.seq_length', self.seq_length, 2, MAX_SEQ_LENGTH)
     check_bool('train.seq_length_fixed', self.seq_length_fixed)
     check_int('train.batch_size', self.batch_size, 1)
     if self.clip_grad_norm is not None:
@@ -362,8 +396,11 @@ class ExperimentConfig(Config):
     if not isinstance(self.name, str) or not self.name:
       raise ValueError(f'name is {self.name!r}; it must be a non-empty string')
     check_int('seed', self.seed, 0, _MAX_SEED)
-    for part in (self.model, self.train, self.schedule, self.logger, self.eval):
-      part.validate()
+    for field, annotation in typing.get_type_hints(type(self)).items():
+      wanted = _config_class(annotation)
+      if wanted is not None:
+        check_instance(field, getattr(self, field), wanted)
+        getattr(self, field).validate()
 
 
 def to_dict(config: Config) -> dict[str, Any]:

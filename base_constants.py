@@ -42,6 +42,11 @@ class DataGenerator(Protocol):
 class Evaluator(Protocol):
   """Measures how well a predictor predicts."""
 
+  @property
+  def alphabet_size(self) -> int:
+    """K of the sequences it is measured on."""
+    ...
+
   def step(
     self, predictor_params: Any, predictor_state: Any, rng: jax.Array
   ) -> Mapping[str, jax.Array]:

@@ -81,6 +81,10 @@ def make_rnn_predictor(
   if core in CORES.values():
     base_config.check_kwargs('architecture_kwargs', kwargs, defaults)
     base_config.check_int('hidden_size', kwargs['hidden_size'], 1)
+  else:
+    if architecture_kwargs.get('hidden_size') is None:
+      del kwargs['hidden_size']  # Our default, which a class need not take.
+    base_config.check_constructor('architecture_kwargs', core, kwargs)
   network = basic.make_rnn(output_size, core, **layers, **kwargs)
   return predictors.RNNPredictor(network)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nonstationary_mbml import base_config
 
@@ -152,7 +153,7 @@ class RNNPredictor(Predictor):
 
       def init(batch: jax.Array) -> jax.Array:
         state = module.initial_state(batch.shape[0])
-        return module(batch, state)
+        return module(batch, _cast(state, batch))
 
       return init, (module, module.initial_state, module.unroll_states)
 
@@ -215,7 +216,8 @@ class RNNPredictor(Predictor):
     check_batch(batch)
     if init_state is None:
       rng, rng_state = _split(rng)
-      return rng, self.initial_state(params, rng_state, batch.shape[0])
+      state = self.initial_state(params, rng_state, batch.shape[0])
+      return rng, _cast(state, batch)
     check_state_batch_size(init_state, batch)
     return rng, init_state
 
@@ -223,8 +225,9 @@ class RNNPredictor(Predictor):
 class ScanPredictor(Predictor):
   """A predictor without parameters, defined by what one symbol does.
 
-  A subclass gives `initial_state`, `update` and `output_from_state`; the state
-  keeps its shapes, so that `unroll` is a `lax.scan`.
+  A subclass gives `initial_state`, `update` and `output_from_state`. `unroll`
+  is a `lax.scan`, for which the state has to keep its shapes; a subclass with
+  another state gives its own.
   """
 
   has_state = True
@@ -363,8 +366,7 @@ class OptimalCategoricalPredictor(OptimalPredictor):
     return self._log_probs(counts, dtype_of(batch)), KTState(counts[:, -1])
 
   def _log_probs(self, counts: jax.Array, dtype: Any) -> jax.Array:
-    weights = counts.astype(dtype) + self.prior(counts.shape[-1], dtype)
-    return jnp.log(weights / weights.sum(axis=-1, keepdims=True))
+    return jnp.log(kt_probs(counts, self.prior(counts.shape[-1], dtype)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -378,7 +380,18 @@ def _scan(
     return state, predictor.output_from_state(state)
 
   final_state, outputs = jax.lax.scan(step, init_state, batch.swapaxes(0, 1))
-  return outputs.swapaxes(0, 1), final_state
+  return outputs.swapaxes(0, 1).astype(dtype_of(batch)), final_state
+
+
+def kt_probs(counts: jax.Array, prior: jax.Array) -> jax.Array:
+  """Returns (n_s + a_s) / (n + sum_k a_k) for every symbol s.
+
+  Args:
+    counts: n_s, `[..., K]`.
+    prior: a_s, `[K]`; computation is in its dtype.
+  """
+  weights = counts.astype(prior.dtype) + prior
+  return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def dtype_of(batch: jax.Array) -> Any:
@@ -434,9 +447,8 @@ def unroll_in_chunks(
   seq_length = batch.shape[1]
   if chunk_length is None or chunk_length >= seq_length:
     return predictor.unroll(params, rng, batch, init_state)
-  if init_state is None:
-    rng, rng_state = _split(rng)
-    init_state = predictor.initial_state(params, rng_state, batch.shape[0])
+  # Traced, not computed: what `unroll` refuses is refused here, too.
+  jax.eval_shape(lambda: predictor.unroll(params, rng, batch, init_state))
 
   def unroll(
     state: State, begin: jax.Array | int, length: int
@@ -447,22 +459,21 @@ def unroll_in_chunks(
     return state, predictions
 
   num_chunks, rest = divmod(seq_length, chunk_length)
-  state, predictions = init_state, []
-  shapes = jax.tree.map(jnp.shape, state)
-  after = jax.eval_shape(lambda: unroll(state, 0, chunk_length)[0])
-  if jax.tree.map(jnp.shape, after) == shapes:
-    state, stacked = jax.lax.scan(
-      lambda state, begin: unroll(state, begin, chunk_length),
-      state,
-      jnp.arange(num_chunks) * chunk_length,
-    )
-    predictions.extend(stacked)
-  else:  # The state grows, as that of LAD does.
-    for chunk in range(num_chunks):
-      state, chunk_predictions = unroll(
-        state, chunk * chunk_length, chunk_length
-      )
-      predictions.append(chunk_predictions)
+  # The first chunk by itself: `init_state` may be None, and the state grow.
+  state, first = unroll(init_state, 0, chunk_length)
+  predictions = [first]
+  begins = np.arange(1, num_chunks) * chunk_length
+  after = jax.eval_shape(lambda state: unroll(state, 0, chunk_length)[0], state)
+  if jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state):
+    state, chunks = jax.lax.scan(
+      lambda state, begin: unroll(state, begin, chunk_length), state, begins
+    )  # [chunks, B, length, K]
+    chunks = jnp.moveaxis(chunks, 0, 1)
+    predictions.append(chunks.reshape(len(batch), -1, first.shape[-1]))
+  else:
+    for begin in begins:
+      state, chunk = unroll(state, begin, chunk_length)
+      predictions.append(chunk)
   if rest:
     state, last = unroll(state, seq_length - rest, rest)
     predictions.append(last)
@@ -471,3 +482,14 @@ def unroll_in_chunks(
 
 def _split(rng: jax.Array | None) -> tuple[jax.Array | None, ...]:
   return (None, None) if rng is None else tuple(jax.random.split(rng))
+
+
+def _cast(state: State, batch: jax.Array) -> State:
+  """A state with its floating-point arrays in the dtype of the batch."""
+  dtype = dtype_of(batch)
+  return jax.tree.map(
+    lambda leaf: (
+      leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    ),
+    state,
+  )

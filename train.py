@@ -387,6 +387,11 @@ def build_parts(
     lambda: _init(config, predictor, generator.alphabet_size),
   )
   evaluator = build_evaluator(predictor, config.eval)
+  if evaluator.alphabet_size != generator.alphabet_size:
+    raise ValueError(
+      f'eval.data has an alphabet of {evaluator.alphabet_size} symbols, but '
+      f'data, to train on, of {generator.alphabet_size}'
+    )
   return Parts(generator, predictor, evaluator, devices)
 
 

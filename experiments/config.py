@@ -58,6 +58,12 @@ class DataConfig(base_config.Config):
       'trajectory_generator_kwargs',
     ):
       base_config.check_mapping(f'data.{field}', getattr(self, field))
+    for field in (
+      'iid_distribution',
+      'parameter_distribution',
+      'trajectory_generator',
+    ):
+      base_config.check_instance(f'data.{field}', getattr(self, field), str)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,7 +95,9 @@ class EvalConfig(base_config.EvalConfig):
     """Raises ValueError, naming the field, if a value is out of range."""
     super().validate()
     if self.seq_length is not None:
-      base_config.check_int('eval.seq_length', self.seq_length, 2)
+      base_config.check_int(
+        'eval.seq_length', self.seq_length, 2, base_config.MAX_SEQ_LENGTH
+      )
     if self.chunk_length is not None:
       base_config.check_int('eval.chunk_length', self.chunk_length, 1)
     if not isinstance(self.optimal_predictors, tuple) or not all(
@@ -109,6 +117,7 @@ class EvalConfig(base_config.EvalConfig):
         f'eval.optimal_predictors_kwargs[{name}]', value
       )
     if self.data is not None:
+      base_config.check_instance('eval.data', self.data, DataConfig)
       self.data.validate()
 
 
@@ -124,11 +133,6 @@ class ExperimentConfig(base_config.ExperimentConfig):
   name: str = 'lstm_ptw'
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value is out of range."""
-    super().validate()
-    self.data.validate()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -224,22 +228,28 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
 
   Evaluation takes length and source from training; PTW's depth, the window of a
   sliding-window Transformer and the size of the stacks take the length of the
-  sequence. The config that is given stays as it is.
+  sequence. Names become lower case. The config that is given stays as it is.
 
   Raises:
     ValueError: If a value is out of range.
   """
-  config = copy.deepcopy(config)
   config.validate()
+  config = copy.deepcopy(config)
+  config.model.model_type = config.model.model_type.lower()
   evaluation = config.eval
   if evaluation.seq_length is None:
     evaluation.seq_length = config.train.seq_length
   if evaluation.data is None:
     evaluation.data = copy.deepcopy(config.data)
+  for data in (config.data, evaluation.data):
+    data.iid_distribution = data.iid_distribution.lower()
+    data.parameter_distribution = data.parameter_distribution.lower()
+    data.trajectory_generator = data.trajectory_generator.lower()
   kwargs = {
-    name: dict(evaluation.optimal_predictors_kwargs.get(name, {}))
+    name.lower(): dict(evaluation.optimal_predictors_kwargs.get(name, {}))
     for name in evaluation.optimal_predictors
   }
+  evaluation.optimal_predictors = tuple(kwargs)
   if 'ptw' in kwargs and kwargs['ptw'].get('depth') is None:
     kwargs['ptw']['depth'] = _ptw_depth(evaluation.data, evaluation.seq_length)
   prior = evaluation.data.parameter_distribution_params
@@ -248,12 +258,15 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
       predictor_kwargs.setdefault('concentration', prior)
   evaluation.optimal_predictors_kwargs = kwargs
 
-  model_type = str(config.model.model_type).lower()
-  architecture = config.model.architecture_kwargs
+  # Assigned anew: lists that were put into the dict become tuples.
+  architecture = base_config.plain(config.model.architecture_kwargs)
+  model_type = config.model.model_type
   if model_type == 'sliding_window_transformer':
     _fill(architecture, 'context_length', config.train.seq_length)
-  if 'stack_rnn' in (model_type, architecture.get('core')):
+  core = str(architecture.get('core')).lower()
+  if 'stack_rnn' in (model_type, core):
     _fill(architecture, 'stack_size', config.train.seq_length)
+  config.model.architecture_kwargs = architecture
   return config
 
 

@@ -115,6 +115,8 @@ class Distribution(abc.ABC):
       parameters: The prior's own, `[P]`.
     """
     self._check_size(field, prior)
+    if isinstance(prior, Categorical):
+      raise ValueError(f'{field} categorical draws symbols, not parameters')
     for corner in itertools.product(
       prior.support(parameters), repeat=self._kinds()
     ):
@@ -125,7 +127,8 @@ class Distribution(abc.ABC):
         f'{field} does not fit: it can draw parameters that {self.name} '
         'cannot take;',
         np.concatenate(kinds),
-        closed=True,
+        # The limits of a continuous prior have probability 0.
+        closed=not isinstance(prior, Constant),
       )
 
   @property
@@ -175,7 +178,7 @@ class _Univariate(Distribution):
   # Least and greatest value of a feature.
   limits: ClassVar[tuple[float, float]] = (0.0, math.inf)
 
-  def __init__(self, feature_size: int = 1) -> jax.Array:
+  def __init__(self, feature_size: int = 1):
     base_config.check_int('feature_size', feature_size, 1)
     self.feature_size = feature_size
     self.parameter_size = feature_size * len(self.parameter_kinds)
@@ -233,10 +236,11 @@ class _Univariate(Distribution):
     for (kind, least), value in zip(
       self.parameter_kinds.items(), kinds, strict=True
     ):
-      if not (np.all(value > least) or (closed and np.all(value >= least))):
+      inside = (value > least) & np.isfinite(value)
+      if not np.all(inside | (closed & (value >= least))):
         raise ValueError(
-          f'{field} {parameters!r}: the {kind} of {self.name} must be above '
-          f'{least}'
+          f'{field} {parameters!r}: the {kind} of {self.name} must be finite '
+          f'and above {least}'
         )
 
   def support(self, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -592,7 +596,7 @@ class Lomax(_Univariate):
 class _Simplex(Distribution):
   """Distributions with one parameter per feature."""
 
-  def __init__(self, feature_size: int = 2) -> jax.Array:
+  def __init__(self, feature_size: int = 2):
     base_config.check_int('feature_size', feature_size, 2)
     self.feature_size = feature_size
     self.parameter_size = feature_size
@@ -783,12 +787,14 @@ def _sample_log_gamma(
     rng, log_v, accepted = carry
     rng, rng_normal, rng_accept = jax.random.split(rng, 3)
     normal = jax.random.normal(rng_normal, shape, dtype)
-    root = 1 + c * normal
-    new_log_v = 3 * jnp.log(jnp.where(root > 0, root, 1))
-    threshold = 0.5 * normal**2 + d * (1 - jnp.exp(new_log_v) + new_log_v)
+    x = jnp.maximum(c * normal, -1)  # v = (1 + x)^3
+    log_root = jnp.log1p(x)
+    # n^2 / 2 + d (1 - v + log v), so written that large alphas do not cancel.
+    threshold = 0.5 * normal**2 + d * (3 * (log_root - x) - 3 * x**2 - x**3)
     exponential = jax.random.exponential(rng_accept, shape, dtype)
-    new = ~accepted & (root > 0) & (-exponential < threshold)
-    return rng, jnp.where(new, new_log_v, log_v), accepted | new
+    # What is not a number is not tried again.
+    new = ~accepted & ~(-exponential >= threshold)
+    return rng, jnp.where(new, 3 * log_root, log_v), accepted | new
 
   _, log_v, _ = jax.lax.while_loop(
     lambda carry: ~jnp.all(carry[2]),

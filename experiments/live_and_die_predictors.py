@@ -19,12 +19,14 @@ The weights need no logarithms: h is bounded away from 0 and 1 for any finite T
 and the posterior is renormalised at every symbol.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 
 # Room for starts of segments grows by doubling, from this many symbols.
@@ -56,26 +58,47 @@ class LADState(NamedTuple):
 class LADPredictor(predictors.OptimalPredictor):
   """The exact Bayes predictor of the `lin` source: O(T^2) time, O(T) memory.
 
-  Its state grows with time. Where the time is not concrete (inside `jit`), room
-  is made for all symbols of every chunk.
+  Its state grows with time; where the time is not concrete (inside `jit`), room
+  is made for all symbols of every chunk. With a `max_length` the state has room
+  for so many symbols from the start, and can be carried through a `lax.scan`.
   """
 
+  def __init__(
+    self,
+    concentration: float | Sequence[float] = 0.5,
+    alphabet_size: int | None = None,
+    max_length: int | None = None,
+  ):
+    """Initializes the predictor.
+
+    Args:
+      concentration: Of the Dirichlet prior of a segment; 1/2 is KT.
+      alphabet_size: K, as in OptimalPredictor.
+      max_length: Symbols that there is room for; None is as many as come.
+
+    Raises:
+      ValueError: If an argument is out of range.
+    """
+    super().__init__(concentration, alphabet_size)
+    if max_length is not None:
+      base_config.check_int('max_length', max_length, 1)
+    self.max_length = max_length
+
   def empty_state(self, batch_size: int, alphabet_size: int) -> LADState:
+    size = 1 + (self.max_length or 0)
     return LADState(
       # NumPy, so that it stays concrete inside jit.
       time=np.int32(0),
-      weights=jnp.ones((batch_size, 1)),
-      counts=jnp.zeros((batch_size, 1, alphabet_size), jnp.int32),
+      weights=jnp.zeros((batch_size, size)).at[:, 0].set(1),
+      counts=jnp.zeros((batch_size, size, alphabet_size), jnp.int32),
     )
 
   def update(self, symbols: jax.Array, state: LADState) -> LADState:
     return self.unroll({}, None, symbols[:, None], state)[1]
 
   def output_from_state(self, state: LADState) -> jax.Array:
-    dtype = state.weights.dtype
-    prior = self.prior(state.counts.shape[-1], dtype)
-    totals = state.counts.sum(axis=-1, keepdims=True).astype(dtype)
-    kts = (state.counts.astype(dtype) + prior) / (totals + prior.sum())
+    prior = self.prior(state.counts.shape[-1], state.weights.dtype)
+    kts = predictors.kt_probs(state.counts, prior)
     return jnp.log((state.weights[..., None] * kts).sum(axis=1))
 
   def unroll(
@@ -96,6 +119,8 @@ class LADPredictor(predictors.OptimalPredictor):
     room = weights.shape[1] - 1
     is_concrete = not isinstance(time, jax.core.Tracer)
     used = int(time) if is_concrete else room
+    if self.max_length is not None:
+      used = self._check_room(room, int(time) if is_concrete else 0, seq_length)
     probs = []
     begin = 0
     while begin < seq_length:
@@ -120,6 +145,20 @@ class LADPredictor(predictors.OptimalPredictor):
       jnp.concatenate([log_probs, last[:, None]], axis=1),
       LADState(time, weights.astype(state_dtype), counts),
     )
+
+  def _check_room(self, room: int, time: int, seq_length: int) -> int:
+    """Returns the time, unless `max_length` is too short for what follows."""
+    if room != self.max_length:
+      raise ValueError(
+        f'init_state has room for {room} symbols, but max_length is '
+        f'{self.max_length}'
+      )
+    if time + seq_length > self.max_length:
+      raise ValueError(
+        f'max_length {self.max_length} is less than the {time + seq_length} '
+        'symbols'
+      )
+    return time
 
 
 def _pad(array: jax.Array, length: int) -> jax.Array:

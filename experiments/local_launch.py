@@ -7,6 +7,7 @@ Writes config.json, metrics.json and figure.png into <output_dir>/<name>/. Every
 setting without a flag is in `make_config`.
 """
 
+from collections.abc import Mapping
 import io
 import json
 import logging
@@ -68,7 +69,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
   'cpu_devices',
   None,
   'Devices that the CPU is split into, each with its share of the batch; if '
-  'unset, as many as cores as long as they divide the batch.',
+  'unset, as many as cores (up to 8) as long as they divide the batch.',
   lower_bound=1,
 )
 
@@ -94,6 +95,9 @@ _ARCHITECTURES = {
   'transformer': _TRANSFORMER,
   'sliding_window_transformer': {'context_length': 16, **_TRANSFORMER},
 }
+# More shares of a small batch would cost more than they gain, the more so where
+# not all visible cores are ours.
+_MAX_CPU_DEVICES = 8
 # Sequences among which that of the figure is chosen.
 _FIGURE_BATCH = 64
 
@@ -120,7 +124,7 @@ def make_config(
   batch_size: int = 128,
   learning_rate: float = 2e-3,
 ) -> config_lib.ExperimentConfig:
-  """Returns the config of a run, complete.
+  """Returns the config of a run; `post_process_config` completes it.
 
   Args:
     source: A key of `TRAJECTORY_GENERATORS`.
@@ -133,10 +137,11 @@ def make_config(
     learning_rate: Adam's.
 
   Raises:
-    ValueError: If a value is not allowed.
+    ValueError: If a name is unknown.
   """
   source, model_type = source.lower(), model_type.lower()
-  config = config_lib.ExperimentConfig(
+  base_config.check_choice('model_type', model_type, _ARCHITECTURES)
+  return config_lib.ExperimentConfig(
     name=name or f'{model_type}_{source}_seed{seed}',
     seed=seed,
     data=config_lib.DataConfig(
@@ -162,61 +167,61 @@ def make_config(
       batch_size=512, optimal_predictors=('ptw', 'lad', 'kt')
     ),
   )
-  return config_lib.post_process_config(config)
 
 
 def results_table(
-  metrics: dict[str, float],
-  names: dict[str, str],
-  exact: str | None,
+  regrets: Mapping[str, np.ndarray], names: dict[str, str], exact: str | None
 ) -> list[dict[str, Any]]:
   """Returns one row per predictor: its regret, and how far above the optimum.
 
   Args:
-    metrics: Of `MetaLearningEvaluator.metrics`.
+    regrets: Cumulative regret of every sequence `[N]`, by predictor, as from
+      `MetaLearningEvaluator.evaluate`.
     names: What each predictor is called in the table, by its name there.
     exact: Name of the source's own Bayes predictor, from which the rows are
       measured; None measures from the best of the exact predictors.
   """
-  regrets = {
-    evaluator_lib.NETWORK: (
-      metrics['cumulative_regret'],
-      metrics['cumulative_regret_stderr'],
-    )
-  }
-  prefix = 'optimal_cumulative_regret'
-  for name in names:
-    if name != evaluator_lib.NETWORK:
-      regrets[name] = (
-        metrics[f'{prefix}/{name}'],
-        metrics[f'{prefix}_stderr/{name}'],
-      )
+  references = [name for name in regrets if name != evaluator_lib.NETWORK]
   optimum = exact or min(
-    (name for name in regrets if name != evaluator_lib.NETWORK),
-    key=lambda name: regrets[name][0],
+    references,
+    key=lambda name: regrets[name].mean(),
+    default=evaluator_lib.NETWORK,
   )
-  return [
-    {
-      'predictor': names[name],
-      'cumulative_regret': regret,
-      'stderr': stderr,
-      'above_optimum': regret - regrets[optimum][0],
-      'is_optimum': name == optimum,
-    }
-    for name, (regret, stderr) in regrets.items()
-  ]
+
+  def stderr(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+  rows = []
+  for name, shown in names.items():
+    values = regrets[name]
+    # Paired: all predictors read the same sequences.
+    above = values - regrets[optimum]
+    rows.append(
+      {
+        'predictor': shown,
+        'cumulative_regret': float(values.mean()),
+        'stderr': stderr(values),
+        'above_optimum': float(above.mean()),
+        'above_optimum_stderr': stderr(above),
+        'is_optimum': name == optimum,
+      }
+    )
+  return rows
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
   """Returns the rows of `results_table` as aligned text."""
   width = max(len(row['predictor']) for row in rows)
-  lines = [
-    f'{"predictor":<{width}}  cumulative regret (nats)  above the optimum'
-  ]
+  head = f'{"predictor":<{width}}  {"cumulative regret (nats)":>24}'
+  lines = [f'{head}  {"above the optimum":>18}']
   for row in rows:
     regret = f'{row["cumulative_regret"]:.4f} ± {row["stderr"]:.4f}'
-    above = 'optimum' if row['is_optimum'] else f'{row["above_optimum"]:+.4f}'
-    lines.append(f'{row["predictor"]:<{width}}  {regret:>24}  {above:>17}')
+    above = (
+      f'{row["above_optimum"]:+.4f} ± {row["above_optimum_stderr"]:.4f}'
+      if not row['is_optimum']
+      else 'optimum'
+    )
+    lines.append(f'{row["predictor"]:<{width}}  {regret:>24}  {above:>18}')
   return '\n'.join(lines)
 
 
@@ -264,6 +269,9 @@ def open_folder(
           f'{folder} holds a run with another config '
           f'({"; ".join(differences)}); choose another --name, or --overwrite'
         )
+    # Results never lie beside a config that they are not of.
+    for name in ('metrics.json', 'figure.png'):
+      (folder / name).unlink(missing_ok=True)
     write_whole(path, (json.dumps(values, indent=2) + '\n').encode())
   except OSError as error:
     raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
@@ -275,7 +283,7 @@ def run(
   """Trains and evaluates as configured, and writes what came of it.
 
   Args:
-    config: Complete, as from `make_config`.
+    config: Complete, as `post_process_config` leaves it.
     folder: Of the run; must exist.
     num_sequences: For the table.
 
@@ -295,15 +303,12 @@ def run(
   keys = train.step_keys(config.seed, config.train.model_init_seed, 0)
   rng_table, rng_figure = jax.random.split(keys.evaluation)
   regrets = evaluator.evaluate(result.params, rng_table, num_sequences)
-  metrics = {
-    name: float(value) for name, value in evaluator.metrics(regrets).items()
-  }
   exact = constants.exact_predictor(
     config.eval, evaluator.generator, evaluator.optimal_predictors
   )
   names = {evaluator_lib.NETWORK: config.model.model_type}
   names |= {name: name.upper() for name in evaluator.optimal_predictors}
-  rows = results_table(metrics, names, exact)
+  rows = results_table(regrets, names, exact)
 
   content = {
     'training_seconds': round(seconds, 1),
@@ -316,7 +321,12 @@ def run(
     folder / 'metrics.json', (json.dumps(content, indent=2) + '\n').encode()
   )
   png = io.BytesIO()
-  sequence_figure(evaluator, result.params, rng_figure, names).savefig(
+  drawn = {
+    name: shown
+    for name, shown in names.items()
+    if name in (evaluator_lib.NETWORK, 'ptw', 'lad', exact)
+  }
+  sequence_figure(evaluator, result.params, rng_figure, drawn).savefig(
     png, format='png'
   )
   write_whole(folder / 'figure.png', png.getvalue())
@@ -352,7 +362,7 @@ def sequence_figure(
     evaluator: Knows source and predictors.
     params: Of its predictor.
     rng: Key of the batch.
-    names: What the predictors are called, by their name in the evaluator.
+    names: What to call the predictors to draw, by name in the evaluator.
   """
   size = (_FIGURE_BATCH, evaluator.seq_length)
   batch, parameters = evaluator.generator.sample(rng, *size)
@@ -360,17 +370,16 @@ def sequence_figure(
   chosen = int(np.argmax(np.sum(switches, axis=1) >= 2))
   batch, parameters = batch[chosen, None], parameters[chosen, None]
   logits = evaluator.predict(params, batch)
-  drawn = [name for name in names if name != 'kt']
   return plotting.plot_sequence(
     np.asarray(batch[0]),
     np.asarray(parameters[0]),
     np.asarray(switches[chosen]),
-    {names[name]: _probabilities(logits[name]) for name in drawn},
+    {shown: _probabilities(logits[name]) for name, shown in names.items()},
     {
-      names[name]: np.asarray(
+      shown: np.asarray(
         evaluator_lib.instantaneous_regret(logits[name], parameters)[0]
       )
-      for name in drawn
+      for name, shown in names.items()
     },
     title='One sequence: the true parameter, and what the predictors expect '
     'of each next symbol',
@@ -392,12 +401,13 @@ def _known(registry: base_config.Registry, flag: str, value: str) -> bool:
 
 
 def _num_cpu_devices(batch_size: int) -> int:
-  """As many as cores, as long as they divide the batch."""
+  """As many as cores, up to a limit, as long as they divide the batch."""
   if hasattr(os, 'sched_getaffinity'):  # Those this process may use; on Linux.
     cores = len(os.sched_getaffinity(0))
   else:
     cores = os.cpu_count() or 1
-  return max(n for n in range(1, cores + 1) if batch_size % n == 0)
+  limit = min(cores, _MAX_CPU_DEVICES)
+  return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 
 def main(argv: list[str]) -> None:
@@ -411,25 +421,27 @@ def main(argv: list[str]) -> None:
     _CPU_DEVICES.value or _num_cpu_devices(_BATCH_SIZE.value),
   )
   try:
-    config = make_config(
-      source=_SOURCE.value,
-      model_type=_MODEL_TYPE.value,
-      steps=_STEPS.value,
-      seed=_SEED.value,
-      name=_NAME.value,
-      seq_length=_SEQ_LENGTH.value,
-      batch_size=_BATCH_SIZE.value,
-      learning_rate=_LEARNING_RATE.value,
+    config = config_lib.post_process_config(
+      make_config(
+        source=_SOURCE.value,
+        model_type=_MODEL_TYPE.value,
+        steps=_STEPS.value,
+        seed=_SEED.value,
+        name=_NAME.value,
+        seq_length=_SEQ_LENGTH.value,
+        batch_size=_BATCH_SIZE.value,
+        learning_rate=_LEARNING_RATE.value,
+      )
     )
-    # All there is to go wrong goes wrong before the folder is touched.
+    # What can be wrong with a config is found before the folder is touched.
     train.build_parts(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
     folder = pathlib.Path(_OUTPUT_DIR.value) / config.name
     open_folder(folder, config, _OVERWRITE.value)
-    run(config, folder, _NUM_SEQUENCES.value)
   except ValueError as error:
     sys.exit(f'error: {error}')
+  run(config, folder, _NUM_SEQUENCES.value)
 
 
 if __name__ == '__main__':

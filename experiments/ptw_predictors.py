@@ -150,8 +150,7 @@ class PTWPredictor(predictors.OptimalPredictor):
   def _levels(self, state: PTWState, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """kt_j and p_j of the next symbol, each `[B, d + 1, K]`."""
     prior = self.prior(state.counts.shape[-1], dtype)
-    weights = state.counts.astype(dtype) + prior
-    kts = weights / weights.sum(axis=-1, keepdims=True)
+    kts = predictors.kt_probs(state.counts, prior)
     split = jax.nn.sigmoid(state.log_odds.astype(dtype))[..., None]
     whole = jax.nn.sigmoid(-state.log_odds.astype(dtype))[..., None]
     mixtures = [kts[:, -1]]
@@ -205,9 +204,9 @@ def _predict_one(
   # Levels whose blocks would reach beyond the padded end have only one block.
   padded_length = 1 << min_depth(seq_length)
   symbols = jnp.pad(symbols.T, ((0, 0), (0, padded_length - seq_length)))
-  counts_before = jnp.cumsum(symbols.astype(jnp.int32), axis=-1)
-  counts_total = counts_before[:, seq_length - 1]
-  counts_before = counts_before - symbols.astype(jnp.int32)  # [K, T']
+  counts_upto = jnp.cumsum(symbols.astype(jnp.int32), axis=-1)
+  counts_total = counts_upto[:, seq_length - 1]
+  counts_before = counts_upto - symbols.astype(jnp.int32)  # [K, T']
 
   mixture = None  # p_{j+1} of every symbol, [K, T']
   final_counts, final_log_odds = [], []

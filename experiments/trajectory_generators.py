@@ -24,6 +24,7 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import distributions
+from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 
 
@@ -49,6 +50,9 @@ class TrajectoryGenerator(abc.ABC):
     Raises:
       ValueError: If the two do not fit each other, in size or in range.
     """
+    parameter_distribution_params = base_config.check_vector(
+      'parameter_distribution_params', parameter_distribution_params
+    )
     parameter_distribution.check_parameters(
       'parameter_distribution_params', parameter_distribution_params
     )
@@ -59,9 +63,7 @@ class TrajectoryGenerator(abc.ABC):
     )
     self.iid_distribution = iid_distribution
     self.parameter_distribution = parameter_distribution
-    self.parameter_distribution_params = tuple(
-      float(value) for value in parameter_distribution_params
-    )
+    self.parameter_distribution_params = parameter_distribution_params
 
   @property
   def alphabet_size(self) -> int:
@@ -112,7 +114,9 @@ class TrajectoryGenerator(abc.ABC):
     """The switching points of one sequence, bool `[T]`."""
 
   def _check_seq_length(self, seq_length: int) -> None:
-    base_config.check_int('seq_length', seq_length, 1)
+    base_config.check_int(
+      'seq_length', seq_length, 1, base_config.MAX_SEQ_LENGTH
+    )
 
   def _sample_one(
     self, rng: jax.Array, seq_length: int
@@ -190,17 +194,23 @@ class RandomShiftGenerator(TrajectoryGenerator):
         f'shift_distribution {shift_distribution.name} has '
         f'{shift_distribution.feature_size} features; a length is one number'
       )
+    shift_parameters = base_config.check_vector(
+      'shift_parameters', shift_parameters
+    )
     shift_distribution.check_parameters('shift_parameters', shift_parameters)
     self.shift_distribution = shift_distribution
-    self.shift_parameters = tuple(shift_parameters)
+    self.shift_parameters = shift_parameters
 
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
     parameters = np.asarray(self.shift_parameters, jnp.result_type(float))
     # Even if all lengths are 1, T of them reach the end.
     draws = self.shift_distribution.sample(rng, parameters, (seq_length,))
-    # Clipped to T, so that their sum is never too large for an integer.
     lengths = jnp.clip(jnp.round(draws[:, 0]), 1, seq_length).astype(jnp.int32)
-    ends = jnp.cumsum(jnp.minimum(lengths, seq_length))
+    # Ends beyond T count as T, so that no sum is too large for an integer.
+    ends = jax.lax.associative_scan(
+      lambda a, b: jnp.minimum(a + b, seq_length),
+      jnp.minimum(lengths, seq_length),
+    )
     return jnp.zeros(seq_length, bool).at[ends].set(True, mode='drop')
 
 
@@ -266,7 +276,7 @@ class LINGenerator(TrajectoryGenerator):
     uniforms = jax.random.uniform(rng, (seq_length - 1,))
 
     def step(age: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-      ends = uniform < 1 / (2 * age)
+      ends = uniform < live_and_die_predictors.hazard(age)
       return jnp.where(ends, 1, age + 1), ends
 
     _, ends = jax.lax.scan(step, jnp.int32(1), uniforms)

@@ -11,6 +11,7 @@ a prefix is encoded as it is inside the whole.
 
 import enum
 import math
+from typing import Any
 
 import haiku as hk
 import jax
@@ -37,10 +38,9 @@ class PositionalEncodings(enum.Enum):
     """
     if isinstance(value, cls):
       return value
-    name = str(value).upper()
+    name = value.upper() if isinstance(value, str) else value
     choices = [encoding.name for encoding in cls]
-    if name not in choices:
-      base_config.check_choice('positional_encodings', value, choices)
+    base_config.check_choice('positional_encodings', name, choices)
     return cls[name]
 
 
@@ -82,11 +82,17 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   return np.concatenate([slopes, extra[: num_heads - power]])
 
 
-def alibi_bias(num_heads: int, seq_length: int) -> np.ndarray:
+def distances(seq_length: int) -> jax.Array:
+  """Returns query - key, int32 `[T, T]`."""
+  time = jnp.arange(seq_length)
+  return time[:, None] - time
+
+
+def alibi_bias(num_heads: int, seq_length: int, dtype: Any) -> jax.Array:
   """Returns -slope * (query - key) where key <= query, `[heads, T, T]`."""
-  time = np.arange(seq_length)
-  distances = np.maximum(time[:, None] - time, 0)
-  return -alibi_slopes(num_heads)[:, None, None] * distances
+  slopes = jnp.asarray(alibi_slopes(num_heads), dtype)
+  past = jnp.maximum(distances(seq_length), 0).astype(dtype)
+  return -slopes[:, None, None] * past
 
 
 class RelativePositions(hk.Module):

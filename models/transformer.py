@@ -122,8 +122,9 @@ class MultiHeadAttention(hk.Module):
       logits = jnp.einsum('bthd,bshd->bhts', query, key)
     logits = logits / math.sqrt(size)  # [B, H, T, T]
     if encodings is PositionalEncodings.ALIBI:
-      bias = pos_encs_lib.alibi_bias(num_heads, seq_length)
-      logits = logits + jnp.asarray(bias, logits.dtype)
+      logits = logits + pos_encs_lib.alibi_bias(
+        num_heads, seq_length, logits.dtype
+      )
     visible = _visible(seq_length, config.attention_window)
     logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
     weights = jax.nn.softmax(logits, axis=-1)
@@ -221,10 +222,9 @@ def make_transformer_encoder(
   return transformer
 
 
-def _visible(seq_length: int, window: int | None) -> np.ndarray:
+def _visible(seq_length: int, window: int | None) -> jax.Array:
   """Which keys (columns) a query (row) sees, bool `[T, T]`."""
-  time = np.arange(seq_length)
-  distances = time[:, None] - time
+  distances = pos_encs_lib.distances(seq_length)
   visible = distances >= 0
   return visible if window is None else visible & (distances < window)
 

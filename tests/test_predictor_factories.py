@@ -201,6 +201,7 @@ def test_model_type_in_any_case_of_letters(name):
     ('rnn', {'hidden_sise': 3}, "no 'hidden_sise'.*mean 'hidden_size'"),
     ('rnn', {'hidden_size': 0}, 'hidden_size is 0'),
     ('rnn', {'before_mlp_layers': (0,)}, 'before_mlp_layers is 0'),
+    ('rnn', {'before_mlp_layers': 3}, 'before_mlp_layers is 3'),
     ('lstm', {'stack_size': 3}, "no 'stack_size'"),
     ('lstm', {'core': 'gru'}, "core 'gru' contradicts model_type 'lstm'"),
     ('stack_rnn', {'n_stacks': 0}, 'n_stacks is 0'),
@@ -210,6 +211,11 @@ def test_model_type_in_any_case_of_letters(name):
       'transformer',
       {'positional_encodings': 'SINCOS'},
       "positional_encodings 'SINCOS' is not one of .*'SIN_COS'",
+    ),
+    (
+      'transformer',
+      {'positional_encodings': None},
+      'positional_encodings None is not one of',
     ),
     (
       'transformer',
@@ -233,6 +239,12 @@ def test_wrong_architectures_are_named(model_type, kwargs, message):
   )
   with pytest.raises(ValueError, match=message):
     predictor_factories.build_predictor(config, 2)
+
+
+def test_wrong_arguments_of_a_haiku_class_are_named():
+  make = predictor_factories.PREDICTOR_FACTORIES['rnn']
+  with pytest.raises(ValueError, match="architecture_kwargs has no 'size'"):
+    make(2, {'core': hk.ResetCore, 'size': 3})
 
 
 def test_heads_must_divide_the_features_that_stand_for_embeddings():

@@ -80,13 +80,21 @@ def test_bayes_chunks_equal_the_whole(x64, name, chunk_length):
   np.testing.assert_allclose(chunks, whole, atol=1e-12)
 
 
+def test_chunks_take_the_alphabet_of_the_batch(x64):
+  batch = _random_batch(2, 9, 3)
+  whole, _ = BAYES['kt'].unroll({}, None, batch)
+  chunks, _ = predictors.unroll_in_chunks(BAYES['kt'], {}, None, batch, None, 4)
+  np.testing.assert_allclose(chunks, whole, atol=1e-12)
+
+
 @pytest.mark.parametrize('name', BAYES)
 def test_bayes_computes_in_the_dtype_of_the_batch(x64, name):
   for dtype in (jnp.float32, jnp.float64):
-    predictions, _ = BAYES[name].unroll(
-      {}, None, _random_batch(1, 5).astype(dtype)
-    )
+    batch = _random_batch(1, 5).astype(dtype)
+    predictions, state = BAYES[name].unroll({}, None, batch)
     assert predictions.dtype == dtype
+    continued, _ = BAYES[name].unroll({}, None, batch, state)
+    assert continued.dtype == dtype
 
 
 @pytest.mark.parametrize('name', BAYES)

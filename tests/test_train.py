@@ -113,6 +113,94 @@ def test_scanned_loop_equals_a_loop_in_python(num_devices, reset, fixed):
     _assert_trees_close(state.predictor_state, predictor_state, atol=1e-5)
 
 
+@pytest.mark.parametrize('chunk_length', [None, 4])
+def test_dropout_is_on_in_training_with_a_key_for_every_chunk(chunk_length):
+  """The first loss is that of the step's own dropout keys, of no others."""
+  kwargs = {'embedding_dim': 8, 'num_heads': 2, 'dropout_prob': 0.5}
+  config = _config('transformer', kwargs, gradient_chunk_length=chunk_length)
+  losses, _ = _run_steps(config, 1, 1)
+  generator = constants.build_data_generator(config.data)
+  predictor = predictor_factories.build_predictor(config.model, 2)
+  params = predictor.init_params(
+    train.step_keys(config.seed, 0, 0).predictor, jnp.zeros((4, 2, 2)), None
+  )
+  keys = train.step_keys(config.seed, 0, 1)
+  batch, _ = generator.sample(keys.data, 4, 8)
+
+  def loss(rng_of):
+    total, length = 0.0, chunk_length or 8
+    for begin in range(0, 8, length):
+      chunk = batch[:, begin : begin + length]
+      logits, _ = predictor.unroll(params, rng_of(begin), chunk)
+      targets = batch[:, begin + 1 : begin + 1 + length]
+      total += train.log_loss(logits[:, : targets.shape[1]], targets)
+    return float(total / (4 * 7))
+
+  expected = loss(lambda begin: jax.random.fold_in(keys.predictor, begin))
+  assert losses[0] == pytest.approx(expected, rel=1e-5)
+  assert losses[0] != pytest.approx(loss(lambda begin: None), rel=1e-3)
+
+
+def test_every_device_has_dropout_masks_of_its_own():
+  kwargs = {'embedding_dim': 8, 'num_heads': 2, 'dropout_prob': 0.5}
+  config = _config('transformer', kwargs, batch_size=2)
+  update = train.make_update(
+    config, _SameSequence(), _predictor(config), num_devices=2
+  )
+  devices = jax.local_devices()
+  state = train.init_state(config, _predictor(config), 2, devices)
+  params = jax.device_get(state.params)
+  _, losses = train.make_run_steps(update, devices)(state, 1)
+  # Both devices have the same sequence: with the same masks, the mean of their
+  # losses would be that of one mask.
+  key = train.step_keys(config.seed, 0, 1).predictor
+  batch, _ = _SameSequence().sample_from_keys(jax.random.split(key, 1), 8)
+  single = [
+    float(
+      train.loss_and_grads(
+        _predictor(config), params, jax.random.fold_in(key, device), batch, None
+      )[0]
+    )
+    for device in (0, 1)
+  ]
+  assert single[0] != pytest.approx(single[1], rel=1e-4)
+  assert float(losses[0]) == pytest.approx(np.mean(single), rel=1e-5)
+
+
+def _predictor(config):
+  return predictor_factories.build_predictor(config.model, 2)
+
+
+class _SameSequence:
+  """A source of one sequence only."""
+
+  alphabet_size = 2
+
+  def sample_from_keys(self, keys, seq_length):
+    symbols = jnp.arange(seq_length) // 3 % 2
+    batch = jnp.tile(jnp.eye(2)[symbols], (len(keys), 1, 1))
+    return batch, batch
+
+
+def test_evaluation_has_its_own_keys():
+  seen = []
+
+  class Spy:
+    alphabet_size = 2
+
+    def step(self, params, state, rng):
+      seen.append(np.asarray(jax.random.key_data(rng)).tolist())
+      return {'cumulative_regret': 0.0}
+
+  train.train(_config(), constants.build_data_generator, lambda *args: Spy())
+  assert seen == [
+    np.asarray(
+      jax.random.key_data(train.step_keys(0, 0, step).evaluation)
+    ).tolist()
+    for step in (3, 6)
+  ]
+
+
 def test_two_devices_train_as_one():
   config = _config(steps=20)
   losses, state = _run_steps(config, 20, 1)
@@ -174,7 +262,34 @@ def test_random_lengths_are_powers_of_two_and_never_one(seq_length, lengths):
   assert train.sequence_lengths(config) == lengths
 
 
-def test_random_lengths_are_equally_likely_and_shared_by_ensemble_members():
+def test_random_lengths_follow_from_the_seed_alone():
+  def lengths(seed, model_init_seed):
+    config = _config(
+      seq_length=32, seq_length_fixed=False, model_init_seed=model_init_seed
+    )
+    config.seed = seed
+    shapes = []
+
+    class Spy:
+      def sample_from_keys(self, keys, seq_length):
+        jax.debug.callback(lambda: shapes.append(seq_length))
+        batch = jnp.tile(jnp.eye(2)[0], (len(keys), seq_length, 1))
+        return batch, batch
+
+    predictor = _predictor(config)
+    devices = jax.local_devices()[:1]
+    state = train.init_state(config, predictor, 2, devices)
+    update = train.make_update(config, Spy(), predictor)
+    jax.block_until_ready(train.make_run_steps(update, devices)(state, 12))
+    jax.effects_barrier()
+    return shapes
+
+  assert len(lengths(0, 0)) == 12
+  assert sorted(lengths(0, 0)) == sorted(lengths(0, 1))
+  assert sorted(lengths(0, 0)) != sorted(lengths(1, 0))
+
+
+def test_random_lengths_are_equally_likely():
   indices = jax.vmap(lambda step: train._length_index(3, step, 4))(
     jnp.arange(4000)
   )
@@ -326,6 +441,16 @@ def test_training_leaves_its_config_as_it_is():
       {'eval.data.trajectory_generator_kwargs.depth': 2},
       'depth 2 holds 4 symbols, not 8',
     ),
+    (
+      {
+        'eval.data.iid_distribution_kwargs': {'feature_size': 3},
+        'eval.data.parameter_distribution_params': (0.5,) * 3,
+        'eval.optimal_predictors': (),
+        'eval.optimal_predictors_kwargs': {},
+      },
+      'eval.data has an alphabet of 3 symbols, but data.* of 2',
+    ),
+    ({'train.seq_length': 2**31}, 'train.seq_length is 2147483648'),
     ({'eval.data': None}, 'eval.data is None; post_process_config'),
     (
       {

@@ -1,3 +1,4 @@
+import haiku as hk
 import pytest
 
 from nonstationary_mbml import base_config
@@ -27,6 +28,56 @@ def test_post_process_leaves_the_given_config_as_it_is():
 def test_post_process_twice_is_once():
   config = config_lib.post_process_config(config_lib.ExperimentConfig())
   assert config_lib.post_process_config(config) == config
+
+
+def test_names_mean_the_same_in_any_case_of_letters():
+  config = config_lib.ExperimentConfig(
+    model=base_config.ModelConfig(
+      model_type='RNN', architecture_kwargs={'core': 'Stack_RNN'}
+    ),
+    data=config_lib.DataConfig(
+      trajectory_generator='PTW',
+      trajectory_generator_kwargs={'depth': 9},
+      parameter_distribution='Dirichlet',
+      parameter_distribution_params=(3.0, 1.0),
+    ),
+    eval=config_lib.EvalConfig(optimal_predictors=('PTW', 'KT')),
+  )
+  config = config_lib.post_process_config(config)
+  assert config.eval.optimal_predictors_kwargs == {
+    'ptw': {'depth': 9, 'concentration': (3.0, 1.0)},
+    'kt': {'concentration': (3.0, 1.0)},
+  }
+  assert config.model.architecture_kwargs['stack_size'] == 32
+
+
+def test_list_put_into_a_dict_becomes_a_tuple():
+  config = config_lib.ExperimentConfig()
+  config.model.architecture_kwargs['before_mlp_layers'] = [3, 4]
+  config = config_lib.post_process_config(config)
+  assert config.model.architecture_kwargs['before_mlp_layers'] == (3, 4)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('train', {'batch_size': 3}, 'train is .* must be a TrainConfig'),
+    ('data', None, 'data is None; it must be a DataConfig'),
+    ('eval', base_config.EvalConfig(), 'eval is .* must be a EvalConfig'),
+  ],
+)
+def test_nested_configs_of_another_kind_are_named(field, value, message):
+  config = config_lib.ExperimentConfig()
+  setattr(config, field, value)
+  with pytest.raises(ValueError, match=message):
+    config_lib.post_process_config(config)
+
+
+def test_classes_in_a_config_are_refused():
+  config = config_lib.ExperimentConfig()
+  config.model.architecture_kwargs = {'core': hk.GRU}
+  with pytest.raises(ValueError, match=r'architecture_kwargs\[core\] is'):
+    config_lib.post_process_config(config)
 
 
 def test_post_process_keeps_what_is_given():

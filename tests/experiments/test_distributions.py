@@ -147,6 +147,19 @@ def _dirichlet_correlation(alpha):
   return -np.sqrt(first * second / ((total - first) * (total - second)))
 
 
+@pytest.mark.parametrize('alpha', [0.1, 1e4, 1e7, 1e10])
+def test_gamma_samples_of_extreme_shapes_follow_the_cdf(alpha):
+  samples = distributions.Gamma().sample(
+    jax.random.key(10), jnp.array([alpha, 1.0]), (NUM_SAMPLES,)
+  )
+  samples = np.asarray(samples[:, 0], float)
+  if alpha > 1e6:  # Standardised: float32 has no more digits of a sample.
+    spread = np.maximum(np.std(samples), 1e-30)
+    assert 0.9 < spread / np.sqrt(alpha) < 1.5
+  else:
+    assert _ks_p_value(samples, stats.gamma(alpha).cdf) > FALSE_ALARM_RATE
+
+
 def test_dirichlet_with_tiny_concentration_has_no_nan():
   samples = distributions.Dirichlet(3).sample(
     jax.random.key(2), jnp.full(3, 1e-3), (2000,)
@@ -286,8 +299,9 @@ def test_what_has_no_closed_form_says_so():
 @pytest.mark.parametrize(
   ('name', 'parameters', 'message'),
   [
-    ('beta', (0.0, 1.0), 'alpha of beta must be above 0'),
+    ('beta', (0.0, 1.0), 'alpha of beta must be finite and above 0'),
     ('gamma', (1.0, -1.0), 'rate of gamma'),
+    ('gamma', (float('inf'), 1.0), 'shape of gamma must be finite'),
     ('gaussian', (0.0, 0.0), 'precision of gaussian'),
     ('uniform', (1.0, 1.0), 'low of uniform must be below'),
     ('categorical', (0.7, 0.7), 'sum to 1'),

@@ -100,6 +100,37 @@ def test_chunks_inside_jit_equal_whole(x64):
   np.testing.assert_allclose(chunks, whole, atol=1e-12)
 
 
+def test_state_of_fixed_length_can_be_scanned(x64):
+  batch = jnp.asarray(
+    oracles.one_hot(np.random.default_rng(1).integers(2, size=(3, 30)), 2)
+  )
+  predictor = live_and_die_predictors.LADPredictor(max_length=30)
+  chunks = jnp.moveaxis(batch.reshape(3, 6, 5, 2), 1, 0)
+
+  def step(state, chunk):
+    predictions, state = predictor.unroll({}, None, chunk, state)
+    return state, predictions
+
+  _, predictions = jax.lax.scan(
+    step, predictor.initial_state({}, None, 3), chunks
+  )
+  whole, _ = _unroll(batch)
+  np.testing.assert_allclose(
+    jnp.moveaxis(predictions, 0, 1).reshape(whole.shape), whole, atol=1e-12
+  )
+
+
+def test_sequence_beyond_the_fixed_length_is_an_error():
+  batch = np.tile(np.float32([0, 1]), (1, 5, 1))
+  with pytest.raises(ValueError, match='max_length 4 is less than the 5'):
+    _unroll(batch, max_length=4)
+  _, state = _unroll(batch[:, :3], max_length=4)
+  with pytest.raises(ValueError, match='max_length 4 is less than the 5'):
+    _unroll(batch[:, 3:], state, max_length=4)
+  with pytest.raises(ValueError, match='room for 32 symbols, but max_length'):
+    _unroll(batch, _unroll(batch)[1], max_length=9)
+
+
 def test_counts_do_not_overflow_on_long_constant_sequences():
   predictions, state = _unroll(np.tile(np.float32([0, 1]), (1, 600, 1)))
   assert np.exp(predictions[0, -1, 0]) < 5e-3

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
@@ -112,22 +113,44 @@ def test_default_config_is_the_documented_run():
 
 
 def test_table_measures_from_the_exact_predictor():
-  metrics = {
-    'cumulative_regret': 3.5,
-    'cumulative_regret_stderr': 0.1,
-    'optimal_cumulative_regret/ptw': 3.0,
-    'optimal_cumulative_regret_stderr/ptw': 0.2,
-    'optimal_cumulative_regret/kt': 2.0,
-    'optimal_cumulative_regret_stderr/kt': 0.2,
-  }
+  ptw = np.array([2.0, 3.0, 4.0, 3.0])
+  regrets = {'network': ptw + [0.0, 1.0, 0.0, 1.0], 'ptw': ptw, 'kt': ptw - 1}
   names = {'network': 'lstm', 'ptw': 'PTW', 'kt': 'KT'}
-  above = {
-    row['predictor']: row['above_optimum']
-    for row in local_launch.results_table(metrics, names, 'ptw')
-  }
+  rows = local_launch.results_table(regrets, names, 'ptw')
+  above = {row['predictor']: row['above_optimum'] for row in rows}
   assert above == {'lstm': 0.5, 'PTW': 0.0, 'KT': -1.0}
-  best = local_launch.results_table(metrics, names, None)
+  # Paired: the spread of the sequences themselves does not count.
+  assert rows[2]['above_optimum_stderr'] == 0
+  assert rows[0]['above_optimum_stderr'] == pytest.approx(np.sqrt(1 / 12))
+  best = local_launch.results_table(regrets, names, None)
   assert [row['is_optimum'] for row in best] == [False, False, True]
+
+
+def test_table_without_exact_predictors_has_the_network():
+  (row,) = local_launch.results_table(
+    {'network': np.arange(3.0)}, {'network': 'lstm'}, None
+  )
+  assert row['cumulative_regret'] == 1.0
+
+
+def test_made_config_can_still_be_changed():
+  config = local_launch.make_config()
+  config.data.trajectory_generator = 'lin'
+  config.train.seq_length = 64
+  config = config_lib.post_process_config(config)
+  assert config.eval.data.trajectory_generator == 'lin'
+  assert config.eval.seq_length == 64
+  assert config.eval.optimal_predictors_kwargs['ptw']['depth'] == 6
+
+
+def test_overwritten_run_leaves_no_stale_results(tmp_path):
+  first, second = (local_launch.make_config(seed=seed) for seed in (0, 1))
+  local_launch.open_folder(tmp_path, first, overwrite=False)
+  (tmp_path / 'metrics.json').write_text('{}')
+  with pytest.raises(ValueError, match='seed: 0 -> 1'):
+    local_launch.open_folder(tmp_path, second, overwrite=False)
+  local_launch.open_folder(tmp_path, second, overwrite=True)
+  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
 
 
 def test_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):

@@ -139,7 +139,15 @@ def test_float32_code_length_of_a_long_sequence_is_that_of_float64():
   np.testing.assert_allclose(code_length(np.float32), truth, rtol=1e-6)
 
 
-def test_deep_tree_costs_nothing_extra_to_stream(x64):
+def test_chunks_do_not_run_past_the_horizon():
+  batch = jnp.asarray(_random_batch(4, 1, 16).astype(np.float32))
+  with pytest.raises(ValueError, match='depth 3 holds 8 symbols, not 16'):
+    predictors.unroll_in_chunks(
+      ptw_predictors.PTWPredictor(3), {}, None, batch, None, 4
+    )
+
+
+def test_both_forms_of_a_much_deeper_tree_are_equal(x64):
   predictor = ptw_predictors.PTWPredictor(30)
   batch = _random_batch(3, 1, 20)
   whole, _ = _unroll(predictor, batch)

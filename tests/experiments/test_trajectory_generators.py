@@ -127,6 +127,17 @@ def test_segment_length_beyond_any_integer_is_one_segment():
   assert not generator.switch_points(jax.random.key(6), 2, 6).any()
 
 
+def test_lengths_whose_sum_is_no_int32_make_no_false_switches():
+  seq_length = 2**16
+  generator = _make(
+    'random_shift',
+    shift_distribution='constant',
+    shift_parameters=(60_000.0,),
+  )
+  switches = generator.switch_points(jax.random.key(6), 1, seq_length)
+  assert np.flatnonzero(switches[0]).tolist() == [60_000]
+
+
 def test_regular_shift_switches_every_period():
   switches = _make('regular_shift').switch_points(jax.random.key(7), 2, 12)
   np.testing.assert_array_equal(np.flatnonzero(switches[1]), [5, 10])
@@ -202,6 +213,19 @@ def test_symbols_have_the_probabilities_of_their_parameters(alpha):
   assert np.all(np.abs(z) < stats.norm.isf(FALSE_ALARM_RATE / 2 / len(alpha)))
 
 
+def test_symbols_are_not_drawn_with_the_key_of_their_parameters():
+  # With one key for both, an arcsine parameter and its symbol would follow from
+  # the same uniform number, and a symbol be sure given the parameter.
+  batch, parameters = _make('static').sample(jax.random.key(17), 20_000, 1)
+  p = np.asarray(parameters[:, 0, 0], float)
+  zeros = np.asarray(batch[:, 0, 0])
+  for low in np.arange(0, 1, 0.1):
+    chosen = (low <= p) & (p < low + 0.1)
+    expected, variance = p[chosen].sum(), (p * (1 - p))[chosen].sum()
+    deviation = abs(zeros[chosen].sum() - expected) / np.sqrt(variance)
+    assert deviation < stats.norm.isf(FALSE_ALARM_RATE / 2 / 10)
+
+
 def test_symbols_parameters_and_switches_use_different_keys():
   # With one key for all, low uniforms would mean both a switch and a symbol 0.
   batch, _ = _make('lin').sample(jax.random.key(17), 20_000, 2)
@@ -256,6 +280,24 @@ def test_any_distributions_that_fit_make_a_source(iid, prior, parameters):
       distributions.Gaussian(),
       (0.0, 1.0),
       'exponential cannot take',
+    ),
+    (
+      distributions.Exponential(),
+      distributions.Constant(),
+      (0.0,),
+      'exponential cannot take',
+    ),
+    (
+      distributions.Beta(),
+      distributions.Categorical(2),
+      (0.5, 0.5),
+      'categorical draws symbols',
+    ),
+    (
+      distributions.Categorical(2),
+      distributions.Dirichlet(2),
+      ((0.5, 0.5),),
+      'must be a sequence of numbers',
     ),
     (
       distributions.Uniform(),

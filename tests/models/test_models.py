@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nonstationary_mbml import predictor_factories
 from nonstationary_mbml.models import basic
 from nonstationary_mbml.models import positional_encodings
 from nonstationary_mbml.models import stack_rnn
@@ -135,7 +136,7 @@ def test_alibi_slopes_are_the_papers(num_heads, slopes):
 
 
 def test_alibi_bias_grows_with_the_distance():
-  bias = positional_encodings.alibi_bias(2, 4)
+  bias = positional_encodings.alibi_bias(2, 4, jnp.float32)
   for head, slope in enumerate((2.0**-4, 2.0**-8)):
     for query in range(4):
       for key in range(query + 1):
@@ -165,6 +166,74 @@ def test_relative_logits_are_the_formula():
         expected = (q + u[head]) @ np.asarray(key)[0, j, head]
         expected += (q + v[head]) @ keys[i - j, head]
         np.testing.assert_allclose(logits[0, head, i, j], expected, atol=1e-5)
+
+
+def _layer_norm(x, layer):
+  centred = x - x.mean(axis=-1, keepdims=True)
+  scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+  return scaled * np.asarray(layer['scale']) + np.asarray(layer['offset'])
+
+
+def test_transformer_is_the_papers_post_norm_block():
+  """One layer, position by position and head by head, in NumPy."""
+  seq_length, num_heads, size = 5, 2, 3
+  inputs = jax.random.normal(jax.random.key(4), (1, seq_length, 4))
+  model = transformer.make_transformer_encoder(
+    2, embedding_dim=6, num_heads=2, num_layers=1, emb_init_scale=0.5
+  )
+  params, apply = _apply(model, inputs)
+  params = {
+    name.removeprefix('transformer_encoder/'): jax.tree.map(np.asarray, layer)
+    for name, layer in params.items()
+  }
+  hidden = np.asarray(inputs[0]) @ params['~_embed/embedding']['w']
+  hidden = hidden * np.sqrt(6)
+  hidden = hidden + positional_encodings.sinusoids(np.arange(seq_length), 6)
+  query, key, value = (
+    (hidden @ params[f'attention_0/{name}']['w']).reshape(-1, num_heads, size)
+    for name in ('query', 'key', 'value')
+  )
+  read = np.zeros((seq_length, num_heads, size))
+  for t in range(seq_length):
+    for head in range(num_heads):
+      logits = key[: t + 1, head] @ query[t, head] / np.sqrt(size)
+      weights = np.exp(logits) / np.exp(logits).sum()
+      read[t, head] = weights @ value[: t + 1, head]
+  read = read.reshape(seq_length, -1) @ params['attention_0/output']['w']
+  hidden = _layer_norm(hidden + read, params['attention_norm_0'])
+  mlp = hidden
+  for layer in ('mlp_0/~/linear_0', 'mlp_0/~/linear_1'):
+    mlp = mlp @ params[layer]['w'] + params[layer]['b']
+    mlp = np.maximum(mlp, 0) if layer.endswith('0') else mlp
+  hidden = _layer_norm(hidden + mlp, params['mlp_norm_0'])
+  expected = hidden @ params['logits']['w'] + params['logits']['b']
+  np.testing.assert_allclose(apply(inputs)[0], expected, atol=1e-4)
+
+
+def test_rnn_has_a_relu_and_mlps_around_its_core():
+  predictor = predictor_factories.PREDICTOR_FACTORIES['rnn'](
+    2,
+    {
+      'core': 'gru',
+      'hidden_size': 5,
+      'before_mlp_layers': (4,),
+      'after_mlp_layers': (3,),
+    },
+  )
+  inputs = jax.random.normal(jax.random.key(5), (2, 6, 2))
+  params = predictor.init_params(jax.random.key(0), inputs, None)
+  logits, _ = predictor.unroll(params, None, inputs)
+  states = np.asarray(predictor.unroll_states(params, None, inputs))
+  hidden = np.maximum(states, 0)  # Outputs of a GRU are its states.
+  for layer in (0, 1):
+    weights = params[f'recurrent_network/~/after_mlp/~/linear_{layer}']
+    hidden = hidden @ np.asarray(weights['w']) + np.asarray(weights['b'])
+    hidden = np.maximum(hidden, 0) if layer == 0 else hidden
+  np.testing.assert_allclose(logits, hidden, atol=1e-5)
+  assert params['recurrent_network/~/before_mlp/~/linear_0']['w'].shape == (
+    2,
+    4,
+  )
 
 
 def _stack_step(params, inputs, state):
@@ -232,6 +301,18 @@ def test_each_stack_has_a_softmax_of_its_own():
   }
   _, state = transformed.apply(params, None, jnp.ones(2), ones)
   np.testing.assert_allclose(state.stacks[:, 0], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['lstm', 'stack_rnn', 'rnn'])
+def test_recurrent_networks_compute_in_the_dtype_of_the_batch(x64, name):
+  predictor = predictor_factories.PREDICTOR_FACTORIES[name](
+    2, {'hidden_size': 4}
+  )
+  for dtype in (jnp.float32, jnp.float64):
+    batch = jnp.zeros((1, 4, 2), dtype)
+    params = predictor.init_params(jax.random.key(0), batch, None)
+    predictions, _ = jax.jit(predictor.unroll)(params, None, batch)
+    assert predictions.dtype == dtype
 
 
 def test_models_compute_in_the_dtype_of_the_batch(x64):
