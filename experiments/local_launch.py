@@ -1,7 +1,7 @@
 """Trains a predictor and sets it beside the exact Bayes predictors.
 
   python experiments/local_launch.py
-  python experiments/local_launch.py --source=lin --model_type=transformer
+  python experiments/local_launch.py --source=lin --model_type=stack_rnn
 
 Writes config.json, metrics.json and figure.png into <output_dir>/<name>/. Every
 setting without a flag is in `make_config`.
