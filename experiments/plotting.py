@@ -117,7 +117,9 @@ def _draw_probabilities(
     panel.plot(
       time[1:], probabilities[:, symbol], label=name, **_line_style(index)
     )
-  # Dots above for the symbol itself, below for any other.
+  # Dots above for the symbol itself, below for any other. All panels share the
+  # legend.
+  which = 'symbol 1' if symbols.shape[1] == 2 else "the panel's symbol"
   occurs = symbols[:, symbol] > 0
   panel.plot(
     time,
@@ -126,7 +128,7 @@ def _draw_probabilities(
     marker='o',
     markersize=3.5,
     color='0.25',
-    label=f'symbol {symbol} (top) or another (bottom)',
+    label=f'{which} (top) or another (bottom)',
   )
   panel.set_ylim(-0.14, 1.14)
   panel.set_yticks((0, 0.5, 1))
