@@ -11,7 +11,7 @@ run: $(INSTALLED)
 	$(BIN)/python experiments/local_launch.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
