@@ -266,7 +266,10 @@ class OptimalPredictor(ScanPredictor):
   Attributes:
     concentration: Of the Dirichlet prior: one number for a symmetric one, else
       a tuple of K.
+    state_class: Of its states.
   """
+
+  state_class: type
 
   def __init__(
     self,
@@ -312,6 +315,7 @@ class OptimalPredictor(ScanPredictor):
   def _start(self, batch: jax.Array, init_state: State) -> State:
     """Checks a batch and returns the state to start from."""
     check_batch(batch)
+    check_one_hot(batch)
     alphabet_size = batch.shape[-1]
     if alphabet_size != (self._alphabet_size or alphabet_size):
       raise ValueError(
@@ -320,6 +324,7 @@ class OptimalPredictor(ScanPredictor):
       )
     if init_state is None:
       return self.empty_state(batch.shape[0], alphabet_size)
+    self._check_state(init_state)
     check_state_batch_size(init_state, batch)
     if init_state.counts.shape[-1] != alphabet_size:
       raise ValueError(
@@ -328,6 +333,14 @@ class OptimalPredictor(ScanPredictor):
         f'alphabet_size={alphabet_size}'
       )
     return init_state
+
+  def _check_state(self, state: State) -> None:
+    """Raises ValueError if a state is of another kind of predictor."""
+    if not isinstance(state, self.state_class):
+      raise ValueError(
+        f'the state is a {type(state).__name__}; {type(self).__name__} takes a '
+        f'{self.state_class.__name__}'
+      )
 
 
 class KTState(NamedTuple):
@@ -343,6 +356,8 @@ class OptimalCategoricalPredictor(OptimalPredictor):
 
   Source: Krichevsky & Trofimov, The performance of universal encoding, 1981.
   """
+
+  state_class = KTState
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> KTState:
     return KTState(jnp.zeros((batch_size, alphabet_size), jnp.int32))
@@ -407,6 +422,22 @@ def check_batch(batch: jax.Array) -> None:
     raise ValueError(
       f'batch has shape {jnp.shape(batch)}; it must be [B, T, F], none of them '
       '0'
+    )
+
+
+def check_one_hot(batch: jax.Array) -> None:
+  """Raises ValueError if symbols `[..., K]` are concrete and not one-hot."""
+  if isinstance(batch, jax.core.Tracer):
+    return
+  symbols = np.asarray(batch)
+  # Where each has a single entry that is not 0, and that is 1.
+  is_one = symbols == 1
+  wrong = (is_one.sum(axis=-1) != 1) | (is_one != (symbols != 0)).any(axis=-1)
+  if wrong.any():
+    where = tuple(int(index) for index in np.argwhere(wrong)[0])
+    raise ValueError(
+      f'symbols must be one-hot; at {where} of shape {symbols.shape} there is '
+      f'{symbols[where].tolist()}'
     )
 
 

@@ -8,7 +8,7 @@ and P parameters:
   sample(rng, parameters, shape)     shape + batch_shape + (F,)
   density, log_density(x, params)    batch_shape          x: batch_shape + (F,)
   mean, std(parameters)              batch_shape + (F,)
-  cdf(x, parameters)                 batch_shape + (F,)   feature by feature
+  cdf, survival(x, parameters)       batch_shape + (F,)   feature by feature
   entropy, kl(parameters, other)     batch_shape          in nats
 
 A univariate distribution with `feature_size` F is a product of F independent
@@ -75,6 +75,10 @@ class Distribution(abc.ABC):
   def cdf(self, features: jax.Array, parameters: jax.Array) -> jax.Array:
     """Returns P(X <= x) for every feature on its own."""
     raise self._no_closed_form('cdf')
+
+  def survival(self, features: jax.Array, parameters: jax.Array) -> jax.Array:
+    """Returns P(X > x) for every feature on its own, exact in the tail."""
+    raise self._no_closed_form('survival function')
 
   def entropy(self, parameters: jax.Array) -> jax.Array:
     """Returns the (differential) entropy, in nats."""
@@ -212,6 +216,13 @@ class _Univariate(Distribution):
     values = self.cdf_(jnp.clip(features, low, high), *self._split(parameters))
     return jnp.where(features < low, 0.0, values)
 
+  def survival(self, features: jax.Array, parameters: jax.Array) -> jax.Array:
+    low, high = self._limits(*self._split(parameters))
+    values = self.survival_(
+      jnp.clip(features, low, high), *self._split(parameters)
+    )
+    return jnp.where(features < low, 1.0, values)
+
   def entropy(self, parameters: jax.Array) -> jax.Array:
     return self.entropy_(*self._split(parameters)).sum(axis=-1)
 
@@ -297,6 +308,11 @@ class Beta(_Univariate):
   def cdf_(self, x: jax.Array, alpha: jax.Array, beta: jax.Array) -> jax.Array:
     return special.betainc(alpha, beta, x)
 
+  def survival_(
+    self, x: jax.Array, alpha: jax.Array, beta: jax.Array
+  ) -> jax.Array:
+    return special.betainc(beta, alpha, 1 - x)
+
   def entropy_(self, alpha: jax.Array, beta: jax.Array) -> jax.Array:
     return (
       special.betaln(alpha, beta)
@@ -354,6 +370,11 @@ class Gamma(_Univariate):
   def cdf_(self, x: jax.Array, alpha: jax.Array, rate: jax.Array) -> jax.Array:
     return special.gammainc(alpha, rate * x)
 
+  def survival_(
+    self, x: jax.Array, alpha: jax.Array, rate: jax.Array
+  ) -> jax.Array:
+    return special.gammaincc(alpha, rate * x)
+
   def entropy_(self, alpha: jax.Array, rate: jax.Array) -> jax.Array:
     return (
       alpha
@@ -400,6 +421,9 @@ class Exponential(_Univariate):
   def cdf_(self, x: jax.Array, rate: jax.Array) -> jax.Array:
     return -jnp.expm1(-rate * x)
 
+  def survival_(self, x: jax.Array, rate: jax.Array) -> jax.Array:
+    return jnp.exp(-rate * x)
+
   def entropy_(self, rate: jax.Array) -> jax.Array:
     return 1 - jnp.log(rate)
 
@@ -434,6 +458,11 @@ class Uniform(_Univariate):
 
   def cdf_(self, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     return (x - low) / (high - low)
+
+  def survival_(
+    self, x: jax.Array, low: jax.Array, high: jax.Array
+  ) -> jax.Array:
+    return (high - x) / (high - low)
 
   def entropy_(self, low: jax.Array, high: jax.Array) -> jax.Array:
     return jnp.log(high - low)
@@ -491,6 +520,9 @@ class Constant(_Univariate):
   def cdf_(self, x: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.ones_like(x + value)
 
+  def survival_(self, x: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.zeros_like(x + value)
+
   def entropy_(self, value: jax.Array) -> jax.Array:
     return jnp.zeros_like(value)
 
@@ -535,6 +567,11 @@ class Gaussian(_Univariate):
     self, x: jax.Array, mean: jax.Array, precision: jax.Array
   ) -> jax.Array:
     return special.ndtr((x - mean) * jnp.sqrt(precision))
+
+  def survival_(
+    self, x: jax.Array, mean: jax.Array, precision: jax.Array
+  ) -> jax.Array:
+    return special.ndtr((mean - x) * jnp.sqrt(precision))
 
   def entropy_(self, mean: jax.Array, precision: jax.Array) -> jax.Array:
     del mean
@@ -588,6 +625,11 @@ class Lomax(_Univariate):
 
   def cdf_(self, x: jax.Array, alpha: jax.Array, scale: jax.Array) -> jax.Array:
     return -jnp.expm1(-alpha * jnp.log1p(x / scale))
+
+  def survival_(
+    self, x: jax.Array, alpha: jax.Array, scale: jax.Array
+  ) -> jax.Array:
+    return jnp.exp(-alpha * jnp.log1p(x / scale))
 
   def entropy_(self, alpha: jax.Array, scale: jax.Array) -> jax.Array:
     return 1 + 1 / alpha + jnp.log(scale) - jnp.log(alpha)

@@ -70,6 +70,8 @@ class PTWPredictor(predictors.OptimalPredictor):
   After 2^d symbols the tree is used up; the next prediction is the prior mean.
   """
 
+  state_class = PTWState
+
   def __init__(
     self,
     depth: int,

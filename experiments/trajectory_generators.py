@@ -1,14 +1,15 @@
 """Sources of piecewise-stationary sequences.
 
 Inside a segment the symbols are i.i.d.; at every switching point the parameters
-of their distribution are drawn anew. The sources differ in the law of the
-switching points:
+of their distribution are drawn anew, or go to another of a few (recurring). The
+sources differ in the law of the switching points:
 
   static         none
   regular_shift  every `shift_period` symbols
   random_shift   segment lengths i.i.d., max(1, round(X))
   ptw            the binary temporal partitions of the PTW prior
   lin            a segment ends after its a-th symbol with probability 1/(2a)
+  recurring      a segment ends after any symbol with the same probability
 
 Everything is written for one sequence and batched by `vmap` over
 `jax.random.split(rng, batch_size)`: sequences are independent, and any slice of
@@ -17,6 +18,7 @@ the keys gives that slice of the batch.
 
 import abc
 from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,8 @@ from nonstationary_mbml.experiments import ptw_predictors
 class TrajectoryGenerator(abc.ABC):
   """A piecewise-stationary source.
 
-  A subclass gives the law of its switching points.
+  A subclass gives the law of its switching points. The parameters of every
+  segment are drawn anew, unless it says otherwise.
   """
 
   def __init__(
@@ -123,17 +126,26 @@ class TrajectoryGenerator(abc.ABC):
   ) -> tuple[jax.Array, jax.Array]:
     rng_switch, rng_parameters, rng_symbols = _split(rng)
     switches = self._switch_points_one(rng_switch, seq_length)
-    # One draw for every t; each segment keeps that of its first symbol.
-    draws = self.parameter_distribution.sample(
-      rng_parameters,
-      # NumPy, so that it stays concrete inside jit.
-      np.asarray(self.parameter_distribution_params, jnp.result_type(float)),
-      (seq_length,),
-    )
-    starts = jnp.where(switches, jnp.arange(seq_length), 0)
-    parameters = draws[jax.lax.cummax(starts)]
+    parameters = self._parameters_one(rng_parameters, switches)
     symbols = self.iid_distribution.sample(rng_symbols, parameters)
     return symbols, parameters
+
+  def _parameters_one(self, rng: jax.Array, switches: jax.Array) -> jax.Array:
+    """The parameters at every time of one sequence, `[T, P]`."""
+    seq_length = switches.shape[0]
+    # One draw for every t; each segment keeps that of its first symbol.
+    draws = self._draw_parameters(rng, seq_length)
+    starts = jnp.where(switches, jnp.arange(seq_length), 0)
+    return draws[jax.lax.cummax(starts)]
+
+  def _draw_parameters(self, rng: jax.Array, number: int) -> jax.Array:
+    """Independent draws from the parameters' prior, `[number, P]`."""
+    return self.parameter_distribution.sample(
+      rng,
+      # NumPy, so that it stays concrete inside jit.
+      np.asarray(self.parameter_distribution_params, jnp.result_type(float)),
+      (number,),
+    )
 
 
 class StaticGenerator(TrajectoryGenerator):
@@ -283,6 +295,59 @@ class LINGenerator(TrajectoryGenerator):
     return jnp.concatenate([jnp.zeros(1, bool), ends])
 
 
+class RecurringGenerator(TrajectoryGenerator):
+  """A few regimes that come again: `A A A | B B | A | C C C | A`.
+
+  Every sequence draws a pool of m parameter vectors. The first segment has any
+  of them, with equal chances. After every symbol the segment ends with
+  probability h, and the next one has any of the m - 1 others, so that every
+  switching point is a change.
+  """
+
+  def __init__(
+    self, *args, pool_size: int, switch_probability: float, **kwargs
+  ):
+    """Initializes the source.
+
+    Args:
+      *args: As in TrajectoryGenerator.
+      pool_size: m, at least 2.
+      switch_probability: h, in (0, 1].
+      **kwargs: As in TrajectoryGenerator.
+
+    Raises:
+      ValueError: If an argument is out of range.
+    """
+    super().__init__(*args, **kwargs)
+    # So that a sum of two regimes is no more than an int32.
+    base_config.check_int('pool_size', pool_size, 2, 2**30)
+    base_config.check_float('switch_probability', switch_probability, -math.inf)
+    if not 0 < switch_probability <= 1:
+      raise ValueError(
+        f'switch_probability is {switch_probability!r}; it must be in (0, 1]'
+      )
+    self.pool_size = pool_size
+    self.switch_probability = switch_probability
+
+  def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
+    ends = jax.random.bernoulli(rng, self.switch_probability, (seq_length - 1,))
+    return jnp.concatenate([jnp.zeros(1, bool), ends])
+
+  def _parameters_one(self, rng: jax.Array, switches: jax.Array) -> jax.Array:
+    rng_pool, rng_first, rng_steps = jax.random.split(rng, 3)
+    pool = self._draw_parameters(rng_pool, self.pool_size)
+    first = jax.random.randint(rng_first, (), 0, self.pool_size)
+    # A switch goes 1 to m - 1 regimes further around the pool: to any other.
+    steps = jax.random.randint(rng_steps, switches.shape, 1, self.pool_size)
+
+    def follow(regime: jax.Array, step: jax.Array) -> tuple[jax.Array, ...]:
+      regime = (regime + step) % self.pool_size
+      return regime, regime
+
+    _, regimes = jax.lax.scan(follow, first, jnp.where(switches, steps, 0))
+    return pool[regimes]
+
+
 TRAJECTORY_GENERATORS = base_config.Registry(
   'trajectory_generator',
   {
@@ -292,6 +357,7 @@ TRAJECTORY_GENERATORS = base_config.Registry(
     'ptw': PTWGenerator,
     'iid_ptw_cat': PTWGenerator,
     'lin': LINGenerator,
+    'recurring': RecurringGenerator,
   },
 )
 

@@ -109,6 +109,37 @@ def mixture_predictions(sequences, partitions, prior):
   return predictions
 
 
+def mixture_posteriors(sequences, partitions, prior):
+  """Posteriors of the mixture, given partitions of one symbol more than seen.
+
+  Returns P(a segment starts at t | all T symbols) `[B, T]`, with 0 at t = 0,
+  and P(n symbols of its segment lie before symbol t | those t) for t = 1, ..., T
+  `[B, T, T + 1]`.
+  """
+  batch_size, seq_length = np.shape(sequences)
+  switches = np.zeros((batch_size, seq_length))
+  run_lengths = np.zeros((batch_size, seq_length, seq_length + 1))
+  for row, sequence in enumerate(np.asarray(sequences).tolist()):
+    for time in range(1, seq_length + 1):
+      past = tuple(sequence[:time])
+      total = 0.0
+      for partition, weight in partitions.items():
+        if not weight:
+          continue
+        joint = weight * mixture_probability(past, {partition: 1.0}, prior)
+        total += joint
+        starts = np.cumsum((0, *partition[:-1]))
+        current = max(start for start in starts if start <= time)
+        run_lengths[row, time - 1, time - current] += joint
+        if time == seq_length:
+          inside = [start for start in starts if 0 < start < seq_length]
+          switches[row, inside] += joint
+      run_lengths[row, time - 1] /= total
+      if time == seq_length:
+        switches[row] /= total
+  return switches, run_lengths
+
+
 def run_length_log_domain(symbols, prior, hazard):
   """Log predictions `[T, K]` after each symbol, in O(T^2), all in logs.
 

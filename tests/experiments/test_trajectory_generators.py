@@ -17,6 +17,7 @@ SOURCES = {
   },
   'ptw': {},
   'lin': {},
+  'recurring': {'pool_size': 3, 'switch_probability': 0.2},
 }
 # Frequencies are tested at this probability of failing under the right law, for
 # all times of a source together.
@@ -111,6 +112,62 @@ def test_random_shift_lengths_follow_the_rounded_law():
   _assert_frequencies(switches, np.array([0.0, *starts[1:]]))
 
 
+@pytest.mark.parametrize('probability', [0.04, 0.7, 1.0])
+def test_recurring_switches_have_their_probability_at_every_time(probability):
+  generator = _make('recurring', pool_size=2, switch_probability=probability)
+  switches = generator.switch_points(jax.random.key(19), 20_000, 24)
+  _assert_frequencies(switches, np.array([0.0, *[probability] * 23]))
+
+
+def test_recurring_switches_are_independent_of_those_before():
+  generator = _make('recurring', pool_size=3, switch_probability=0.3)
+  switches = np.asarray(generator.switch_points(jax.random.key(20), 40_000, 4))
+  codes = switches[:, 1:] @ [4, 2, 1]
+  number = np.array([bin(code).count('1') for code in range(8)])
+  expected = len(codes) * 0.3**number * 0.7 ** (3 - number)
+  test = stats.chisquare(np.bincount(codes, minlength=8), expected)
+  assert test.pvalue > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize('pool_size', [2, 3, 5])
+def test_recurring_parameters_are_those_of_the_pool(pool_size):
+  # All of the pool appear: one of 5 is left out of some 400 segments with
+  # probability 5 (3/4)^400 < 1e-49.
+  generator = _make('recurring', pool_size=pool_size, switch_probability=0.5)
+  _, parameters = generator.sample(jax.random.key(21), 8, 800)
+  for row in np.asarray(parameters):
+    assert len(np.unique(row, axis=0)) == pool_size
+
+
+def test_recurring_pools_differ_between_sequences():
+  _, parameters = _make('recurring').sample(jax.random.key(22), 16, 50)
+  # 16 pools of 3, of which 50 symbols show at least two.
+  assert len(np.unique(np.asarray(parameters).reshape(-1, 2), axis=0)) > 32
+
+
+def test_recurring_regimes_are_uniform_over_the_others():
+  # Regimes numbered in the order in which a sequence shows them: after a switch
+  # each of the known others has probability 1 / (m - 1), the rest is a new one.
+  expected = {(0,): 40_000.0}
+  for _ in range(4):
+    longer = {}
+    for numbers, count in expected.items():
+      known = max(numbers) + 1
+      for number in range(min(known + 1, 4)):
+        chance = (4 - known if number == known else 1) / 3
+        if number != numbers[-1]:
+          longer[*numbers, number] = count * chance
+    expected = longer
+  generator = _make('recurring', pool_size=4, switch_probability=1.0)
+  _, parameters = generator.sample(jax.random.key(23), 40_000, 5)
+  counts = dict.fromkeys(expected, 0)
+  for row in np.asarray(parameters[..., 0]).tolist():
+    numbers = {value: n for n, value in enumerate(dict.fromkeys(row))}
+    counts[tuple(numbers[value] for value in row)] += 1
+  test = stats.chisquare(list(counts.values()), list(expected.values()))
+  assert test.pvalue > FALSE_ALARM_RATE
+
+
 @pytest.mark.parametrize('value', [0.0, 0.2, -3.0])
 def test_segment_length_rounded_to_zero_becomes_one(value):
   generator = _make(
@@ -157,7 +214,7 @@ def test_parameters_change_exactly_at_the_switching_points(name):
   assert not switches[:, 0].any()
 
 
-@pytest.mark.parametrize('name', ['ptw', 'lin', 'random_shift'])
+@pytest.mark.parametrize('name', ['ptw', 'lin', 'random_shift', 'recurring'])
 def test_every_sequence_has_its_own_switching_points(name):
   # A PTW sequence has no switch at all with probability 1/2, so 64 agree by
   # chance with probability 2^-64.
@@ -340,6 +397,36 @@ def test_distributions_that_do_not_fit_are_refused(
       'a length is one number',
     ),
     ('ptw', {'depth': -1}, 'depth is -1'),
+    (
+      'recurring',
+      {'pool_size': 1, 'switch_probability': 0.1},
+      'pool_size is 1; it must be an int >= 2',
+    ),
+    (
+      'recurring',
+      {'pool_size': 2.5, 'switch_probability': 0.1},
+      'pool_size is 2.5',
+    ),
+    (
+      'recurring',
+      {'pool_size': 2, 'switch_probability': 0.0},
+      r'switch_probability is 0.0; it must be in \(0, 1\]',
+    ),
+    (
+      'recurring',
+      {'pool_size': 2, 'switch_probability': 1.01},
+      'switch_probability is 1.01',
+    ),
+    (
+      'recurring',
+      {'pool_size': 2, 'switch_probability': 'often'},
+      "switch_probability is 'often'",
+    ),
+    (
+      'recurring',
+      {'pool_size': 2, 'switch_probability': float('nan')},
+      'switch_probability is nan',
+    ),
   ],
 )
 def test_wrong_arguments_are_named(name, kwargs, message):

@@ -1,0 +1,581 @@
+"""Exact Bayes mixture over all partitions, for any law of segment lengths.
+
+Segments have i.i.d. lengths with a hazard h(a), the chance that a segment ends
+after its a-th symbol, and each is predicted by a Bayes estimator kt with a
+Dirichlet prior. Special cases: LAD (Willems, 1996), h(a) = 1/(2a); Bayesian
+online change-point detection (Adams & MacKay, 2007), h(a) constant; a known
+period P, h(a) = [a = P]; KT, h(a) = 0.
+
+With w_t(s) the posterior that the current segment began after s symbols:
+
+  p(x_t)       = sum_s w_t(s) kt(x_t | x_{s..t-1})
+  w_{t+1}(s)   = w_t(s) kt(x_t | x_{s..t-1}) (1 - h(t - s + 1)) / p(x_t)
+  w_{t+1}(t+1) = sum_s w_t(s) kt(x_t | x_{s..t-1}) h(t - s + 1) / p(x_t)
+
+  symbols 0 0, LAD:  w_0 = 1,  w_1 = 1/2 1/2,  w_2 = 9/20 4/20 7/20
+
+The code carries r_t(s), the weight of a start before it is known how long the
+segment is. With S and f as in hazards.py:
+
+  w_t(s)       = r_t(s) S(t - s)
+  r_{t+1}(s)   = r_t(s) kt(x_t | x_{s..t-1}) / p(x_t)
+  r_{t+1}(t+1) = sum_s r_{t+1}(s) f(t + 1 - s)
+
+so that the hazards, which can be 0 or 1, are in no recursion, and a start that
+is out of the question now can come back. To that end, r, S and f are scaled
+numbers: a mantissa in [1, 2) and a power of two, an int32. They have the range
+of logarithms, neither underflow nor lose digits as large logarithms do, and
+need no exp and no log.
+
+Smoothed, with u_t(s) = P(the segment of symbol t began after s | all symbols):
+
+  d_t(s)       = r_{t+1}(s) f(t + 1 - s) / r_{t+1}(t+1)
+  u_t(s)       = u_{t+1}(s) + d_t(s) u_{t+1}(t+1)        u_T = w_T
+
+backwards, r_t from r_{t+1} by division. d_t is the posterior of a start given
+that its segment ends at t; P(a segment starts at t | all) = u_t(t). This is the
+forward-backward algorithm on probabilities, which cannot overflow, in O(T)
+memory.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import hazards as hazards_lib
+
+# Room for starts of segments grows by doubling, from this many symbols.
+_LEAST_ROOM = 32
+# Power of two of a scaled 0: less than any other, and sums of few do not wrap.
+_ZERO_EXPONENT = -(10**8)
+# In a sum above this, terms too small for a float do not count.
+_SAFE_SUM = 1e-20
+
+# Sums over starts as matrix products, which are faster than reductions on CPUs.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class Scaled(NamedTuple):
+  """mantissa * 2^exponent; 0 has an exponent far below all others."""
+
+  mantissa: jax.Array
+  exponent: jax.Array
+
+
+class RunLengthState(NamedTuple):
+  """The posterior over the start of the current segment.
+
+  There is room for S > t starts, so that arrays change their shape only when it
+  is used up and doubles; entries beyond t are zeros. `run_length_posterior` of
+  the predictor turns it into probabilities.
+
+  Attributes:
+    time: t, symbols seen so far, int32, the same for all sequences.
+    mantissas: Of r_t(s) for s = 0, ..., t, `[B, S]`.
+    exponents: Their powers of two, int32 `[B, S]`.
+    counts: Of the symbols since s, int32 `[B, S, K]`.
+  """
+
+  time: jax.Array
+  mantissas: jax.Array
+  exponents: jax.Array
+  counts: jax.Array
+
+
+class RunLengthPredictor(predictors.OptimalPredictor):
+  """The exact Bayes predictor of a source with i.i.d. segment lengths.
+
+  It takes O(T^2) time and O(T) memory. Its state grows with time; where the
+  time is not concrete (inside `jit`), room is made for all symbols of every
+  chunk. With a `max_length` the state has room for so many symbols from the
+  start, and can be carried through a `lax.scan`.
+
+  Attributes:
+    hazard: The law of segment lengths.
+  """
+
+  state_class = RunLengthState
+
+  def __init__(
+    self,
+    hazard: hazards_lib.Hazard
+    | Callable[[np.ndarray], Any]
+    | Sequence[float]
+    | float,
+    concentration: float | Sequence[float] = 0.5,
+    alphabet_size: int | None = None,
+    max_length: int | None = None,
+  ):
+    """Initializes the predictor.
+
+    Args:
+      hazard: h(a) as a function of arrays of lengths, a table (longer segments
+        have its last hazard), a constant, or a law from hazards.py.
+      concentration: Of the Dirichlet prior of a segment; 1/2 is KT.
+      alphabet_size: K, as in OptimalPredictor.
+      max_length: Symbols that there is room for; None is as many as come.
+
+    Raises:
+      ValueError: If a hazard is outside [0, 1], or an argument out of range.
+    """
+    super().__init__(concentration, alphabet_size)
+    if max_length is not None:
+      base_config.check_int('max_length', max_length, 1)
+    self.hazard = hazards_lib.as_hazard(hazard)
+    self.max_length = max_length
+
+  def empty_state(self, batch_size: int, alphabet_size: int) -> RunLengthState:
+    size = 1 + (self.max_length or 0)
+    exponents = np.full((batch_size, size), _ZERO_EXPONENT, np.int32)
+    exponents[:, 0] = 0
+    return RunLengthState(
+      # NumPy, so that it stays concrete inside jit.
+      time=np.int32(0),
+      mantissas=jnp.zeros((batch_size, size)).at[:, 0].set(1),
+      exponents=jnp.asarray(exponents),
+      counts=jnp.zeros((batch_size, size, alphabet_size), jnp.int32),
+    )
+
+  def update(self, symbols: jax.Array, state: RunLengthState) -> RunLengthState:
+    return self.unroll({}, None, symbols[:, None], state)[1]
+
+  def output_from_state(self, state: RunLengthState) -> jax.Array:
+    prior = self.prior(state.counts.shape[-1], state.mantissas.dtype)
+    kts = predictors.kt_probs(state.counts, prior)
+    return jnp.log(_einsum('bs,bsk->bk', self._weights(state), kts))
+
+  def unroll(
+    self,
+    params: predictors.Params,
+    rng: jax.Array | None,
+    batch: jax.Array,
+    init_state: RunLengthState | None = None,
+  ) -> tuple[jax.Array, RunLengthState]:
+    log_probs, state, _ = self._unroll(batch, init_state)
+    return log_probs, state
+
+  def run_length_posterior(self, state: RunLengthState) -> jax.Array:
+    """Returns P(the current segment has n symbols so far | the t seen).
+
+    n = 0 is a new segment that begins with the next symbol.
+
+    Args:
+      state: After t symbols.
+
+    Returns:
+      For n = 0, ..., t, `[B, t + 1]`; where the time is not concrete, `[B, S]`
+      with zeros beyond t.
+    """
+    self._check_state(state)
+    posterior = _by_run_length(self._weights(state), state.time)
+    if isinstance(state.time, jax.core.Tracer):
+      return posterior
+    return posterior[:, : int(state.time) + 1]
+
+  def unroll_run_lengths(
+    self, batch: jax.Array, init_state: RunLengthState | None = None
+  ) -> jax.Array:
+    """Returns `run_length_posterior` after every symbol, for analysis.
+
+    Args:
+      batch: Symbols `[B, T, K]`.
+      init_state: As in `unroll`, after t symbols.
+
+    Returns:
+      P(n symbols so far) `[B, T, t + T + 1]`: T times the memory of `unroll`.
+      Impossible run lengths are 0.
+    """
+    _, state, weights = self._unroll(batch, init_state, with_weights=True)
+    # Those after a symbol are those before the next one.
+    weights = jnp.concatenate(
+      [weights[:, 1:], self._weights(state)[:, None]], axis=1
+    )
+    seq_length = batch.shape[1]
+    times = state.time - seq_length + 1 + jnp.arange(seq_length)
+    posteriors = jax.vmap(_by_run_length, in_axes=(1, 0), out_axes=1)(
+      weights, times
+    )
+    if isinstance(state.time, jax.core.Tracer):
+      return posteriors
+    return posteriors[..., : int(state.time) + 1]
+
+  def switch_posterior(self, batch: jax.Array) -> jax.Array:
+    """Returns P(a new segment starts at t | the whole sequence).
+
+    Args:
+      batch: Whole sequences `[B, T, K]`.
+
+    Returns:
+      `[B, T]`; 0 at t = 0, as in `switch_points` of a source.
+    """
+    log_probs, state, _ = self._unroll(batch, None)
+    dtype = log_probs.dtype
+    batch = batch.astype(dtype)
+    prior = self.prior(batch.shape[-1], dtype)
+    # p(x_t) of every symbol; that of the first one is the prior's.
+    probs = jnp.einsum('btk,btk->bt', jnp.exp(log_probs[:, :-1]), batch[:, 1:])
+    first = batch[:, :1] @ (prior / prior.sum())
+    probs = jnp.concatenate([first, probs], axis=1)
+    weights = self._weights(state).astype(dtype)  # u_T
+    starts = Scaled(state.mantissas.astype(dtype), state.exponents)  # r_T
+    posteriors = []
+    pieces = list(_pieces(batch.shape[1], room=self.max_length or 0))
+    for begin, end, room in reversed(pieces):
+      starts, weights, posterior = _retreat(
+        batch[:, :end],
+        probs[:, begin:end],
+        Scaled(*(array[:, : room + 1] for array in starts)),
+        weights[:, : room + 1],
+        prior,
+        _tables(self.hazard, room)[1],
+      )
+      posteriors.append(posterior)
+    posterior = jnp.concatenate(posteriors[::-1], axis=1)  # t = 1, ..., T
+    return jnp.pad(posterior[:, :-1], ((0, 0), (1, 0)))
+
+  def _unroll(
+    self,
+    batch: jax.Array,
+    init_state: RunLengthState | None,
+    with_weights: bool = False,
+  ) -> tuple[jax.Array, RunLengthState, jax.Array | None]:
+    """Predictions, final state and, if asked for, w_t(s) before each symbol."""
+    state = self._start(batch, init_state)
+    dtype, state_dtype = predictors.dtype_of(batch), state.mantissas.dtype
+    prior = self.prior(batch.shape[-1], dtype)
+    time, mantissas, exponents, counts = state
+    seq_length = batch.shape[1]
+    # The loop over time runs in pieces, each on arrays of at most twice its
+    # past; `room` is that of the state, which may be used up already.
+    room = mantissas.shape[1] - 1
+    is_concrete = not isinstance(time, jax.core.Tracer)
+    used = int(time) if is_concrete else room
+    if self.max_length is not None:
+      used = self._check_room(room, int(time) if is_concrete else 0, seq_length)
+    outputs, weights = [], []
+    pieces = _pieces(seq_length, used, room, is_concrete)
+    for begin, end, room in pieces:
+      state = RunLengthState(
+        time,
+        _pad(mantissas.astype(dtype), room + 1, 0),
+        _pad(exponents, room + 1, _ZERO_EXPONENT),
+        _pad(counts, room + 1, 0),
+      )
+      (time, mantissas, exponents, counts), probs, piece_weights = _advance(
+        batch[:, begin:end].astype(dtype),
+        state,
+        prior,
+        _tables(self.hazard, room),
+        with_weights,
+      )
+      # Concrete if it was.
+      time = state.time + np.int32(end - begin)
+      outputs.append(probs)
+      weights.append(piece_weights)
+    # The outputs at t are about symbol t, given those before it.
+    state = RunLengthState(time, mantissas, exponents, counts)
+    last = self.output_from_state(state)
+    log_probs = jnp.log(jnp.concatenate(outputs, axis=1)[:, 1:])
+    log_probs = jnp.concatenate([log_probs, last[:, None]], axis=1)
+    if with_weights:
+      weights = jnp.concatenate(
+        [_pad(piece, room + 1, 0, axis=2) for piece in weights], axis=1
+      )
+    state = state._replace(mantissas=mantissas.astype(state_dtype))
+    return log_probs, state, weights if with_weights else None
+
+  def _weights(self, state: RunLengthState) -> jax.Array:
+    """w_t(s), `[B, S]`."""
+    room = state.mantissas.shape[1] - 1
+    survival, _ = _tables(self.hazard, room)
+    survival = _by_start(survival, state.time, state.mantissas.dtype)
+    return _value(_times(Scaled(state.mantissas, state.exponents), survival))
+
+  def _check_room(self, room: int, time: int, seq_length: int) -> int:
+    """Returns the time, unless `max_length` is too short for what follows."""
+    if room != self.max_length:
+      raise ValueError(
+        f'init_state has room for {room} symbols, but max_length is '
+        f'{self.max_length}'
+      )
+    if time + seq_length > self.max_length:
+      raise ValueError(
+        f'max_length {self.max_length} is less than the {time + seq_length} '
+        'symbols'
+      )
+    return time
+
+
+def _pieces(
+  seq_length: int, used: int = 0, room: int = 0, doubles: bool = True
+) -> Iterator[tuple[int, int, int]]:
+  """Cuts a sequence into pieces with room for all starts.
+
+  Args:
+    seq_length: T.
+    used: Symbols before it.
+    room: That there is at first.
+    doubles: Whether room that is used up doubles, or grows by T.
+
+  Yields:
+    Begin and end of a piece, and the room that it needs.
+  """
+  begin = 0
+  while begin < seq_length:
+    if used == room:
+      room = max(_LEAST_ROOM, 2 * room) if doubles else room + seq_length
+    end = min(begin + room - used, seq_length)
+    yield begin, end, room
+    used += end - begin
+    begin = end
+
+
+@functools.lru_cache(maxsize=128)
+def _tables(hazard: hazards_lib.Hazard, room: int) -> tuple[Scaled, Scaled]:
+  """S(n) and f(n + 1) for n = room, ..., 0, and zeros for as many n < 0."""
+  log_pmf, log_survival = hazard.log_probs(room + 1)
+
+  def scaled(logs: np.ndarray) -> Scaled:
+    logs = np.pad(logs[::-1], (0, len(logs)), constant_values=-np.inf)
+    powers = np.maximum(logs / np.log(2), _ZERO_EXPONENT)
+    exponents = np.floor(powers)
+    return Scaled(np.exp2(powers - exponents), exponents.astype(np.int32))
+
+  return scaled(log_survival), scaled(log_pmf)
+
+
+def _by_start(table: Scaled, time: jax.Array, dtype: Any) -> Scaled:
+  """The entries n = time - s of a table, for s = 0, ..., room."""
+  size = table.mantissa.shape[0] // 2
+  mantissa, exponent = (
+    jax.lax.dynamic_slice_in_dim(array, size - 1 - time, size)
+    for array in table
+  )
+  return Scaled(mantissa.astype(dtype), exponent)
+
+
+def _by_run_length(weights: jax.Array, time: jax.Array) -> jax.Array:
+  """w(t - n) for n = 0, ..., t, and zeros, `[B, S]`."""
+  return jnp.roll(weights[:, ::-1], time + 1, axis=1)
+
+
+def _pad(
+  array: jax.Array, length: int, value: float, axis: int = 1
+) -> jax.Array:
+  """Pads an axis up to the given length."""
+  padding = [(0, 0)] * array.ndim
+  padding[axis] = (0, length - array.shape[axis])
+  return jnp.pad(array, padding, constant_values=value)
+
+
+def _layout(dtype: Any) -> tuple[Any, int, int]:
+  """Integers as wide as a float, the bits of its fraction, and its bias."""
+  info = jnp.finfo(dtype)
+  return jnp.dtype(f'int{info.bits}'), info.nmant, info.maxexp - 1
+
+
+def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+  """2^exponent as a float; 0 where that is too small for a normal one."""
+  int_dtype, fraction_bits, bias = _layout(dtype)
+  biased = jnp.clip(exponent, -bias, bias).astype(int_dtype) + bias
+  return jax.lax.bitcast_convert_type(biased << fraction_bits, dtype)
+
+
+def _normalise(number: Scaled) -> Scaled:
+  """The same number with its mantissa in [1, 2)."""
+  dtype = number.mantissa.dtype
+  int_dtype, fraction_bits, bias = _layout(dtype)
+  bits = jax.lax.bitcast_convert_type(number.mantissa, int_dtype)
+  fraction = bits & ((1 << fraction_bits) - 1)
+  exponent = (bits >> fraction_bits).astype(jnp.int32) - bias
+  return Scaled(
+    jax.lax.bitcast_convert_type(fraction | (bias << fraction_bits), dtype),
+    number.exponent + exponent,
+  )
+
+
+def _times(a: Scaled, b: Scaled) -> Scaled:
+  """The product, its mantissa not normalised."""
+  return Scaled(a.mantissa * b.mantissa, a.exponent + b.exponent)
+
+
+def _value(number: Scaled) -> jax.Array:
+  """As a float; 0 where it is too small for one."""
+  return number.mantissa * _power_of_two(number.exponent, number.mantissa.dtype)
+
+
+def _dot(a: Scaled, b: Scaled) -> Scaled:
+  """sum_s a(s) b(s), however small all terms are.
+
+  Args:
+    a: `[B, S]`.
+    b: `[S]`.
+  """
+
+  def dot(less: jax.Array) -> jax.Array:
+    powers = _power_of_two(
+      a.exponent + b.exponent - less[:, None], a.mantissa.dtype
+    )
+    return _einsum('bs,bs->b', a.mantissa * b.mantissa, powers)
+
+  def relative_to_largest() -> Scaled:
+    largest = (a.exponent + b.exponent).max(axis=1)
+    return _normalise(Scaled(dot(largest), largest))
+
+  zero = jnp.zeros(len(a.mantissa), jnp.int32)
+  total = dot(zero)
+  return jax.lax.cond(
+    jnp.all(total > _SAFE_SUM),
+    lambda: _normalise(Scaled(total, zero)),
+    relative_to_largest,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _advance(
+  symbols: jax.Array,
+  state: RunLengthState,
+  prior: jax.Array,
+  tables: tuple[Scaled, Scaled],
+  with_weights: bool,
+) -> tuple[RunLengthState, jax.Array, jax.Array | None]:
+  """Takes in the symbols of a batch, for which there is room.
+
+  Args:
+    symbols: `[B, T, K]`, one-hot.
+    state: Before them, with room for them.
+    prior: Dirichlet concentration `[K]`.
+    tables: S and f.
+    with_weights: Whether to return w.
+
+  Returns:
+    The state after them, the probabilities `[B, T, K]` of every symbol given
+    those before it, and w_t(s) before every symbol `[B, T, S]` or None.
+  """
+  dtype = symbols.dtype
+  seq_length = symbols.shape[1]
+  starts = jnp.arange(state.mantissas.shape[1])
+  # Counts as differences: what was seen by t less what was seen by s; the
+  # latter is negative where s lies before these symbols.
+  seen = jnp.cumsum(symbols.astype(jnp.int32), axis=1)
+  seen_by_start = jax.lax.dynamic_update_slice_in_dim(
+    -state.counts, seen, state.time + 1, axis=1
+  )
+  before = seen_by_start.swapaxes(1, 2).astype(dtype)  # [B, K, S]
+
+  def step(
+    r: Scaled, inputs: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[Scaled, tuple[jax.Array, jax.Array | None]]:
+    time, symbol, seen_by_time = inputs
+    survival = _by_start(tables[0], time, dtype)
+    # kt(k | s) = counts * scale
+    counts = (seen_by_time + prior)[..., None] - before  # [B, K, S]
+    scale = _kt_scale(time, starts, prior)
+    scaled_survival = survival._replace(mantissa=survival.mantissa * scale)
+    probs = _einsum('bks,bs->bk', counts, _value(_times(r, scaled_survival)))
+    own = _einsum('bk,bks->bs', symbol, counts) * scale
+    own = own * (1 / (symbol * probs).sum(axis=1, keepdims=True))
+    weights = _value(_times(r, survival)) if with_weights else None
+    r = _normalise(r._replace(mantissa=r.mantissa * own))
+    new = _dot(r, _by_start(tables[1], time, dtype))
+    is_new = starts == time + 1
+    r = Scaled(
+      *(jnp.where(is_new, n[:, None], o) for n, o in zip(new, r, strict=True))
+    )
+    return r, (probs, weights)
+
+  times = state.time + jnp.arange(seq_length)
+  r, outputs = jax.lax.scan(
+    step,
+    Scaled(state.mantissas, state.exponents),
+    (times, *_time_major(symbols, (seen - symbols).astype(dtype))),
+  )
+  begun = starts <= state.time + seq_length
+  counts = jnp.where(begun[:, None], seen[:, -1:] - seen_by_start, 0)
+  probs, weights = jax.tree.map(lambda array: array.swapaxes(0, 1), outputs)
+  time = state.time + seq_length
+  return RunLengthState(time, *r, counts), probs, weights
+
+
+@jax.jit
+def _retreat(
+  symbols: jax.Array,
+  probs: jax.Array,
+  r: Scaled,
+  weights: jax.Array,
+  prior: jax.Array,
+  pmf: Scaled,
+) -> tuple[Scaled, jax.Array, jax.Array]:
+  """Goes back over the last symbols of a batch.
+
+  Args:
+    symbols: All up to the last of them, `[B, t + N, K]`.
+    probs: p(x) of the last N, `[B, N]`.
+    r: After them, `[B, S]`.
+    weights: u after them, `[B, S]`.
+    prior: Dirichlet concentration `[K]`.
+    pmf: The table of f.
+
+  Returns:
+    r and u before them, and P(a segment starts after each of them) `[B, N]`.
+  """
+  dtype = symbols.dtype
+  starts = jnp.arange(weights.shape[1])
+  seen = jnp.cumsum(symbols, axis=1) - symbols
+  before = jnp.pad(
+    jnp.cumsum(symbols, axis=1), ((0, 0), (1, len(starts)), (0, 0))
+  )
+  before = before[:, : len(starts)].swapaxes(1, 2)  # [B, K, S]
+
+  def step(
+    carry: tuple[Scaled, jax.Array],
+    inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+  ) -> tuple[tuple[Scaled, jax.Array], jax.Array]:
+    r, weights = carry
+    time, symbol, seen_by_time, prob = inputs
+    new_weight, *new = (
+      jax.lax.dynamic_index_in_dim(array, time + 1, axis=1)
+      for array in (weights, *r)
+    )
+    ended = _times(r, _by_start(pmf, time, dtype))
+    ended = Scaled(ended.mantissa / new[0], ended.exponent - new[1])
+    weights = weights + _value(ended) * new_weight
+    counts = (seen_by_time + prior)[..., None] - before
+    own = _einsum('bk,bks->bs', symbol, counts)
+    own = own * _kt_scale(time, starts, prior)
+    r = _normalise(r._replace(mantissa=r.mantissa * (prob[:, None] / own)))
+    return (r, weights), new_weight[:, 0]
+
+  num = probs.shape[1]
+  begin = symbols.shape[1] - num
+  (r, weights), posterior = jax.lax.scan(
+    step,
+    (r, weights),
+    (
+      begin + jnp.arange(num),
+      *_time_major(symbols[:, begin:], seen[:, begin:], probs),
+    ),
+    reverse=True,
+  )
+  return r, weights, posterior.swapaxes(0, 1)
+
+
+def _kt_scale(
+  time: jax.Array, starts: jax.Array, prior: jax.Array
+) -> jax.Array:
+  """1 / (n + sum of the prior) for n = time - s >= 0, `[S]`."""
+  run_lengths = jnp.maximum(time - starts, 0).astype(prior.dtype)
+  return 1 / (run_lengths + prior.sum())
+
+
+def _time_major(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  return tuple(array.swapaxes(0, 1) for array in arrays)
