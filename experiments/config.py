@@ -15,6 +15,24 @@ from typing import Any
 from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import ptw_predictors
 
+# The source's own Bayes predictor, and the references.
+AUTO = 'auto'
+_OWN_PREDICTORS = {
+  'iid_ptw_cat': 'ptw',
+  'lin': 'lad',
+  'ptw': 'ptw',
+  'random_shift': 'random_shift',
+  # Not exact, but made for it.
+  'recurring': 'forget_me_not',
+  'regular_shift': 'regular_shift',
+  'static': 'kt',
+}
+_REFERENCES = ('ptw', 'lad', 'kt')
+_PTW_SOURCES = ('ptw', 'iid_ptw_cat')
+_OF_A_DEPTH = (*_PTW_SOURCES, 'forget_me_not')
+# Predictors that take the arguments of the source of their name.
+_LIKE_THEIR_SOURCE = ('random_shift', 'regular_shift')
+
 
 @dataclasses.dataclass(kw_only=True)
 class DataConfig(base_config.Config):
@@ -76,16 +94,18 @@ class EvalConfig(base_config.EvalConfig):
       save memory: with its state carried over, or, for a network without a
       state, each a context of its own. None is the whole sequence.
     optimal_predictors: Names in `OPTIMAL_PREDICTORS` that are evaluated on the
-      same sequences.
+      same sequences; 'auto' is the source's own Bayes predictor, and PTW, LAD
+      and KT as references.
     optimal_predictors_kwargs: For their constructors, by name. What is not
       given follows from the source: `concentration` from its Dirichlet prior,
-      `depth` from the source's depth or the sequence length.
+      `depth` from the source's depth or the sequence length, and the law of its
+      segment lengths for the predictor of the same name.
     data: The source to evaluate on; None is that of training.
   """
 
   seq_length: int | None = None
   chunk_length: int | None = None
-  optimal_predictors: tuple[str, ...] = ('ptw', 'lad', 'kt')
+  optimal_predictors: tuple[str, ...] | str = AUTO
   optimal_predictors_kwargs: dict[str, Any] = dataclasses.field(
     default_factory=dict
   )
@@ -100,18 +120,19 @@ class EvalConfig(base_config.EvalConfig):
       )
     if self.chunk_length is not None:
       base_config.check_int('eval.chunk_length', self.chunk_length, 1)
-    if not isinstance(self.optimal_predictors, tuple) or not all(
-      isinstance(name, str) for name in self.optimal_predictors
+    names = self.optimal_predictors
+    is_auto = isinstance(names, str) and names.lower() == AUTO
+    if not is_auto and not (
+      isinstance(names, tuple) and all(isinstance(name, str) for name in names)
     ):
       raise ValueError(
-        f'eval.optimal_predictors is {self.optimal_predictors!r}; it must be a '
-        'tuple of names'
+        f'eval.optimal_predictors is {names!r}; it must be {AUTO!r} or a tuple '
+        'of names'
       )
     kwargs = self.optimal_predictors_kwargs
     base_config.check_mapping('eval.optimal_predictors_kwargs', kwargs)
-    base_config.check_kwargs(
-      'eval.optimal_predictors_kwargs', kwargs, self.optimal_predictors
-    )
+    if not is_auto:
+      base_config.check_kwargs('eval.optimal_predictors_kwargs', kwargs, names)
     for name, value in kwargs.items():
       base_config.check_mapping(
         f'eval.optimal_predictors_kwargs[{name}]', value
@@ -226,8 +247,9 @@ def _get_field(path: str, target: Any, name: str) -> Any:
 def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
   """Returns a copy in which what is None is filled from the rest.
 
-  Evaluation takes length and source from training; PTW's depth, the window of a
-  sliding-window Transformer and the size of the stacks take the length of the
+  Evaluation takes length and source from training, and the arguments of exact
+  predictors from its source; PTW's depth, the window of a sliding-window
+  Transformer and the size of the stacks take the length of the
   sequence. Names become lower case. The config that is given stays as it is.
 
   Raises:
@@ -245,17 +267,38 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
     data.iid_distribution = data.iid_distribution.lower()
     data.parameter_distribution = data.parameter_distribution.lower()
     data.trajectory_generator = data.trajectory_generator.lower()
+  source = evaluation.data.trajectory_generator
+  names = evaluation.optimal_predictors
+  if isinstance(names, str):
+    own = _OWN_PREDICTORS.get(source)
+    # Each once, the source's own first.
+    names = tuple(dict.fromkeys((own, *_REFERENCES) if own else _REFERENCES))
+    base_config.check_kwargs(
+      'eval.optimal_predictors_kwargs',
+      evaluation.optimal_predictors_kwargs,
+      names,
+    )
   kwargs = {
     name.lower(): dict(evaluation.optimal_predictors_kwargs.get(name, {}))
-    for name in evaluation.optimal_predictors
+    for name in names
   }
   evaluation.optimal_predictors = tuple(kwargs)
-  if 'ptw' in kwargs and kwargs['ptw'].get('depth') is None:
-    kwargs['ptw']['depth'] = _ptw_depth(evaluation.data, evaluation.seq_length)
-  prior = evaluation.data.parameter_distribution_params
-  if evaluation.data.parameter_distribution == 'dirichlet':
-    for predictor_kwargs in kwargs.values():
-      predictor_kwargs.setdefault('concentration', prior)
+  for name, predictor_kwargs in kwargs.items():
+    if name in _OF_A_DEPTH:
+      _fill(
+        predictor_kwargs,
+        'depth',
+        _ptw_depth(evaluation.data, evaluation.seq_length),
+      )
+    if name in _LIKE_THEIR_SOURCE and name == source:
+      for key, value in evaluation.data.trajectory_generator_kwargs.items():
+        _fill(predictor_kwargs, key, value)
+    if evaluation.data.parameter_distribution == 'dirichlet':
+      _fill(
+        predictor_kwargs,
+        'concentration',
+        evaluation.data.parameter_distribution_params,
+      )
   evaluation.optimal_predictors_kwargs = kwargs
 
   # Assigned anew: lists that were put into the dict become tuples.
@@ -277,7 +320,7 @@ def _fill(kwargs: dict[str, Any], key: str, value: Any) -> None:
 
 def _ptw_depth(data: DataConfig, seq_length: int) -> int:
   """The depth of the source, if it has one; else the least for the length."""
-  if data.trajectory_generator in ('ptw', 'iid_ptw_cat'):
+  if data.trajectory_generator in _PTW_SOURCES:
     depth = data.trajectory_generator_kwargs.get('depth')
     if depth is not None:
       return depth

@@ -1,31 +1,53 @@
 """What a config can name, and how it is built."""
 
+import numpy as np
+
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import distributions
+from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml.experiments import run_length_predictors
 from nonstationary_mbml.experiments import trajectory_generators
 
 DISTRIBUTIONS = distributions.DISTRIBUTIONS
 TRAJECTORY_GENERATORS = trajectory_generators.TRAJECTORY_GENERATORS
+# Also by the name of the source whose exact predictor each is.
 OPTIMAL_PREDICTORS = base_config.Registry(
   'optimal_predictor',
   {
+    'forget_me_not': forget_me_not_predictors.ForgetMeNotPredictor,
+    'iid_ptw_cat': ptw_predictors.PTWPredictor,
     'kt': predictors.OptimalCategoricalPredictor,
     'lad': live_and_die_predictors.LADPredictor,
     'lin': live_and_die_predictors.LADPredictor,
     'ptw': ptw_predictors.PTWPredictor,
+    'random_shift': run_length_predictors.random_shift_predictor,
+    'regular_shift': run_length_predictors.regular_shift_predictor,
+    'run_length': run_length_predictors.RunLengthPredictor,
+    'static': predictors.OptimalCategoricalPredictor,
   },
 )
 
-# The Bayes predictor of each source whose segments have a Dirichlet prior.
-_EXACT_PREDICTORS = {
-  trajectory_generators.StaticGenerator: predictors.OptimalCategoricalPredictor,
-  trajectory_generators.PTWGenerator: ptw_predictors.PTWPredictor,
-  trajectory_generators.LINGenerator: live_and_die_predictors.LADPredictor,
+_LABELS = {
+  'forget_me_not': 'Forget-Me-Not',
+  'iid_ptw_cat': 'PTW',
+  'kt': 'KT',
+  'lad': 'LAD',
+  'lin': 'LAD',
+  'ptw': 'PTW',
+  'random_shift': 'known length law',
+  'regular_shift': 'known period',
+  'run_length': 'run-length mixture',
+  'static': 'KT',
 }
+
+
+def label(optimal_predictor: str) -> str:
+  """Returns what an exact predictor is called in tables and figures."""
+  return _LABELS.get(optimal_predictor, optimal_predictor)
 
 
 def build_data_generator(
@@ -84,6 +106,11 @@ def build_optimal_predictors(
   Raises:
     ValueError: If a name is unknown or an argument is wrong.
   """
+  if isinstance(config.optimal_predictors, str):
+    raise ValueError(
+      f'eval.optimal_predictors is {config.optimal_predictors!r}; '
+      'post_process_config turns it into names'
+    )
   built = {}
   for name in config.optimal_predictors:
     optimal_predictor = OPTIMAL_PREDICTORS.lookup(
@@ -100,6 +127,42 @@ def build_optimal_predictors(
   return built
 
 
+def build_exact_predictor(
+  generator: trajectory_generators.TrajectoryGenerator, seq_length: int
+) -> predictors.OptimalPredictor | None:
+  """Returns the source's own Bayes predictor: its prior is the source's.
+
+  Args:
+    generator: The source.
+    seq_length: T, which the depth of a PTW source may follow from.
+
+  Returns:
+    The predictor; None for a source without a tractable one, or whose
+    parameters are not from a Dirichlet.
+  """
+  if not isinstance(generator.parameter_distribution, distributions.Dirichlet):
+    return None
+  prior = generator.parameter_distribution_params
+  match generator:
+    case trajectory_generators.StaticGenerator():
+      return predictors.OptimalCategoricalPredictor(prior)
+    case trajectory_generators.RegularShiftGenerator():
+      return run_length_predictors.regular_shift_predictor(
+        generator.shift_period, prior
+      )
+    case trajectory_generators.RandomShiftGenerator():
+      return run_length_predictors.random_shift_predictor(
+        generator.shift_distribution, generator.shift_parameters, prior
+      )
+    case trajectory_generators.PTWGenerator():
+      return ptw_predictors.PTWPredictor(
+        generator.depth_for(seq_length), concentration=prior
+      )
+    case trajectory_generators.LINGenerator():
+      return live_and_die_predictors.LADPredictor(prior)
+  return None
+
+
 def exact_predictor(
   config: config_lib.EvalConfig,
   generator: trajectory_generators.TrajectoryGenerator,
@@ -107,30 +170,41 @@ def exact_predictor(
 ) -> str | None:
   """Returns the name of the source's own Bayes predictor, if it is there.
 
-  Its prior must be the source's: the same law of switches, the same Dirichlet.
-
   Args:
     config: Of the evaluation.
     generator: The source.
     optimal_predictors: To choose from.
   """
-  if not isinstance(generator.parameter_distribution, distributions.Dirichlet):
+  wanted = build_exact_predictor(generator, config.seq_length)
+  if wanted is None:
     return None
-  wanted = _EXACT_PREDICTORS.get(type(generator))
-  prior = generator.parameter_distribution_params
   for name, predictor in optimal_predictors.items():
-    concentration = predictor.concentration
-    if isinstance(concentration, float):
-      concentration = (concentration,) * generator.alphabet_size
-    same_depth = not isinstance(
-      generator, trajectory_generators.PTWGenerator
-    ) or (
-      isinstance(predictor, ptw_predictors.PTWPredictor)
-      and predictor.depth == generator.depth_for(config.seq_length)
-    )
-    if type(predictor) is wanted and concentration == prior and same_depth:
+    if _are_equal(
+      predictor, wanted, generator.alphabet_size, config.seq_length
+    ):
       return name
   return None
+
+
+def _are_equal(
+  a: predictors.OptimalPredictor,
+  b: predictors.OptimalPredictor,
+  alphabet_size: int,
+  seq_length: int,
+) -> bool:
+  """Whether two predictors have the same prior over T symbols."""
+  priors = [np.asarray(p.prior(alphabet_size, float)) for p in (a, b)]
+  if not np.array_equal(*priors):
+    return False
+  if isinstance(a, run_length_predictors.RunLengthPredictor):
+    return isinstance(
+      b, run_length_predictors.RunLengthPredictor
+    ) and np.array_equal(
+      a.hazard.log_probs(seq_length), b.hazard.log_probs(seq_length)
+    )
+  return type(a) is type(b) and (
+    not isinstance(a, ptw_predictors.PTWPredictor) or a.depth == b.depth
+  )
 
 
 def _build_distribution(

@@ -785,6 +785,39 @@ DISTRIBUTIONS = base_config.Registry(
 )
 
 
+def check_univariate(
+  field: str,
+  distribution: str | Distribution,
+  parameters_field: str,
+  parameters: Any,
+) -> tuple[Distribution, tuple[float, ...]]:
+  """Checks a distribution of one number and its parameters.
+
+  Args:
+    field: Name of the distribution, for the message.
+    distribution: By name or as an object.
+    parameters_field: Name of its parameters, for the message.
+    parameters: A sequence of them.
+
+  Returns:
+    The distribution and its parameters as floats.
+
+  Raises:
+    ValueError: If the distribution is unknown or not univariate, or does not
+      take these parameters.
+  """
+  if not isinstance(distribution, Distribution):
+    distribution = DISTRIBUTIONS.lookup(field, distribution)()
+  if distribution.feature_size != 1:
+    raise ValueError(
+      f'{field} {distribution.name} has {distribution.feature_size} features; '
+      'a length is one number'
+    )
+  parameters = base_config.check_vector(parameters_field, parameters)
+  distribution.check_parameters(parameters_field, parameters)
+  return distribution, parameters
+
+
 def _log_beta(alpha: jax.Array) -> jax.Array:
   """Log of the multivariate Beta function over the last axis."""
   return special.gammaln(alpha).sum(axis=-1) - special.gammaln(

@@ -161,12 +161,9 @@ class RoundedLengths(Hazard):
   parameters: tuple[float, ...]
 
   def __post_init__(self):
-    self.distribution.check_parameters('parameters', self.parameters)
-    if self.distribution.feature_size != 1:
-      raise ValueError(
-        f'distribution {self.distribution.name} has '
-        f'{self.distribution.feature_size} features; a length is one number'
-      )
+    distributions.check_univariate(
+      'distribution', self.distribution, 'parameters', self.parameters
+    )
 
   def log_probs(self, num: int) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(self.distribution, distributions.Constant):

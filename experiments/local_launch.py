@@ -75,6 +75,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
 
 # What a source or a network needs, or is better off with, besides its name.
 _SOURCE_KWARGS = {
+  'recurring': {'pool_size': 3, 'switch_probability': 0.05},
   'regular_shift': {'shift_period': 20},
   'random_shift': {
     'shift_distribution': 'uniform',
@@ -163,9 +164,7 @@ def make_config(
     ),
     schedule=base_config.ScheduleConfig(training_steps=steps),
     logger=base_config.LoggerConfig(log_frequency=100),
-    eval=config_lib.EvalConfig(
-      batch_size=512, optimal_predictors=('ptw', 'lad', 'kt')
-    ),
+    eval=config_lib.EvalConfig(batch_size=512, optimal_predictors='auto'),
   )
 
 
@@ -307,7 +306,9 @@ def run(
     config.eval, evaluator.generator, evaluator.optimal_predictors
   )
   names = {evaluator_lib.NETWORK: config.model.model_type}
-  names |= {name: name.upper() for name in evaluator.optimal_predictors}
+  names |= {
+    name: constants.label(name) for name in evaluator.optimal_predictors
+  }
   rows = results_table(regrets, names, exact)
 
   content = {

@@ -14,7 +14,13 @@ mixes predictions, from the last level (blocks of one symbol) to the root:
   p_d        = kt_d
   p_j        = sigmoid(-L_j) kt_j + sigmoid(L_j) p_{j+1}
 
-p_0 is the prediction. L_j is the log posterior odds that the block is split.
+p_0 is the prediction. L_j is the log posterior odds that the block is split: so
+with the L_j of all symbols seen, and the product over a block and all that
+contain it,
+
+  P(a segment starts in the middle of the block) = prod sigmoid(L_i), i <= j
+  P(the current segment is the open level-j block)
+                                  = sigmoid(-L_j) prod sigmoid(L_i), i < j
 """
 
 from collections.abc import Sequence
@@ -101,6 +107,7 @@ class PTWPredictor(predictors.OptimalPredictor):
     )
 
   def update(self, symbols: jax.Array, state: PTWState) -> PTWState:
+    self._check_state(state)
     self._check_time(state, 1)
     dtype = predictors.dtype_of(symbols)
     kts, mixtures = self._levels(state, dtype)
@@ -133,15 +140,100 @@ class PTWPredictor(predictors.OptimalPredictor):
     init_state: PTWState | None = None,
   ) -> tuple[jax.Array, PTWState]:
     state = self._start(batch, init_state)
+    self._check_time(state, batch.shape[1])
+    if not isinstance(state.time, jax.core.Tracer) and int(state.time) == 0:
+      return self._unroll_whole(batch, state.log_odds.dtype)
+    return super().unroll(params, rng, batch, state)
+
+  def segment_posterior(self, state: PTWState) -> jax.Array:
+    """Returns P(the current segment is the open level-j block | symbols seen).
+
+    A block whose end has been reached makes way for an empty one, which begins
+    with the next symbol; `run_length_posterior` adds up blocks that begin
+    together.
+
+    Args:
+      state: After t symbols.
+
+    Returns:
+      For j = 0, ..., d, `[B, d + 1]`.
+    """
+    self._check_state(state)
+    ends = ((0, 0), (1, 1))
+    log_split = jnp.pad(jax.nn.log_sigmoid(state.log_odds), ends)
+    log_whole = jax.nn.log_sigmoid(-state.log_odds)
+    return jnp.exp(
+      jnp.cumsum(log_split[:, :-1], axis=1)
+      + jnp.pad(log_whole, ((0, 0), (0, 1)))
+    )
+
+  def run_length_posterior(self, state: PTWState) -> jax.Array:
+    """Returns P(the current segment has n symbols so far | the t seen).
+
+    n = 0 is a new segment that begins with the next symbol.
+
+    Args:
+      state: After t symbols, concrete.
+
+    Returns:
+      For n = 0, ..., t, `[B, t + 1]`.
+    """
+    posterior = self.segment_posterior(state)[:, None]
+    return jax.device_put(self._by_run_length(posterior, int(state.time))[:, 0])
+
+  def unroll_run_lengths(
+    self, batch: jax.Array, init_state: PTWState | None = None
+  ) -> jax.Array:
+    """Returns `run_length_posterior` after every symbol, for analysis.
+
+    Args:
+      batch: Symbols `[B, T, K]`.
+      init_state: As in `unroll`, after t symbols, concrete.
+
+    Returns:
+      P(n symbols so far) `[B, T, t + T + 1]`, 0 for impossible run lengths.
+    """
+    state = self._start(batch, init_state)
+    self._check_time(state, batch.shape[1])
+    posteriors, _ = _unroll_segments(self, batch, state)
+    time = int(state.time) + batch.shape[1]
+    return jax.device_put(self._by_run_length(posteriors, time))
+
+  def switch_posterior(self, batch: jax.Array) -> jax.Array:
+    """Returns P(a new segment starts at t | the whole sequence).
+
+    Args:
+      batch: Whole sequences `[B, T, K]`.
+
+    Returns:
+      `[B, T]`; 0 at t = 0, as in `switch_points` of a source.
+    """
+    self._check_time(self._start(batch, None), batch.shape[1])
+    dtype = predictors.dtype_of(batch)
+    return _switch_posterior(
+      batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
+    )
+
+  def _by_run_length(self, posteriors: jax.Array, time: int) -> np.ndarray:
+    """Sums of posteriors `[B, T, d + 1]` of the last T times up to `time`."""
+    batch_size, seq_length, _ = posteriors.shape
+    times = np.arange(time - seq_length + 1, time + 1)[:, None]
+    run_lengths = times % (1 << np.arange(self.depth, -1, -1))  # [T, d + 1]
+    rows = np.arange(seq_length)
+    # In NumPy, so that nothing is compiled anew at every symbol of a stream.
+    summed = np.zeros((batch_size, seq_length, time + 1), posteriors.dtype)
+    # One level after the other: those that begin together add up.
+    for level, posterior in enumerate(np.moveaxis(posteriors, -1, 0)):
+      summed[:, rows, run_lengths[:, level]] += posterior
+    return summed
+
+  def _check_state(self, state: PTWState) -> None:
+    super()._check_state(state)
     if state.counts.shape[1] != self.depth + 1:
       raise ValueError(
         f'init_state is of a tree of depth {state.counts.shape[1] - 1}, not '
         f'{self.depth}'
       )
-    self._check_time(state, batch.shape[1])
-    if not isinstance(state.time, jax.core.Tracer) and int(state.time) == 0:
-      return self._unroll_whole(batch, state.log_odds.dtype)
-    return super().unroll(params, rng, batch, state)
 
   def _check_time(self, state: PTWState, num_symbols: int) -> None:
     """Raises ValueError if the symbols do not fit, where time is concrete."""
@@ -185,12 +277,53 @@ def _predict_whole(
   batch: jax.Array, prior: jax.Array, depth: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`_predict_one` of every sequence of a batch `[B, T, K]`."""
-  return jax.vmap(lambda symbols: _predict_one(symbols, prior, depth))(batch)
+  return jax.vmap(lambda symbols: _predict_one(symbols, prior, depth)[:3])(
+    batch
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unroll_segments(
+  predictor: PTWPredictor, batch: jax.Array, state: PTWState
+) -> tuple[jax.Array, PTWState]:
+  """`segment_posterior` after every symbol, `[B, T, d + 1]`."""
+
+  def step(state: PTWState, symbols: jax.Array) -> tuple[PTWState, jax.Array]:
+    state = predictor.update(symbols, state)
+    return state, predictor.segment_posterior(state)
+
+  state, posteriors = jax.lax.scan(step, state, batch.swapaxes(0, 1))
+  return posteriors.swapaxes(0, 1), state
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _switch_posterior(
+  batch: jax.Array, prior: jax.Array, depth: int
+) -> jax.Array:
+  """P(a segment starts at t | all symbols) for a batch, `[B, T]`."""
+  seq_length = batch.shape[1]
+
+  def one(symbols: jax.Array) -> jax.Array:
+    *_, block_log_odds = _predict_one(symbols, prior, depth)
+    posterior = jnp.zeros(seq_length, symbols.dtype)
+    # Of a block and all that contain it, from the root.
+    all_split = jnp.ones(1, symbols.dtype)
+    for level, log_odds in enumerate(block_log_odds):
+      num_blocks = len(log_odds)
+      all_split = jnp.repeat(all_split, num_blocks // len(all_split))
+      all_split = all_split * jax.nn.sigmoid(log_odds)
+      length = 1 << depth - level
+      middles = np.arange(num_blocks) * length + length // 2
+      inside = middles < seq_length
+      posterior = posterior.at[middles[inside]].set(all_split[inside])
+    return posterior
+
+  return jax.vmap(one)(batch)
 
 
 def _predict_one(
   symbols: jax.Array, prior: jax.Array, depth: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
   """PTW of one sequence, level by level, all times at once.
 
   Args:
@@ -199,8 +332,10 @@ def _predict_one(
     depth: d.
 
   Returns:
-    log p_0 of every symbol given those before it `[T, K]`, and the statistics
-    of the blocks open at the end: counts `[d + 1, K]`, log-odds `[d]`.
+    log p_0 of every symbol given those before it `[T, K]`; the statistics of
+    the blocks open at the end: counts `[d + 1, K]`, log-odds `[d]`; and the
+    log-odds of all blocks of each level at their ends, for those that begin
+    before T padded to a power of two.
   """
   seq_length, alphabet_size = symbols.shape
   # Levels whose blocks would reach beyond the padded end have only one block.
@@ -211,7 +346,7 @@ def _predict_one(
   counts_before = counts_upto - symbols.astype(jnp.int32)  # [K, T']
 
   mixture = None  # p_{j+1} of every symbol, [K, T']
-  final_counts, final_log_odds = [], []
+  final_counts, final_log_odds, block_log_odds = [], [], []
   for level in reversed(range(depth + 1)):
     length = min(1 << depth - level, padded_length)
     blocks = (alphabet_size, padded_length // length, length)
@@ -236,6 +371,7 @@ def _predict_one(
     gains = jnp.where(np.arange(padded_length) < seq_length, gains, 0)  # [T']
     final_log_odds.append(gains[start:].sum())
     gains = gains.reshape(blocks[1:])
+    block_log_odds.append(gains.sum(axis=-1))
     log_odds = (jnp.cumsum(gains, axis=-1) - gains).reshape(padded_length)
     mixture = (
       jax.nn.sigmoid(-log_odds) * kt + jax.nn.sigmoid(log_odds) * mixture
@@ -245,4 +381,5 @@ def _predict_one(
     log_probs,
     jnp.stack(final_counts[::-1]),
     jnp.stack(final_log_odds[::-1]) if depth else jnp.zeros(0, symbols.dtype),
+    block_log_odds[::-1],
   )

@@ -51,10 +51,11 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import hazards as hazards_lib
 
 # Room for starts of segments grows by doubling, from this many symbols.
-_LEAST_ROOM = 32
+_LEAST_ROOM = 64
 # Power of two of a scaled 0: less than any other, and sums of few do not wrap.
 _ZERO_EXPONENT = -(10**8)
 # In a sum above this, terms too small for a float do not count.
@@ -177,9 +178,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     """
     self._check_state(state)
     posterior = _by_run_length(self._weights(state), state.time)
-    if isinstance(state.time, jax.core.Tracer):
-      return posterior
-    return posterior[:, : int(state.time) + 1]
+    return _up_to_time(posterior, state.time)
 
   def unroll_run_lengths(
     self, batch: jax.Array, init_state: RunLengthState | None = None
@@ -204,9 +203,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     posteriors = jax.vmap(_by_run_length, in_axes=(1, 0), out_axes=1)(
       weights, times
     )
-    if isinstance(state.time, jax.core.Tracer):
-      return posteriors
-    return posteriors[..., : int(state.time) + 1]
+    return _up_to_time(posteriors, state.time)
 
   def switch_posterior(self, batch: jax.Array) -> jax.Array:
     """Returns P(a new segment starts at t | the whole sequence).
@@ -296,9 +293,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   def _weights(self, state: RunLengthState) -> jax.Array:
     """w_t(s), `[B, S]`."""
     room = state.mantissas.shape[1] - 1
-    survival, _ = _tables(self.hazard, room)
-    survival = _by_start(survival, state.time, state.mantissas.dtype)
-    return _value(_times(Scaled(state.mantissas, state.exponents), survival))
+    return _start_weights(state, _tables(self.hazard, room)[0])
 
   def _check_room(self, room: int, time: int, seq_length: int) -> int:
     """Returns the time, unless `max_length` is too short for what follows."""
@@ -313,6 +308,56 @@ class RunLengthPredictor(predictors.OptimalPredictor):
         'symbols'
       )
     return time
+
+
+def regular_shift_predictor(
+  shift_period: int,
+  concentration: float | Sequence[float] = 0.5,
+  alphabet_size: int | None = None,
+) -> RunLengthPredictor:
+  """Returns the exact Bayes predictor of the `regular_shift` source.
+
+  Args:
+    shift_period: Length of all segments.
+    concentration: As in RunLengthPredictor.
+    alphabet_size: As in RunLengthPredictor.
+
+  Raises:
+    ValueError: If an argument is out of range.
+  """
+  base_config.check_int('shift_period', shift_period, 1)
+  return RunLengthPredictor(
+    hazards_lib.KnownPeriod(shift_period), concentration, alphabet_size
+  )
+
+
+def random_shift_predictor(
+  shift_distribution: str | distributions.Distribution,
+  shift_parameters: Sequence[float],
+  concentration: float | Sequence[float] = 0.5,
+  alphabet_size: int | None = None,
+) -> RunLengthPredictor:
+  """Returns the exact Bayes predictor of the `random_shift` source.
+
+  Args:
+    shift_distribution: Of X in the length max(1, round X), by name or as an
+      object of one feature.
+    shift_parameters: Its parameters.
+    concentration: As in RunLengthPredictor.
+    alphabet_size: As in RunLengthPredictor.
+
+  Raises:
+    ValueError: If an argument is out of range.
+  """
+  hazard = hazards_lib.RoundedLengths(
+    *distributions.check_univariate(
+      'shift_distribution',
+      shift_distribution,
+      'shift_parameters',
+      shift_parameters,
+    )
+  )
+  return RunLengthPredictor(hazard, concentration, alphabet_size)
 
 
 def _pieces(
@@ -363,9 +408,28 @@ def _by_start(table: Scaled, time: jax.Array, dtype: Any) -> Scaled:
   return Scaled(mantissa.astype(dtype), exponent)
 
 
+@jax.jit
+def _start_weights(state: RunLengthState, survival: Scaled) -> jax.Array:
+  """w_t(s), `[B, S]`, by the table of S."""
+  survival = _by_start(survival, state.time, state.mantissas.dtype)
+  return _value(_times(Scaled(state.mantissas, state.exponents), survival))
+
+
+@jax.jit
 def _by_run_length(weights: jax.Array, time: jax.Array) -> jax.Array:
   """w(t - n) for n = 0, ..., t, and zeros, `[B, S]`."""
   return jnp.roll(weights[:, ::-1], time + 1, axis=1)
+
+
+def _up_to_time(posterior: jax.Array, time: jax.Array) -> jax.Array:
+  """Cuts the last axis, where the time is concrete, to n = 0, ..., t."""
+  if isinstance(time, jax.core.Tracer):
+    return posterior
+  end = int(time) + 1
+  if isinstance(posterior, jax.core.Tracer):
+    return posterior[..., :end]
+  # In NumPy, so that nothing is compiled anew at every symbol of a stream.
+  return jax.device_put(np.asarray(posterior)[..., :end])
 
 
 def _pad(
@@ -482,8 +546,9 @@ def _advance(
     scale = _kt_scale(time, starts, prior)
     scaled_survival = survival._replace(mantissa=survival.mantissa * scale)
     probs = _einsum('bks,bs->bk', counts, _value(_times(r, scaled_survival)))
+    # kt(x_t | s) / p(x_t)
+    symbol = symbol / (symbol * probs).sum(axis=1, keepdims=True)
     own = _einsum('bk,bks->bs', symbol, counts) * scale
-    own = own * (1 / (symbol * probs).sum(axis=1, keepdims=True))
     weights = _value(_times(r, survival)) if with_weights else None
     r = _normalise(r._replace(mantissa=r.mantissa * own))
     new = _dot(r, _by_start(tables[1], time, dtype))

@@ -197,21 +197,14 @@ class RandomShiftGenerator(TrajectoryGenerator):
         take these parameters.
     """
     super().__init__(*args, **kwargs)
-    if not isinstance(shift_distribution, distributions.Distribution):
-      shift_distribution = distributions.DISTRIBUTIONS.lookup(
-        'shift_distribution', shift_distribution
-      )()
-    if shift_distribution.feature_size != 1:
-      raise ValueError(
-        f'shift_distribution {shift_distribution.name} has '
-        f'{shift_distribution.feature_size} features; a length is one number'
+    self.shift_distribution, self.shift_parameters = (
+      distributions.check_univariate(
+        'shift_distribution',
+        shift_distribution,
+        'shift_parameters',
+        shift_parameters,
       )
-    shift_parameters = base_config.check_vector(
-      'shift_parameters', shift_parameters
     )
-    shift_distribution.check_parameters('shift_parameters', shift_parameters)
-    self.shift_distribution = shift_distribution
-    self.shift_parameters = shift_parameters
 
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
     parameters = np.asarray(self.shift_parameters, jnp.result_type(float))

@@ -9,6 +9,7 @@ import itertools
 import math
 
 import numpy as np
+from scipy import special
 
 Partition = tuple[int, ...]
 
@@ -112,9 +113,9 @@ def mixture_predictions(sequences, partitions, prior):
 def mixture_posteriors(sequences, partitions, prior):
   """Posteriors of the mixture, given partitions of one symbol more than seen.
 
-  Returns P(a segment starts at t | all T symbols) `[B, T]`, with 0 at t = 0,
-  and P(n symbols of its segment lie before symbol t | those t) for t = 1, ..., T
-  `[B, T, T + 1]`.
+  Returns P(a segment starts at t | all T symbols) `[B, T]`, with 0 at t = 0;
+  and P(n symbols of its segment lie before symbol t | those t) for t = 1, ...,
+  T, `[B, T, T + 1]`.
   """
   batch_size, seq_length = np.shape(sequences)
   switches = np.zeros((batch_size, seq_length))
@@ -150,13 +151,14 @@ def run_length_log_domain(symbols, prior, hazard):
   log_weights = np.zeros(1)
   counts = np.zeros((1, len(prior)))
   predictions = []
+  table = np.array([hazard(length) for length in range(1, len(symbols) + 1)])
   for symbol in symbols:
     log_kt = np.log(counts[:, symbol] + prior[symbol]) - np.log(
       counts.sum(axis=1) + prior.sum()
     )
-    ends = np.array([hazard(1 + n) for n in counts.sum(axis=1)])
+    ends = table[counts.sum(axis=1).astype(int)]
     joint = log_weights + log_kt
-    with np.errstate(divide='ignore'):
+    with np.errstate(divide='ignore'):  # log 0
       log_weights = np.append(
         joint + np.log1p(-ends), np.logaddexp.reduce(joint + np.log(ends))
       )
@@ -170,6 +172,51 @@ def run_length_log_domain(symbols, prior, hazard):
       np.logaddexp.reduce(log_weights[:, None] + log_kts, axis=0)
     )
   return np.array(predictions)
+
+
+def switch_posterior_log_domain(symbols, prior, hazard):
+  """P(a segment starts at t | all symbols) `[T]`, for sequences of any length.
+
+  Sums over whole segments, forwards up to each start and backwards from it.
+  """
+  seq_length = len(symbols)
+  log_lengths, log_survival = [-np.inf], [0.0]  # Of lengths 0, 1, ...
+  with np.errstate(divide='ignore'):
+    for length in range(1, seq_length + 1):
+      log_lengths.append(log_survival[-1] + np.log(hazard(length)))
+      log_survival.append(log_survival[-1] + np.log1p(-hazard(length)))
+  log_lengths, log_survival = np.array(log_lengths), np.array(log_survival)
+  counts = np.vstack(
+    [np.zeros(len(prior)), np.cumsum(np.eye(len(prior))[symbols], axis=0)]
+  )
+
+  def evidence(start):
+    """Log probability of the symbols from `start` to every later end."""
+    own = counts[start:] - counts[start]
+    return (
+      special.gammaln(own + prior).sum(axis=1)
+      - special.gammaln(own.sum(axis=1) + np.sum(prior))
+      - np.sum(special.gammaln(prior))
+      + special.gammaln(np.sum(prior))
+    )
+
+  forward = np.full(seq_length + 1, -np.inf)
+  forward[0] = 0.0
+  for start in range(seq_length):
+    ended = (
+      forward[start] + evidence(start) + log_lengths[: seq_length + 1 - start]
+    )
+    forward[start:] = np.logaddexp(forward[start:], ended)
+  backward = np.full(seq_length + 1, -np.inf)
+  for start in reversed(range(seq_length)):
+    logs = evidence(start)
+    size = seq_length + 1 - start
+    terms = logs + log_lengths[:size] + backward[start:]
+    # The last segment ends there or later.
+    last = logs[-1] + log_survival[seq_length - start - 1]
+    backward[start] = np.logaddexp.reduce([*terms[:-1], last])
+  posterior = np.exp(forward + backward - backward[0])[:seq_length]
+  return np.array([0.0, *posterior[1:]])
 
 
 def ptw_switch_probability(depth, time):
