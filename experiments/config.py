@@ -269,19 +269,16 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
     data.trajectory_generator = data.trajectory_generator.lower()
   source = evaluation.data.trajectory_generator
   names = evaluation.optimal_predictors
+  given = {
+    name.lower(): value
+    for name, value in evaluation.optimal_predictors_kwargs.items()
+  }
   if isinstance(names, str):
     own = _OWN_PREDICTORS.get(source)
     # Each once, the source's own first.
     names = tuple(dict.fromkeys((own, *_REFERENCES) if own else _REFERENCES))
-    base_config.check_kwargs(
-      'eval.optimal_predictors_kwargs',
-      evaluation.optimal_predictors_kwargs,
-      names,
-    )
-  kwargs = {
-    name.lower(): dict(evaluation.optimal_predictors_kwargs.get(name, {}))
-    for name in names
-  }
+    base_config.check_kwargs('eval.optimal_predictors_kwargs', given, names)
+  kwargs = {name.lower(): dict(given.get(name.lower(), {})) for name in names}
   evaluation.optimal_predictors = tuple(kwargs)
   for name, predictor_kwargs in kwargs.items():
     if name in _OF_A_DEPTH:

@@ -31,6 +31,16 @@ OPTIMAL_PREDICTORS = base_config.Registry(
   },
 )
 
+# What a source needs besides its name, where a script is only given that.
+SOURCE_KWARGS = {
+  'recurring': {'pool_size': 3, 'switch_probability': 0.05},
+  'regular_shift': {'shift_period': 20},
+  'random_shift': {
+    'shift_distribution': 'uniform',
+    'shift_parameters': (1.0, 39.0),
+  },
+}
+
 _LABELS = {
   'forget_me_not': 'Forget-Me-Not',
   'iid_ptw_cat': 'PTW',

@@ -35,8 +35,9 @@ twice, half and whole.
     1  {2 0} {0 2}    the block 0 0 1 1 is split
 
 If the memory is full, a new model takes the place of that of the fewest
-symbols. The least recently used one was tried in its stead: on the `recurring`
-source it was worse wherever the memory was too small, and the same elsewhere.
+symbols. The least recently used one was tried in its stead: it cost more on the
+`recurring` source wherever memory was short, and less on sources whose regimes
+go for good.
 
 From the paper are the mixture over partitions, the uniform mixture of a fresh
 model and a memory in it, and a memory that follows the most probable segments.

@@ -14,7 +14,6 @@ import logging
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -30,6 +29,7 @@ from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import files
 from nonstationary_mbml.experiments import plotting
 
 _SOURCE = flags.DEFINE_string(
@@ -73,15 +73,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
   lower_bound=1,
 )
 
-# What a source or a network needs, or is better off with, besides its name.
-_SOURCE_KWARGS = {
-  'recurring': {'pool_size': 3, 'switch_probability': 0.05},
-  'regular_shift': {'shift_period': 20},
-  'random_shift': {
-    'shift_distribution': 'uniform',
-    'shift_parameters': (1.0, 39.0),
-  },
-}
+# What a network needs, or is better off with, besides its name.
 _RECURRENT = {'hidden_size': 64}
 _TRANSFORMER = {
   'embedding_dim': 64,
@@ -151,7 +143,7 @@ def make_config(
       parameter_distribution='dirichlet',
       parameter_distribution_params=(0.5, 0.5),
       trajectory_generator=source,
-      trajectory_generator_kwargs=_SOURCE_KWARGS.get(source, {}),
+      trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(source, {}),
     ),
     model=base_config.ModelConfig(
       model_type=model_type,
@@ -224,24 +216,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file, so that it is there whole or not at all.
-
-  Raises:
-    OSError: If it cannot be written.
-  """
-  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-    try:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-      os.chmod(file.name, 0o644)
-      os.replace(file.name, path)
-    except BaseException:
-      os.unlink(file.name)
-      raise
-
-
 def open_folder(
   folder: pathlib.Path, config: config_lib.ExperimentConfig, overwrite: bool
 ) -> None:
@@ -271,7 +245,7 @@ def open_folder(
     # Results never lie beside a config that they are not of.
     for name in ('metrics.json', 'figure.png'):
       (folder / name).unlink(missing_ok=True)
-    write_whole(path, (json.dumps(values, indent=2) + '\n').encode())
+    files.write_whole(path, (json.dumps(values, indent=2) + '\n').encode())
   except OSError as error:
     raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
 
@@ -318,7 +292,7 @@ def run(
     'table': rows,
     'history': result.history,
   }
-  write_whole(
+  files.write_whole(
     folder / 'metrics.json', (json.dumps(content, indent=2) + '\n').encode()
   )
   png = io.BytesIO()
@@ -330,7 +304,7 @@ def run(
   sequence_figure(evaluator, result.params, rng_figure, drawn).savefig(
     png, format='png'
   )
-  write_whole(folder / 'figure.png', png.getvalue())
+  files.write_whole(folder / 'figure.png', png.getvalue())
 
   source = config.eval.data.trajectory_generator
   print(

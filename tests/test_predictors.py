@@ -23,12 +23,13 @@ def _random_batch(batch_size, seq_length, alphabet_size=2, seed=0):
   return jnp.asarray(oracles.one_hot(symbols, alphabet_size))
 
 
-@pytest.mark.parametrize('prior', [(0.5, 0.5), (3.0, 0.2)])
+@pytest.mark.parametrize('prior', [(0.5, 0.5), (3.0, 0.2), (0.5, 0.5, 2.0)])
 def test_kt_equals_the_dirichlet_multinomial(x64, prior):
-  sequences = oracles.all_sequences(2, 6)
-  truth = oracles.mixture_predictions(sequences, {(6,): 1.0}, prior)
+  seq_length = {2: 8, 3: 5}[len(prior)]
+  sequences = oracles.all_sequences(len(prior), seq_length)
+  truth = oracles.mixture_predictions(sequences, {(seq_length,): 1.0}, prior)
   predictions, _ = predictors.OptimalCategoricalPredictor(prior).unroll(
-    {}, None, jnp.asarray(oracles.one_hot(sequences, 2))
+    {}, None, jnp.asarray(oracles.one_hot(sequences, len(prior)))
   )
   np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
 
@@ -129,6 +130,28 @@ def test_alphabet_of_the_batch_must_be_that_of_the_predictor(name):
 def test_batch_of_wrong_shape_is_refused(shape):
   with pytest.raises(ValueError, match='it must be'):
     BAYES['kt'].unroll({}, None, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+  'symbols',
+  [[0.5, 0.5], [0.0, 0.0], [1.0, 1.0], [0.0, 2.0], [np.nan, 1.0], [1.0, -1.0]],
+)
+@pytest.mark.parametrize('name', BAYES)
+def test_symbols_that_are_not_one_hot_are_refused(name, symbols):
+  batch = np.tile(np.float32([0.0, 1.0]), (2, 3, 1))
+  batch[1, 2] = symbols
+  with pytest.raises(ValueError, match=r'one-hot; at \(1, 2\)'):
+    BAYES[name].unroll({}, None, batch)
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_state_of_another_predictor_is_refused(name):
+  other = {'kt': 'ptw', 'ptw': 'lad', 'lad': 'kt'}[name]
+  state = BAYES[other].initial_state({}, None, 1)
+  with pytest.raises(
+    ValueError, match=f'the state is a {type(state).__name__}'
+  ):
+    BAYES[name].unroll({}, None, jnp.eye(2)[None], state)
 
 
 def _lstm():

@@ -51,6 +51,71 @@ def test_names_mean_the_same_in_any_case_of_letters():
   assert config.model.architecture_kwargs['stack_size'] == 32
 
 
+@pytest.mark.parametrize(
+  ('source', 'kwargs', 'expected'),
+  [
+    ('static', {}, ('kt', 'ptw', 'lad')),
+    ('PTW', {}, ('ptw', 'lad', 'kt')),
+    ('iid_ptw_cat', {}, ('ptw', 'lad', 'kt')),
+    ('lin', {}, ('lad', 'ptw', 'kt')),
+    (
+      'regular_shift',
+      {'shift_period': 7},
+      ('regular_shift', 'ptw', 'lad', 'kt'),
+    ),
+    (
+      'random_shift',
+      {'shift_distribution': 'gamma', 'shift_parameters': (2.0, 0.1)},
+      ('random_shift', 'ptw', 'lad', 'kt'),
+    ),
+    (
+      'recurring',
+      {'pool_size': 3, 'switch_probability': 0.1},
+      ('forget_me_not', 'ptw', 'lad', 'kt'),
+    ),
+  ],
+)
+def test_auto_is_the_sources_own_predictor_and_the_references(
+  source, kwargs, expected
+):
+  config = config_lib.ExperimentConfig(
+    data=config_lib.DataConfig(
+      trajectory_generator=source,
+      trajectory_generator_kwargs=kwargs,
+      parameter_distribution_params=(2.0, 1.0),
+    ),
+    eval=config_lib.EvalConfig(
+      optimal_predictors='Auto',
+      optimal_predictors_kwargs={'KT': {'concentration': 1.0}},
+    ),
+  )
+  config = config_lib.post_process_config(config)
+  assert config.eval.optimal_predictors == expected
+  own_kwargs = config.eval.optimal_predictors_kwargs[expected[0]]
+  if expected[0] == source:
+    assert kwargs.items() <= own_kwargs.items()
+  if expected[0] != 'kt':
+    assert own_kwargs['concentration'] == (2.0, 1.0)
+  # What is given stays.
+  assert config.eval.optimal_predictors_kwargs['kt']['concentration'] == 1.0
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'optimal_predictors': 'ptw'}, "is 'ptw'; it must be 'auto' or a tuple"),
+    (
+      {'optimal_predictors_kwargs': {'kd': {}}},
+      "optimal_predictors_kwargs has no 'kd'",
+    ),
+  ],
+)
+def test_wrong_choice_of_optimal_predictors_is_named(kwargs, message):
+  config = config_lib.ExperimentConfig(eval=config_lib.EvalConfig(**kwargs))
+  with pytest.raises(ValueError, match=message):
+    config_lib.post_process_config(config)
+
+
 def test_list_put_into_a_dict_becomes_a_tuple():
   config = config_lib.ExperimentConfig()
   config.model.architecture_kwargs['before_mlp_layers'] = [3, 4]

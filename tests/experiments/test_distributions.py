@@ -46,6 +46,11 @@ def test_densities_and_moments_are_scipys(x64, name):
   np.testing.assert_allclose(
     distribution.cdf(features, parameters)[:, 0], truth.cdf(x), rtol=1e-8
   )
+  np.testing.assert_allclose(
+    distribution.survival(features, parameters)[:, 0],
+    truth.sf(x),
+    rtol=1e-8,
+  )
   np.testing.assert_allclose(distribution.mean(parameters), [truth.mean()])
   np.testing.assert_allclose(distribution.std(parameters), [truth.std()])
   np.testing.assert_allclose(

@@ -173,21 +173,31 @@ def test_an_exact_predictor_can_be_evaluated():
   assert float(metrics['cumulative_regret_above_optimal/ptw']) == 0
 
 
-@pytest.mark.parametrize(
-  ('source', 'prior'),
-  [('ptw', (0.5, 0.5)), ('lin', (0.5, 0.5)), ('static', (0.5, 0.5))]
-  + [(source, (3.0, 1.0)) for source in ('ptw', 'lin', 'static')],
-)
+SOURCES = {
+  'ptw': {},
+  'lin': {},
+  'static': {},
+  'regular_shift': {'shift_period': 5},
+  'random_shift': {
+    'shift_distribution': 'gamma',
+    'shift_parameters': (3.0, 0.4),
+  },
+}
+
+
+@pytest.mark.parametrize('prior', [(0.5, 0.5), (3.0, 1.0)])
+@pytest.mark.parametrize('source', SOURCES)
 def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
   evaluator = _evaluator(
     predictors.OptimalCategoricalPredictor(),
     source,
+    source_kwargs=SOURCES[source],
     prior=prior,
     batch_size=4096,
     seq_length=32,
   )
   regrets = evaluator.evaluate({}, jax.random.key(7), 4096)
-  exact = {'ptw': 'ptw', 'lin': 'lad', 'static': 'kt'}[source]
+  exact = {'ptw': 'ptw', 'lin': 'lad', 'static': 'kt'}.get(source, source)
   for name in evaluator.optimal_predictors:
     if name != exact:
       surplus = regrets[name] - regrets[exact]
@@ -205,8 +215,32 @@ def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
     ({'source': 'lin', 'optimal_predictors': ('lin',)}, 'lin'),
     ({'source': 'static'}, 'kt'),
     ({'source': 'static', 'prior': (1.0, 2.0)}, 'kt'),
+    *(
+      ({'source': name, 'source_kwargs': SOURCES[name]}, name)
+      for name in ('regular_shift', 'random_shift')
+    ),
     (
-      {'source': 'regular_shift', 'source_kwargs': {'shift_period': 3}},
+      {
+        'source': 'regular_shift',
+        'source_kwargs': {'shift_period': 3},
+        'optimal_predictors': ('lad', 'run_length'),
+        'optimal_predictors_kwargs': {'run_length': {'hazard': (0, 0, 1)}},
+      },
+      'run_length',
+    ),
+    (
+      {
+        'source': 'regular_shift',
+        'source_kwargs': {'shift_period': 3},
+        'optimal_predictors_kwargs': {'regular_shift': {'shift_period': 4}},
+      },
+      None,
+    ),
+    (
+      {
+        'source': 'recurring',
+        'source_kwargs': {'pool_size': 3, 'switch_probability': 0.1},
+      },
       None,
     ),
     ({'optimal_predictors': ('kt', 'lad')}, None),

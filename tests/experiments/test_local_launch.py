@@ -72,12 +72,13 @@ def test_source_without_exact_predictor_is_measured_from_the_best(tmp_path):
   result = _launch(
     tmp_path,
     *SHORT,
-    '--source=regular_shift',
+    '--source=recurring',
     '--model_type=sliding_window_transformer',
     '--steps=0',
   )
   assert result.returncode == 0, result.stderr
   assert 'no exact predictor of its own' in result.stdout
+  assert 'Forget-Me-Not' in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -151,17 +152,3 @@ def test_overwritten_run_leaves_no_stale_results(tmp_path):
     local_launch.open_folder(tmp_path, second, overwrite=False)
   local_launch.open_folder(tmp_path, second, overwrite=True)
   assert [path.name for path in tmp_path.iterdir()] == ['config.json']
-
-
-def test_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
-  path = tmp_path / 'metrics.json'
-  local_launch.write_whole(path, b'old')
-
-  def fail(*args):
-    raise OSError('disk full')
-
-  monkeypatch.setattr(os, 'replace', fail)
-  with pytest.raises(OSError, match='disk full'):
-    local_launch.write_whole(path, b'new')
-  assert path.read_bytes() == b'old'
-  assert list(tmp_path.iterdir()) == [path]

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.tests import oracles
 
@@ -53,15 +55,83 @@ def test_equals_enumeration_when_length_is_no_power_of_two(x64, seq_length):
 @pytest.mark.parametrize('form', [_unroll, _stream])
 @pytest.mark.parametrize('prior', [(0.5, 0.5, 0.5), (2.0, 0.3, 1.0)])
 def test_equals_enumeration_for_three_symbols_and_any_prior(x64, prior, form):
-  sequences = oracles.all_sequences(3, 4)
+  sequences = oracles.all_sequences(3, 5)
   truth = oracles.mixture_predictions(
-    sequences, oracles.ptw_partitions(2), prior
+    sequences, oracles.ptw_partitions(3), prior
   )
   predictions, _ = form(
-    ptw_predictors.PTWPredictor(2, concentration=prior),
+    ptw_predictors.PTWPredictor(3, concentration=prior),
     oracles.one_hot(sequences, 3),
   )
   np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ('depth', 'seq_length'), [(3, 7), (4, 7), (4, 5), (2, 3), (3, 1)]
+)
+def test_posteriors_equal_enumeration(x64, depth, seq_length):
+  sequences = oracles.all_sequences(2, seq_length)[::3]
+  switches, run_lengths = oracles.mixture_posteriors(
+    sequences, oracles.ptw_partitions(depth), (0.5, 0.5)
+  )
+  predictor = ptw_predictors.PTWPredictor(depth)
+  batch = jnp.asarray(oracles.one_hot(sequences, 2))
+  _, state = _unroll(predictor, batch)
+  np.testing.assert_allclose(
+    predictor.switch_posterior(batch), switches, atol=1e-12
+  )
+  np.testing.assert_allclose(
+    predictor.unroll_run_lengths(batch), run_lengths, atol=1e-12
+  )
+  np.testing.assert_allclose(
+    predictor.run_length_posterior(state), run_lengths[:, -1], atol=1e-12
+  )
+
+
+def test_posteriors_of_three_symbols_equal_enumeration(x64):
+  prior = (2.0, 0.3, 1.0)
+  sequences = oracles.all_sequences(3, 4)[::2]
+  switches, run_lengths = oracles.mixture_posteriors(
+    sequences, oracles.ptw_partitions(3), prior
+  )
+  predictor = ptw_predictors.PTWPredictor(3, concentration=prior)
+  batch = jnp.asarray(oracles.one_hot(sequences, 3))
+  np.testing.assert_allclose(
+    predictor.switch_posterior(batch), switches, atol=1e-12
+  )
+  np.testing.assert_allclose(
+    predictor.unroll_run_lengths(batch), run_lengths, atol=1e-12
+  )
+
+
+def test_switch_posterior_is_calibrated_on_its_own_source():
+  """Expected and true number of switches agree to 4 standard errors.
+
+  The false-alarm rate is 6e-5; the seed is fixed.
+  """
+  source = constants.build_data_generator(config_lib.DataConfig())
+  batch, _ = source.sample(jax.random.key(0), 2000, 32)
+  switches = np.asarray(source.switch_points(jax.random.key(0), 2000, 32))
+  posterior = ptw_predictors.PTWPredictor(5).switch_posterior(batch)
+  surplus = (switches - np.asarray(posterior)).sum(axis=1)
+  assert abs(surplus.mean()) < 4 * surplus.std() / np.sqrt(2000)
+  # And it tells switches from the rest: Brier score against the prior's.
+  prior = switches.mean(axis=0)
+  assert ((switches - posterior) ** 2).mean() < 0.8 * (
+    (switches - prior) ** 2
+  ).mean()
+
+
+def test_streaming_state_does_not_grow():
+  predictor = ptw_predictors.PTWPredictor(30)
+  batch = _random_batch(6, 1, 48).astype(np.float32)
+  sizes = set()
+  state = None
+  for begin in range(0, 48, 16):
+    _, state = _unroll(predictor, batch[:, begin : begin + 16], state)
+    sizes.add(sum(np.size(leaf) for leaf in state))
+  # Time, counts [d + 1, K], log-odds [d].
+  assert sizes == {1 + 31 * 2 + 30}
 
 
 def test_prediction_before_any_symbol_is_prior_mean(x64):

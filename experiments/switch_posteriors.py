@@ -1,0 +1,99 @@
+"""Draws where PTW and LAD think that one sequence switched, and how far back.
+
+  python experiments/switch_posteriors.py
+  python experiments/switch_posteriors.py --source=lin --seed=3
+
+Writes figure.png into <output_dir>.
+"""
+
+import io
+import logging
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+import jax
+from matplotlib import figure
+import numpy as np
+
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import files
+from nonstationary_mbml.experiments import live_and_die_predictors
+from nonstationary_mbml.experiments import plotting
+from nonstationary_mbml.experiments import ptw_predictors
+
+_SOURCE = flags.DEFINE_enum(
+  'source', 'ptw', sorted(constants.TRAJECTORY_GENERATORS), 'Of the sequence.'
+)
+_SEQ_LENGTH = flags.DEFINE_integer(
+  'seq_length', 256, 'Symbols.', lower_bound=2, upper_bound=4096
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the sequence.', lower_bound=0)
+_OUTPUT_DIR = flags.DEFINE_string(
+  'output_dir', 'results/switch_posteriors', 'Folder of the figure.'
+)
+# Sequences among which that of the figure is chosen.
+_NUM_CANDIDATES = 64
+
+
+def make_figure(source: str, seq_length: int, seed: int) -> figure.Figure:
+  """Draws one sequence with its posteriors.
+
+  Of a small batch it is the first sequence with three switching points or more,
+  or else the first one.
+
+  Args:
+    source: A key of `TRAJECTORY_GENERATORS`.
+    seq_length: T.
+    seed: Of the sequence.
+  """
+  generator = constants.build_data_generator(
+    config_lib.DataConfig(
+      trajectory_generator=source,
+      trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(source, {}),
+    )
+  )
+  size = (_NUM_CANDIDATES, seq_length)
+  rng = jax.random.key(seed)
+  batch, parameters = generator.sample(rng, *size)
+  switches = np.asarray(generator.switch_points(rng, *size))
+  chosen = int(np.argmax(switches.sum(axis=1) >= 3))
+  batch = batch[chosen, None]
+  ptw = ptw_predictors.PTWPredictor(ptw_predictors.min_depth(seq_length))
+  lad = live_and_die_predictors.LADPredictor()
+  return plotting.plot_switch_posteriors(
+    np.asarray(batch[0]),
+    np.asarray(parameters[chosen]),
+    switches[chosen],
+    {
+      'PTW': np.asarray(ptw.switch_posterior(batch)[0]),
+      'LAD': np.asarray(lad.switch_posterior(batch)[0]),
+    },
+    np.asarray(lad.unroll_run_lengths(batch)[0]),
+    'LAD',
+    title=f'One sequence of the {source} source: when did it switch?',
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Draws and writes the figure."""
+  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  png = io.BytesIO()
+  make_figure(_SOURCE.value, _SEQ_LENGTH.value, _SEED.value).savefig(
+    png, format='png'
+  )
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_whole(folder / 'figure.png', png.getvalue())
+  except OSError as error:
+    sys.exit(f'error: cannot write to {folder}: {error.strerror}')
+  print(f'Wrote figure.png to {folder}')
+
+
+if __name__ == '__main__':
+  app.run(main)
