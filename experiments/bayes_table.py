@@ -30,22 +30,6 @@ from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import files
 from nonstationary_mbml.experiments import plotting
 
-_NUM_SEQUENCES = flags.DEFINE_integer(
-  'num_sequences', 10_240, 'Fresh sequences of each source.', lower_bound=2
-)
-_SEQ_LENGTH = flags.DEFINE_integer(
-  'seq_length', 256, 'Symbols per sequence.', lower_bound=2
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', 512, 'Sequences at a time.', lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'All randomness follows from it.', lower_bound=0
-)
-_OUTPUT_DIR = flags.DEFINE_string(
-  'output_dir', 'results/bayes_table', 'Folder of the table.'
-)
-
 # The rows; constants.py has what they need besides their names.
 SOURCES = ('ptw', 'lin', 'regular_shift', 'random_shift', 'static', 'recurring')
 # The columns, with what each predictor needs besides what follows from T.
@@ -228,12 +212,29 @@ def _mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
   return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def define_flags() -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  flags.DEFINE_integer(
+    'num_sequences', 10_240, 'Fresh sequences of each source.', lower_bound=2
+  )
+  flags.DEFINE_integer(
+    'seq_length', 256, 'Symbols per sequence.', lower_bound=2
+  )
+  flags.DEFINE_integer('batch_size', 512, 'Sequences at a time.', lower_bound=1)
+  flags.DEFINE_integer(
+    'seed', 0, 'All randomness follows from it.', lower_bound=0
+  )
+  flags.DEFINE_string(
+    'output_dir', 'results/bayes_table', 'Folder of the table.'
+  )
+
+
 def main(argv: list[str]) -> None:
   """Makes all rows and writes the table."""
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  folder = pathlib.Path(_OUTPUT_DIR.value)
+  folder = pathlib.Path(flags.FLAGS.output_dir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -243,10 +244,10 @@ def main(argv: list[str]) -> None:
     print(f'{source} ...', flush=True)
     cells += make_row(
       source,
-      _NUM_SEQUENCES.value,
-      _SEQ_LENGTH.value,
-      _BATCH_SIZE.value,
-      _SEED.value,
+      flags.FLAGS.num_sequences,
+      flags.FLAGS.seq_length,
+      flags.FLAGS.batch_size,
+      flags.FLAGS.seed,
     )
   files.write_whole(folder / 'table.csv', to_csv(cells).encode())
   png = io.BytesIO()
@@ -255,9 +256,10 @@ def main(argv: list[str]) -> None:
   ).savefig(png, format='png')
   files.write_whole(folder / 'table.png', png.getvalue())
   print(
-    f'\nCumulative regret (nats) over {_SEQ_LENGTH.value} symbols, mean ± '
-    f'standard error of {_NUM_SEQUENCES.value} sequences; in bold the exact '
-    f'Bayes predictor of the source:\n\n{to_markdown(cells)}\n'
+    '\nCumulative regret (nats), mean ± standard error of '
+    f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '
+    'symbols; in bold the exact Bayes predictor of the source:\n\n'
+    f'{to_markdown(cells)}\n'
   )
   for cell in not_minimal(cells):
     print(
@@ -268,4 +270,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   app.run(main)

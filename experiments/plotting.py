@@ -170,7 +170,7 @@ def plot_bayes_table(
     )
     panels = figure.subplots(
       -(-len(sources) // 3), 3, sharex=True, sharey=True, squeeze=False
-    ).flat
+    ).ravel()
     for panel, source in zip(panels, sources, strict=False):
       for cell in cells:
         if cell['source'] == source:
@@ -179,9 +179,9 @@ def plot_bayes_table(
       panel.set_xscale('log')
       panel.grid(axis='x', which='both', color='0.9', linewidth=0.8)
       panel.set_axisbelow(True)
-    for panel in list(panels)[len(sources) :]:
+    for panel in panels[len(sources) :]:
       panel.set_visible(False)
-    panel = figure.axes[0]
+    panel = panels[0]
     panel.set_xticks((3, 10, 30, 100))
     panel.minorticks_off()
     panel.set_yticks(list(rows.values()), list(labels.values()))

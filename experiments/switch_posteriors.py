@@ -14,7 +14,7 @@ import sys
 from absl import app
 from absl import flags
 import jax
-from matplotlib import figure
+from matplotlib import figure as figure_lib
 import numpy as np
 
 from nonstationary_mbml.experiments import config as config_lib
@@ -24,24 +24,14 @@ from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import ptw_predictors
 
-_SOURCE = flags.DEFINE_enum(
-  'source', 'ptw', sorted(constants.TRAJECTORY_GENERATORS), 'Of the sequence.'
-)
-_SEQ_LENGTH = flags.DEFINE_integer(
-  'seq_length', 256, 'Symbols.', lower_bound=2, upper_bound=4096
-)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the sequence.', lower_bound=0)
-_OUTPUT_DIR = flags.DEFINE_string(
-  'output_dir', 'results/switch_posteriors', 'Folder of the figure.'
-)
 # Sequences among which that of the figure is chosen.
 _NUM_CANDIDATES = 64
 
 
-def make_figure(source: str, seq_length: int, seed: int) -> figure.Figure:
+def make_figure(source: str, seq_length: int, seed: int) -> figure_lib.Figure:
   """Draws one sequence with its posteriors.
 
-  Of a small batch it is the first sequence with three switching points or more,
+  Of a small batch it is the first sequence with three to six switching points,
   or else the first one.
 
   Args:
@@ -59,7 +49,8 @@ def make_figure(source: str, seq_length: int, seed: int) -> figure.Figure:
   rng = jax.random.key(seed)
   batch, parameters = generator.sample(rng, *size)
   switches = np.asarray(generator.switch_points(rng, *size))
-  chosen = int(np.argmax(switches.sum(axis=1) >= 3))
+  number = switches.sum(axis=1)
+  chosen = int(np.argmax((number >= 3) & (number <= 6)))
   batch = batch[chosen, None]
   ptw = ptw_predictors.PTWPredictor(ptw_predictors.min_depth(seq_length))
   lad = live_and_die_predictors.LADPredictor()
@@ -77,23 +68,39 @@ def make_figure(source: str, seq_length: int, seed: int) -> figure.Figure:
   )
 
 
+def define_flags() -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  flags.DEFINE_enum(
+    'source', 'ptw', sorted(constants.TRAJECTORY_GENERATORS), 'Of the sequence.'
+  )
+  flags.DEFINE_integer(
+    'seq_length', 256, 'Symbols.', lower_bound=2, upper_bound=4096
+  )
+  flags.DEFINE_integer('seed', 0, 'Of the sequence.', lower_bound=0)
+  flags.DEFINE_string(
+    'output_dir', 'results/switch_posteriors', 'Folder of the figure.'
+  )
+
+
 def main(argv: list[str]) -> None:
   """Draws and writes the figure."""
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  folder = pathlib.Path(_OUTPUT_DIR.value)
-  png = io.BytesIO()
-  make_figure(_SOURCE.value, _SEQ_LENGTH.value, _SEED.value).savefig(
-    png, format='png'
-  )
+  folder = pathlib.Path(flags.FLAGS.output_dir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_whole(folder / 'figure.png', png.getvalue())
   except OSError as error:
     sys.exit(f'error: cannot write to {folder}: {error.strerror}')
+  figure = make_figure(
+    flags.FLAGS.source, flags.FLAGS.seq_length, flags.FLAGS.seed
+  )
+  png = io.BytesIO()
+  figure.savefig(png, format='png')
+  files.write_whole(folder / 'figure.png', png.getvalue())
   print(f'Wrote figure.png to {folder}')
 
 
 if __name__ == '__main__':
+  define_flags()
   app.run(main)
