@@ -68,6 +68,7 @@ class Cell:
       partitions of these sequences (bounds.py), in nats; None if nothing is.
     num_sequences: N.
     seq_length: T.
+    alphabet_size: K; parameters are from a Dirichlet(1/2).
     seed: Of the sequences.
   """
 
@@ -81,11 +82,17 @@ class Cell:
   bound: float | None
   num_sequences: int
   seq_length: int
+  alphabet_size: int
   seed: int
 
 
 def make_row(
-  source: str, num_sequences: int, seq_length: int, batch_size: int, seed: int
+  source: str,
+  num_sequences: int,
+  seq_length: int,
+  batch_size: int,
+  seed: int,
+  alphabet_size: int = 2,
 ) -> list[Cell]:
   """Returns the cells of one source.
 
@@ -95,10 +102,13 @@ def make_row(
     seq_length: T.
     batch_size: Sequences at a time.
     seed: Of all sources.
+    alphabet_size: K.
   """
   config = config_lib.post_process_config(
     config_lib.ExperimentConfig(
       data=config_lib.DataConfig(
+        iid_distribution_kwargs={'feature_size': alphabet_size},
+        parameter_distribution_params=(0.5,) * alphabet_size,
         trajectory_generator=source,
         trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(source, {}),
       ),
@@ -128,6 +138,7 @@ def make_row(
       ]
     )[:num_sequences],
     evaluator.optimal_predictors['ptw'].depth,
+    alphabet_size,
   )
 
   cells = []
@@ -148,6 +159,7 @@ def make_row(
         bound=reference.get(name),
         num_sequences=num_sequences,
         seq_length=seq_length,
+        alphabet_size=alphabet_size,
         seed=seed,
       )
     )
@@ -196,14 +208,16 @@ def to_markdown(cells: list[Cell]) -> str:
   return '\n'.join(lines)
 
 
-def _bounds(switch_points: np.ndarray, depth: int) -> Mapping[str, float]:
+def _bounds(
+  switch_points: np.ndarray, depth: int, alphabet_size: int
+) -> Mapping[str, float]:
   """Mean bounds over partitions `[N, T]`, by predictor."""
   means = {
-    'ptw': bounds.ptw(switch_points, depth).mean(),
-    'lad': bounds.lad(switch_points).mean(),
+    'ptw': bounds.ptw(switch_points, depth, alphabet_size).mean(),
+    'lad': bounds.lad(switch_points, alphabet_size).mean(),
   }
   if not switch_points.any():
-    means['kt'] = bounds.kt(switch_points.shape[1])
+    means['kt'] = bounds.kt(switch_points.shape[1], alphabet_size)
   return {name: float(value) for name, value in means.items()}
 
 
@@ -220,6 +234,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'seq_length', 256, 'Symbols per sequence.', lower_bound=2
   )
+  flags.DEFINE_integer('alphabet_size', 2, 'Different symbols.', lower_bound=2)
   flags.DEFINE_integer('batch_size', 512, 'Sequences at a time.', lower_bound=1)
   flags.DEFINE_integer(
     'seed', 0, 'All randomness follows from it.', lower_bound=0
@@ -248,6 +263,7 @@ def main(argv: list[str]) -> None:
       flags.FLAGS.seq_length,
       flags.FLAGS.batch_size,
       flags.FLAGS.seed,
+      flags.FLAGS.alphabet_size,
     )
   files.write_whole(folder / 'table.csv', to_csv(cells).encode())
   png = io.BytesIO()
