@@ -334,6 +334,12 @@ class OptimalPredictor(ScanPredictor):
       )
     return init_state
 
+  def _check_update(self, symbols: jax.Array, state: State) -> None:
+    """Raises ValueError unless one more symbol of each sequence fits."""
+    check_one_hot(symbols)
+    self._check_state(state)
+    check_state_batch_size(state, symbols)
+
   def _check_state(self, state: State) -> None:
     """Raises ValueError if a state is of another kind of predictor."""
     if not isinstance(state, self.state_class):
@@ -363,9 +369,11 @@ class OptimalCategoricalPredictor(OptimalPredictor):
     return KTState(jnp.zeros((batch_size, alphabet_size), jnp.int32))
 
   def update(self, symbols: jax.Array, state: KTState) -> KTState:
+    self._check_update(symbols, state)
     return KTState(state.counts + symbols.astype(jnp.int32))
 
   def output_from_state(self, state: KTState) -> jax.Array:
+    self._check_state(state)
     return self._log_probs(state.counts, jnp.result_type(float))
 
   def unroll(

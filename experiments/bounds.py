@@ -274,10 +274,15 @@ def _check_num_switches(
   seq_length: npt.ArrayLike, num_switches: npt.ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns both, broadcast, or raises ValueError if there is no partition."""
-  lengths, switches = np.broadcast_arrays(
-    _check_ints('seq_length', seq_length, 1),
-    _check_ints('num_switches', num_switches, 0),
-  )
+  lengths = _check_ints('seq_length', seq_length, 1)
+  switches = _check_ints('num_switches', num_switches, 0)
+  try:
+    lengths, switches = np.broadcast_arrays(lengths, switches)
+  except ValueError as error:
+    raise ValueError(
+      f'seq_length of shape {lengths.shape} and num_switches of shape '
+      f'{switches.shape} do not broadcast'
+    ) from error
   too_many = switches >= lengths
   if too_many.any():
     length = lengths[too_many][0]

@@ -287,9 +287,11 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
         'depth',
         _ptw_depth(evaluation.data, evaluation.seq_length),
       )
+    law = evaluation.data.trajectory_generator_kwargs
+    # All of the law or nothing: never half of one and half of another.
     if name in _LIKE_THEIR_SOURCE and name == source:
-      for key, value in evaluation.data.trajectory_generator_kwargs.items():
-        _fill(predictor_kwargs, key, value)
+      if not law.keys() & predictor_kwargs.keys():
+        predictor_kwargs.update(law)
     if evaluation.data.parameter_distribution == 'dirichlet':
       _fill(
         predictor_kwargs,

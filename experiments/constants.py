@@ -22,6 +22,7 @@ OPTIMAL_PREDICTORS = base_config.Registry(
     'iid_ptw_cat': ptw_predictors.PTWPredictor,
     'kt': predictors.OptimalCategoricalPredictor,
     'lad': live_and_die_predictors.LADPredictor,
+    'length_distribution': run_length_predictors.length_distribution_predictor,
     'lin': live_and_die_predictors.LADPredictor,
     'ptw': ptw_predictors.PTWPredictor,
     'random_shift': run_length_predictors.random_shift_predictor,
@@ -46,12 +47,45 @@ _LABELS = {
   'iid_ptw_cat': 'PTW',
   'kt': 'KT',
   'lad': 'LAD',
+  'length_distribution': 'known length law',
   'lin': 'LAD',
   'ptw': 'PTW',
   'random_shift': 'known length law',
   'regular_shift': 'known period',
   'run_length': 'run-length mixture',
   'static': 'KT',
+}
+
+
+# By the very class: a subclass may switch otherwise.
+_EXACT_PREDICTORS = {
+  trajectory_generators.StaticGenerator: (
+    lambda source, seq_length, prior: predictors.OptimalCategoricalPredictor(
+      prior
+    )
+  ),
+  trajectory_generators.RegularShiftGenerator: (
+    lambda source, seq_length, prior: (
+      run_length_predictors.regular_shift_predictor(source.shift_period, prior)
+    )
+  ),
+  trajectory_generators.RandomShiftGenerator: (
+    lambda source, seq_length, prior: (
+      run_length_predictors.random_shift_predictor(
+        source.shift_distribution, source.shift_parameters, prior
+      )
+    )
+  ),
+  trajectory_generators.PTWGenerator: (
+    lambda source, seq_length, prior: ptw_predictors.PTWPredictor(
+      source.depth_for(seq_length), prior
+    )
+  ),
+  trajectory_generators.LINGenerator: (
+    lambda source, seq_length, prior: live_and_die_predictors.LADPredictor(
+      prior
+    )
+  ),
 }
 
 
@@ -150,27 +184,12 @@ def build_exact_predictor(
     The predictor; None for a source without a tractable one, or whose
     parameters are not from a Dirichlet.
   """
-  if not isinstance(generator.parameter_distribution, distributions.Dirichlet):
+  build = _EXACT_PREDICTORS.get(type(generator))
+  if build is None or not isinstance(
+    generator.parameter_distribution, distributions.Dirichlet
+  ):
     return None
-  prior = generator.parameter_distribution_params
-  match generator:
-    case trajectory_generators.StaticGenerator():
-      return predictors.OptimalCategoricalPredictor(prior)
-    case trajectory_generators.RegularShiftGenerator():
-      return run_length_predictors.regular_shift_predictor(
-        generator.shift_period, prior
-      )
-    case trajectory_generators.RandomShiftGenerator():
-      return run_length_predictors.random_shift_predictor(
-        generator.shift_distribution, generator.shift_parameters, prior
-      )
-    case trajectory_generators.PTWGenerator():
-      return ptw_predictors.PTWPredictor(
-        generator.depth_for(seq_length), concentration=prior
-      )
-    case trajectory_generators.LINGenerator():
-      return live_and_die_predictors.LADPredictor(prior)
-  return None
+  return build(generator, seq_length, generator.parameter_distribution_params)
 
 
 def exact_predictor(
@@ -207,11 +226,11 @@ def _are_equal(
   if not np.array_equal(*priors):
     return False
   if isinstance(a, run_length_predictors.RunLengthPredictor):
+    # Whether a segment ends with the last symbol is of no account.
+    num = max(1, seq_length - 1)
     return isinstance(
       b, run_length_predictors.RunLengthPredictor
-    ) and np.array_equal(
-      a.hazard.log_probs(seq_length), b.hazard.log_probs(seq_length)
-    )
+    ) and np.array_equal(a.hazard.log_probs(num), b.hazard.log_probs(num))
   return type(a) is type(b) and (
     not isinstance(a, ptw_predictors.PTWPredictor) or a.depth == b.depth
   )

@@ -165,11 +165,10 @@ class MetaLearningEvaluator:
       under `NETWORK`; `metrics` sums them up.
     """
     base_config.check_int('num_sequences', num_sequences, 1)
-    num_batches = -(-num_sequences // self.batch_size)
     batches = [
       jax.device_get(self._regrets(predictor_params, None, key))
       for key in tqdm.tqdm(
-        jax.random.split(rng, num_batches),
+        self.batch_keys(rng, num_sequences),
         desc='evaluation',
         unit='batch',
         disable=not use_tqdm,
@@ -179,6 +178,10 @@ class MetaLearningEvaluator:
       name: np.concatenate([batch[name] for batch in batches])[:num_sequences]
       for name in batches[0]
     }
+
+  def batch_keys(self, rng: jax.Array, num_sequences: int) -> jax.Array:
+    """Returns the key of every batch of `evaluate`."""
+    return jax.random.split(rng, -(-num_sequences // self.batch_size))
 
   def metrics(
     self, regrets: Mapping[str, jax.Array | np.ndarray]

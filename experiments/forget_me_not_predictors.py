@@ -133,7 +133,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
   def update(
     self, symbols: jax.Array, state: ForgetMeNotState
   ) -> ForgetMeNotState:
-    self._check_state(state)
+    self._check_update(symbols, state)
     self._check_time(state, 1)
     dtype = predictors.dtype_of(symbols)
     updated = jax.vmap(

@@ -46,8 +46,8 @@ class HazardFunction(Hazard):
   """h(a) as a function.
 
   Attributes:
-    function: Maps an array of lengths a = 1, 2, ... to their hazards, in NumPy
-      for full precision.
+    function: Maps an array of lengths a = 1, 2, ..., integers, to as many
+      hazards; in NumPy for full precision.
   """
 
   function: Callable[[np.ndarray], Any]
@@ -56,10 +56,16 @@ class HazardFunction(Hazard):
     self.log_probs(_NUM_TRIED)
 
   def log_probs(self, num: int) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.arange(1, num + 1, dtype=float)
-    # Also where this is called inside jit.
-    with jax.ensure_compile_time_eval():
-      values = np.asarray(self.function(lengths), float)
+    lengths = np.arange(1, num + 1)
+    try:
+      # Also where this is called inside jit.
+      with jax.ensure_compile_time_eval():
+        values = np.asarray(self.function(lengths), float)
+    except Exception as error:
+      raise ValueError(
+        'hazard must map an array of lengths to as many hazards (np.vectorize '
+        f'makes it do so), but it raised {error!r}'
+      ) from error
     if values.shape not in ((), lengths.shape):
       raise ValueError(
         f'hazard returns shape {values.shape} for lengths of shape '
@@ -83,6 +89,8 @@ class HazardTable(Hazard):
   values: tuple[float, ...]
 
   def __post_init__(self):
+    # Lists and arrays, too: the law must be hashable.
+    _replace(self, 'values', base_config.check_vector('hazard', self.values))
     if not self.values:
       raise ValueError('hazard is an empty table')
     _from_hazards(np.asarray(self.values, float))
@@ -124,6 +132,7 @@ class LengthDistribution(Hazard):
   pmf: tuple[float, ...]
 
   def __post_init__(self):
+    _replace(self, 'pmf', base_config.check_vector('pmf', self.pmf))
     total = math.fsum(self.pmf)
     if not all(p >= 0 for p in self.pmf) or not (
       abs(total - 1) <= _SUM_TOLERANCE
@@ -161,23 +170,34 @@ class RoundedLengths(Hazard):
   parameters: tuple[float, ...]
 
   def __post_init__(self):
-    distributions.check_univariate(
+    distribution, parameters = distributions.check_univariate(
       'distribution', self.distribution, 'parameters', self.parameters
     )
+    _replace(self, 'distribution', distribution)
+    _replace(self, 'parameters', parameters)
 
   def log_probs(self, num: int) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(self.distribution, distributions.Constant):
       # Halves round to even, as in the source.
       return KnownPeriod(max(1, round(self.parameters[0]))).log_probs(num)
+    halves = np.arange(1, num + 1)[:, None] + 0.5
+    parameters = np.asarray(self.parameters, float)
     # Also where this is called inside jit, in float32.
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-      halves = np.arange(1, num + 1) + 0.5
-      survival = self.distribution.survival(
-        halves[:, None], np.asarray(self.parameters, float)
+      cdf, survival = (
+        np.asarray(function(halves, parameters), float)[:, 0]
+        for function in (self.distribution.cdf, self.distribution.survival)
       )
+    # Each tail from its own side, where it is small and so has all its digits.
+    is_low = cdf < 0.5
+    pmf = np.where(
+      is_low,
+      np.diff(cdf, prepend=0.0),
+      -np.diff(survival, prepend=1.0),
+    )
     with np.errstate(divide='ignore'):
-      log_survival = np.log(np.asarray(survival)[:, 0])
-    return _from_log_survival(np.concatenate([[0.0], log_survival]))
+      log_survival = np.where(is_low, np.log1p(-cdf), np.log(survival))
+      return np.log(pmf), np.concatenate([[0.0], log_survival[:-1]])
 
 
 def as_hazard(
@@ -196,13 +216,10 @@ def as_hazard(
     return hazard
   if callable(hazard):
     return HazardFunction(hazard)
-  values = np.asarray(hazard)
-  if values.ndim > 1 or not np.issubdtype(values.dtype, np.number):
-    raise ValueError(
-      f'hazard is {hazard!r}; it must be a number, a table of numbers, a '
-      'function of lengths or a Hazard'
-    )
-  return HazardTable(tuple(np.atleast_1d(values).astype(float).tolist()))
+  if isinstance(hazard, jax.core.Tracer):
+    raise ValueError('hazard is traced; build the predictor outside of jit')
+  is_table = hasattr(hazard, '__len__') and getattr(hazard, 'ndim', 1)
+  return HazardTable(hazard if is_table else (hazard,))
 
 
 def _from_hazards(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,12 +237,6 @@ def _from_hazards(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return log_survival + log_ends, log_survival
 
 
-def _from_log_survival(
-  log_survival: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-  """The logs of f(1..n) and S(0..n - 1) for log S(0..n)."""
-  before, after = log_survival[:-1], log_survival[1:]
-  possible = np.isfinite(before)
-  drop = np.where(possible, after - np.where(possible, before, 0), 0)
-  with np.errstate(divide='ignore'):
-    return before + np.log(-np.expm1(drop)), before
+def _replace(law: Hazard, field: str, value: Any) -> None:
+  """Sets a field of a frozen law, once checked."""
+  object.__setattr__(law, field, value)

@@ -107,7 +107,7 @@ class PTWPredictor(predictors.OptimalPredictor):
     )
 
   def update(self, symbols: jax.Array, state: PTWState) -> PTWState:
-    self._check_state(state)
+    self._check_update(symbols, state)
     self._check_time(state, 1)
     dtype = predictors.dtype_of(symbols)
     kts, mixtures = self._levels(state, dtype)
@@ -129,6 +129,7 @@ class PTWPredictor(predictors.OptimalPredictor):
     )
 
   def output_from_state(self, state: PTWState) -> jax.Array:
+    self._check_state(state)
     _, mixtures = self._levels(state, state.log_odds.dtype)
     return jnp.log(mixtures[:, 0])
 
@@ -179,7 +180,8 @@ class PTWPredictor(predictors.OptimalPredictor):
       For n = 0, ..., t, `[B, t + 1]`.
     """
     posterior = self.segment_posterior(state)[:, None]
-    return jax.device_put(self._by_run_length(posterior, int(state.time))[:, 0])
+    time = _concrete_time(state)
+    return self._by_run_length(posterior, time).reshape(-1, time + 1)
 
   def unroll_run_lengths(
     self, batch: jax.Array, init_state: PTWState | None = None
@@ -195,9 +197,9 @@ class PTWPredictor(predictors.OptimalPredictor):
     """
     state = self._start(batch, init_state)
     self._check_time(state, batch.shape[1])
+    time = _concrete_time(state) + batch.shape[1]
     posteriors, _ = _unroll_segments(self, batch, state)
-    time = int(state.time) + batch.shape[1]
-    return jax.device_put(self._by_run_length(posteriors, time))
+    return self._by_run_length(posteriors, time)
 
   def switch_posterior(self, batch: jax.Array) -> jax.Array:
     """Returns P(a new segment starts at t | the whole sequence).
@@ -214,18 +216,20 @@ class PTWPredictor(predictors.OptimalPredictor):
       batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
     )
 
-  def _by_run_length(self, posteriors: jax.Array, time: int) -> np.ndarray:
+  def _by_run_length(self, posteriors: jax.Array, time: int) -> jax.Array:
     """Sums of posteriors `[B, T, d + 1]` of the last T times up to `time`."""
     batch_size, seq_length, _ = posteriors.shape
     times = np.arange(time - seq_length + 1, time + 1)[:, None]
     run_lengths = times % (1 << np.arange(self.depth, -1, -1))  # [T, d + 1]
-    rows = np.arange(seq_length)
+    rows = np.arange(seq_length)[:, None]
+    shape = (batch_size, seq_length, time + 1)
+    if isinstance(posteriors, jax.core.Tracer):
+      summed = jnp.zeros(shape, posteriors.dtype)
+      return summed.at[:, rows, run_lengths].add(posteriors)
     # In NumPy, so that nothing is compiled anew at every symbol of a stream.
-    summed = np.zeros((batch_size, seq_length, time + 1), posteriors.dtype)
-    # One level after the other: those that begin together add up.
-    for level, posterior in enumerate(np.moveaxis(posteriors, -1, 0)):
-      summed[:, rows, run_lengths[:, level]] += posterior
-    return summed
+    summed = np.zeros(shape, posteriors.dtype)
+    np.add.at(summed, (slice(None), rows, run_lengths), np.asarray(posteriors))
+    return jax.device_put(summed)
 
   def _check_state(self, state: PTWState) -> None:
     super()._check_state(state)
@@ -270,6 +274,15 @@ class PTWPredictor(predictors.OptimalPredictor):
       jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1),
       state._replace(log_odds=log_odds.astype(state_dtype)),
     )
+
+
+def _concrete_time(state: PTWState) -> int:
+  if isinstance(state.time, jax.core.Tracer):
+    raise ValueError(
+      'the time of the state is traced, and the number of run lengths follows '
+      'from it; segment_posterior needs no concrete time'
+    )
+  return int(state.time)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -77,7 +77,8 @@ class RunLengthState(NamedTuple):
 
   There is room for S > t starts, so that arrays change their shape only when it
   is used up and doubles; entries beyond t are zeros. `run_length_posterior` of
-  the predictor turns it into probabilities.
+  the predictor turns it into probabilities. It is of one hazard and one prior:
+  another RunLengthPredictor cannot go on from it.
 
   Attributes:
     time: t, symbols seen so far, int32, the same for all sequences.
@@ -98,7 +99,8 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   It takes O(T^2) time and O(T) memory. Its state grows with time; where the
   time is not concrete (inside `jit`), room is made for all symbols of every
   chunk. With a `max_length` the state has room for so many symbols from the
-  start, and can be carried through a `lax.scan`.
+  start, and can be carried through a `lax.scan`; it must not go on for longer,
+  which is an error wherever the time is concrete.
 
   Attributes:
     hazard: The law of segment lengths.
@@ -150,6 +152,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     return self.unroll({}, None, symbols[:, None], state)[1]
 
   def output_from_state(self, state: RunLengthState) -> jax.Array:
+    self._check_state(state)
     prior = self.prior(state.counts.shape[-1], state.mantissas.dtype)
     kts = predictors.kt_probs(state.counts, prior)
     return jnp.log(_einsum('bs,bsk->bk', self._weights(state), kts))
@@ -214,9 +217,9 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     Returns:
       `[B, T]`; 0 at t = 0, as in `switch_points` of a source.
     """
+    batch_dtype, dtype = predictors.dtype_of(batch), _dtype_of(batch)
+    batch = jnp.asarray(batch, dtype)
     log_probs, state, _ = self._unroll(batch, None)
-    dtype = log_probs.dtype
-    batch = batch.astype(dtype)
     prior = self.prior(batch.shape[-1], dtype)
     # p(x_t) of every symbol; that of the first one is the prior's.
     probs = jnp.einsum('btk,btk->bt', jnp.exp(log_probs[:, :-1]), batch[:, 1:])
@@ -237,7 +240,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
       )
       posteriors.append(posterior)
     posterior = jnp.concatenate(posteriors[::-1], axis=1)  # t = 1, ..., T
-    return jnp.pad(posterior[:, :-1], ((0, 0), (1, 0)))
+    return jnp.pad(posterior[:, :-1], ((0, 0), (1, 0))).astype(batch_dtype)
 
   def _unroll(
     self,
@@ -247,7 +250,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   ) -> tuple[jax.Array, RunLengthState, jax.Array | None]:
     """Predictions, final state and, if asked for, w_t(s) before each symbol."""
     state = self._start(batch, init_state)
-    dtype, state_dtype = predictors.dtype_of(batch), state.mantissas.dtype
+    dtype, state_dtype = _dtype_of(batch), state.mantissas.dtype
     prior = self.prior(batch.shape[-1], dtype)
     time, mantissas, exponents, counts = state
     seq_length = batch.shape[1]
@@ -283,6 +286,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     last = self.output_from_state(state)
     log_probs = jnp.log(jnp.concatenate(outputs, axis=1)[:, 1:])
     log_probs = jnp.concatenate([log_probs, last[:, None]], axis=1)
+    log_probs = log_probs.astype(predictors.dtype_of(batch))
     if with_weights:
       weights = jnp.concatenate(
         [_pad(piece, room + 1, 0, axis=2) for piece in weights], axis=1
@@ -293,6 +297,12 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   def _weights(self, state: RunLengthState) -> jax.Array:
     """w_t(s), `[B, S]`."""
     room = state.mantissas.shape[1] - 1
+    is_concrete = not isinstance(state.time, jax.core.Tracer)
+    if is_concrete and int(state.time) > room:
+      raise ValueError(
+        f'the state has room for {room} symbols, but its time is '
+        f'{int(state.time)}'
+      )
     return _start_weights(state, _tables(self.hazard, room)[0])
 
   def _check_room(self, room: int, time: int, seq_length: int) -> int:
@@ -360,6 +370,26 @@ def random_shift_predictor(
   return RunLengthPredictor(hazard, concentration, alphabet_size)
 
 
+def length_distribution_predictor(
+  pmf: Sequence[float],
+  concentration: float | Sequence[float] = 0.5,
+  alphabet_size: int | None = None,
+) -> RunLengthPredictor:
+  """Returns the exact Bayes predictor for i.i.d. segment lengths.
+
+  Args:
+    pmf: P(L = 1), ..., P(L = n), up to the longest possible segment.
+    concentration: As in RunLengthPredictor.
+    alphabet_size: As in RunLengthPredictor.
+
+  Raises:
+    ValueError: If the pmf does not sum to 1, or an argument is out of range.
+  """
+  return RunLengthPredictor(
+    hazards_lib.LengthDistribution(pmf), concentration, alphabet_size
+  )
+
+
 def _pieces(
   seq_length: int, used: int = 0, room: int = 0, doubles: bool = True
 ) -> Iterator[tuple[int, int, int]]:
@@ -421,6 +451,11 @@ def _by_run_length(weights: jax.Array, time: jax.Array) -> jax.Array:
   return jnp.roll(weights[:, ::-1], time + 1, axis=1)
 
 
+def _dtype_of(batch: jax.Array) -> Any:
+  """What to compute in: narrow floats do not hold the counts."""
+  return jnp.promote_types(predictors.dtype_of(batch), jnp.float32)
+
+
 def _up_to_time(posterior: jax.Array, time: jax.Array) -> jax.Array:
   """Cuts the last axis, where the time is concrete, to n = 0, ..., t."""
   if isinstance(time, jax.core.Tracer):
@@ -460,7 +495,8 @@ def _normalise(number: Scaled) -> Scaled:
   int_dtype, fraction_bits, bias = _layout(dtype)
   bits = jax.lax.bitcast_convert_type(number.mantissa, int_dtype)
   fraction = bits & ((1 << fraction_bits) - 1)
-  exponent = (bits >> fraction_bits).astype(jnp.int32) - bias
+  biased = (bits >> fraction_bits) & (2 * bias + 1)  # Without the sign.
+  exponent = biased.astype(jnp.int32) - bias
   return Scaled(
     jax.lax.bitcast_convert_type(fraction | (bias << fraction_bits), dtype),
     number.exponent + exponent,
@@ -542,7 +578,8 @@ def _advance(
     time, symbol, seen_by_time = inputs
     survival = _by_start(tables[0], time, dtype)
     # kt(k | s) = counts * scale
-    counts = (seen_by_time + prior)[..., None] - before  # [B, K, S]
+    # Whole numbers first: a small prior would be lost in a large count.
+    counts = seen_by_time[..., None] - before + prior[:, None]  # [B, K, S]
     scale = _kt_scale(time, starts, prior)
     scaled_survival = survival._replace(mantissa=survival.mantissa * scale)
     probs = _einsum('bks,bs->bk', counts, _value(_times(r, scaled_survival)))
@@ -612,9 +649,11 @@ def _retreat(
       for array in (weights, *r)
     )
     ended = _times(r, _by_start(pmf, time, dtype))
-    ended = Scaled(ended.mantissa / new[0], ended.exponent - new[1])
-    weights = weights + _value(ended) * new_weight
-    counts = (seen_by_time + prior)[..., None] - before
+    ended = _value(Scaled(ended.mantissa / new[0], ended.exponent - new[1]))
+    # It is 1 already, but for what rounding has added up to in r.
+    total = _einsum('bs,s->b', ended, jnp.ones_like(starts, dtype))[:, None]
+    weights += ended * (new_weight / jnp.where(total > 0, total, 1))
+    counts = seen_by_time[..., None] - before + prior[:, None]
     own = _einsum('bk,bks->bs', symbol, counts)
     own = own * _kt_scale(time, starts, prior)
     r = _normalise(r._replace(mantissa=r.mantissa * (prob[:, None] / own)))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.models import basic
@@ -14,6 +15,7 @@ BAYES = {
   'kt': predictors.OptimalCategoricalPredictor(),
   'ptw': ptw_predictors.PTWPredictor(6),
   'lad': live_and_die_predictors.LADPredictor(),
+  'fmn': forget_me_not_predictors.ForgetMeNotPredictor(6, memory_size=2),
 }
 
 
@@ -120,7 +122,7 @@ def test_bayes_predictors_have_no_parameters(name):
 @pytest.mark.parametrize('name', BAYES)
 def test_alphabet_of_the_batch_must_be_that_of_the_predictor(name):
   predictor = type(BAYES[name])(
-    **({'depth': 3} if name == 'ptw' else {}), alphabet_size=2
+    **({'depth': 3} if name in ('ptw', 'fmn') else {}), alphabet_size=2
   )
   with pytest.raises(ValueError, match='3 symbols, but alphabet_size is 2'):
     predictor.unroll({}, None, _random_batch(1, 4, 3))
@@ -132,26 +134,39 @@ def test_batch_of_wrong_shape_is_refused(shape):
     BAYES['kt'].unroll({}, None, jnp.zeros(shape))
 
 
+@pytest.mark.parametrize('name', BAYES)
 @pytest.mark.parametrize(
   'symbols',
   [[0.5, 0.5], [0.0, 0.0], [1.0, 1.0], [0.0, 2.0], [np.nan, 1.0], [1.0, -1.0]],
 )
-@pytest.mark.parametrize('name', BAYES)
 def test_symbols_that_are_not_one_hot_are_refused(name, symbols):
   batch = np.tile(np.float32([0.0, 1.0]), (2, 3, 1))
   batch[1, 2] = symbols
   with pytest.raises(ValueError, match=r'one-hot; at \(1, 2\)'):
     BAYES[name].unroll({}, None, batch)
+  state = BAYES[name].initial_state({}, None, 2)
+  with pytest.raises(ValueError, match='one-hot; at'):
+    BAYES[name].update(batch[:, 2], state)
 
 
 @pytest.mark.parametrize('name', BAYES)
 def test_state_of_another_predictor_is_refused(name):
-  other = {'kt': 'ptw', 'ptw': 'lad', 'lad': 'kt'}[name]
-  state = BAYES[other].initial_state({}, None, 1)
-  with pytest.raises(
-    ValueError, match=f'the state is a {type(state).__name__}'
-  ):
+  other = BAYES[{'kt': 'ptw', 'ptw': 'lad', 'lad': 'fmn', 'fmn': 'kt'}[name]]
+  state = other.initial_state({}, None, 1)
+  message = f'the state is a {type(state).__name__}'
+  with pytest.raises(ValueError, match=message):
     BAYES[name].unroll({}, None, jnp.eye(2)[None], state)
+  with pytest.raises(ValueError, match=message):
+    BAYES[name].update(jnp.eye(2)[:1], state)
+  with pytest.raises(ValueError, match=message):
+    BAYES[name].output_from_state(state)
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_update_refuses_a_state_of_another_batch_size(name):
+  state = BAYES[name].initial_state({}, None, 3)
+  with pytest.raises(ValueError, match='for 3 sequences, the batch has 2'):
+    BAYES[name].update(jnp.eye(2), state)
 
 
 def _lstm():

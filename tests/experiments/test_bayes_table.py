@@ -93,10 +93,10 @@ def test_markdown_has_the_own_predictor_in_bold(row):
   assert is_bold == [name == 'regular_shift' for name in bayes_table.PREDICTORS]
 
 
-def test_predictor_below_the_own_one_is_found(row):
-  assert not bayes_table.not_minimal(row)
-  better = dataclasses.replace(row[0], above_own=-0.1)
-  assert bayes_table.not_minimal([better, *row[1:]]) == [better]
+def test_predictor_not_above_the_own_one_is_found(row):
+  assert not bayes_table.not_above(row)
+  close = dataclasses.replace(row[0], above_own=0.1, above_own_stderr=0.06)
+  assert bayes_table.not_above([close, *row[1:]]) == [close]
 
 
 def test_committed_table_has_its_least_regret_on_the_diagonal():

@@ -100,6 +100,25 @@ def test_auto_is_the_sources_own_predictor_and_the_references(
   assert config.eval.optimal_predictors_kwargs['kt']['concentration'] == 1.0
 
 
+def test_law_of_a_predictor_is_not_mixed_with_that_of_the_source():
+  given = {'shift_distribution': 'uniform'}
+  config = config_lib.ExperimentConfig(
+    data=config_lib.DataConfig(
+      trajectory_generator='random_shift',
+      trajectory_generator_kwargs={
+        'shift_distribution': 'gamma',
+        'shift_parameters': (2.0, 0.1),
+      },
+    ),
+    eval=config_lib.EvalConfig(
+      optimal_predictors_kwargs={'random_shift': given}
+    ),
+  )
+  config = config_lib.post_process_config(config)
+  kwargs = config.eval.optimal_predictors_kwargs['random_shift']
+  assert kwargs == {**given, 'concentration': (0.5, 0.5)}
+
+
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [

@@ -185,8 +185,11 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize('prior', [(0.5, 0.5), (3.0, 1.0)])
-@pytest.mark.parametrize('source', SOURCES)
+# The committed table of exact predictors has Dirichlet(1/2).
+@pytest.mark.parametrize(
+  ('source', 'prior'),
+  [('ptw', (0.5, 0.5)), *((source, (3.0, 1.0)) for source in SOURCES)],
+)
 def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
   evaluator = _evaluator(
     predictors.OptimalCategoricalPredictor(),
@@ -235,6 +238,17 @@ def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
         'optimal_predictors_kwargs': {'regular_shift': {'shift_period': 4}},
       },
       None,
+    ),
+    (
+      {
+        'source': 'lin',
+        'optimal_predictors': ('run_length',),
+        # What is after the last symbol is of no account.
+        'optimal_predictors_kwargs': {
+          'run_length': {'hazard': tuple(1 / (2 * np.arange(1, 12)))}
+        },
+      },
+      'run_length',
     ),
     (
       {

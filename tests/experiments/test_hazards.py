@@ -15,6 +15,8 @@ LAWS = {
   'exponential': ((0.2,), stats.expon(scale=5)),
   'gamma': ((3.0, 0.5), stats.gamma(3, scale=2)),
   'gaussian': ((2.0, 0.25), stats.norm(2, 2)),
+  # Peaked: both tails are far below what 1 - cdf can hold.
+  'peaked_gaussian': ((100.0, 0.25), stats.norm(100, 2)),
   'lomax': ((1.5, 4.0), stats.lomax(1.5, scale=4)),
 }
 
@@ -73,15 +75,18 @@ def test_small_tails_of_a_pmf_keep_their_digits():
 @pytest.mark.parametrize('name', LAWS)
 def test_rounded_lengths_are_those_of_scipy(name):
   parameters, law = LAWS[name]
-  hazard = hazards.RoundedLengths(
-    distributions.DISTRIBUTIONS[name](), parameters
-  )
-  # Far into the tail, where 1 - cdf has lost all digits.
+  distribution = distributions.DISTRIBUTIONS[name.removeprefix('peaked_')]()
+  hazard = hazards.RoundedLengths(distribution, parameters)
+  # Far into the tails, where 1 - cdf or 1 - survival have lost all digits.
   pmf, survival, _ = _probs(hazard, 300)
-  truth = np.concatenate([[1.0], law.sf(np.arange(1, 300) + 0.5)])
+  halves = np.arange(1, 301) + 0.5
+  truth = np.concatenate([[1.0], law.sf(halves[:-1])])
   np.testing.assert_allclose(survival, truth, rtol=1e-9)
-  exact = truth[:100] - law.sf(np.arange(1, 101) + 0.5)
-  np.testing.assert_allclose(pmf[:100], exact, rtol=1e-6, atol=1e-30)
+  # From the side where it is small.
+  below, above = np.diff(law.cdf(halves)), -np.diff(law.sf(halves))
+  exact = np.where(law.cdf(halves[1:]) < 0.5, below, above)
+  np.testing.assert_allclose(pmf[1:], exact, rtol=1e-6)
+  np.testing.assert_allclose(pmf[0], law.cdf(1.5), rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,22 @@ def test_rounded_lengths_are_those_the_source_samples(name):
   assert stats.chisquare(observed, expected).pvalue > 1e-4
 
 
+@pytest.mark.parametrize('kind', [tuple, list, np.array])
+def test_laws_take_any_sequence_of_numbers(kind):
+  table = hazards.as_hazard(kind([0.5, 0.1]))
+  pmf = hazards.LengthDistribution(kind([0.5, 0.5]))
+  rounded = hazards.RoundedLengths(distributions.Uniform(), kind([1.0, 4.0]))
+  # Laws are keys of a cache.
+  assert len({table, pmf, rounded}) == 3
+  assert table == hazards.HazardTable((0.5, 0.1))
+
+
+def test_function_may_look_up_a_table():
+  table = np.linspace(0.1, 0.9, 1000)
+  _, _, hazard = _probs(lambda length: table[length], 5)
+  np.testing.assert_allclose(hazard, table[1:6])
+
+
 def test_rounded_lengths_are_exact_inside_jit():
   hazard = hazards.RoundedLengths(distributions.Gamma(), (3.0, 0.5))
 
@@ -148,6 +169,13 @@ def test_rounded_lengths_are_exact_inside_jit():
     (lambda: hazards.as_hazard((0.1, np.nan)), 'hazard is nan at length 2'),
     (lambda: hazards.as_hazard(()), 'hazard is an empty table'),
     (lambda: hazards.as_hazard('constant'), "hazard is 'constant'; it must be"),
+    (lambda: hazards.as_hazard(((0.1,), (0.2, 0.3))), 'hazard is .* must be'),
+    (
+      lambda: hazards.as_hazard(lambda a: 0.0 if a < 5 else 0.1),
+      'hazard must map an array of lengths',
+    ),
+    (lambda: jax.jit(hazards.as_hazard)(0.1), 'hazard is traced'),
+    (lambda: hazards.LengthDistribution('ab'), "pmf is 'ab'; it must be"),
     (lambda: hazards.as_hazard(lambda a: a / 8), 'hazard is 1.125 at length 9'),
     (lambda: hazards.as_hazard(lambda a: a[:3]), r'returns shape \(3,\)'),
     (lambda: hazards.KnownPeriod(0), 'period is 0'),

@@ -122,6 +122,18 @@ def test_switch_posterior_is_calibrated_on_its_own_source():
   ).mean()
 
 
+def test_run_lengths_inside_jit_are_those_outside(x64):
+  predictor, batch = ptw_predictors.PTWPredictor(4), _random_batch(7, 2, 11)
+  batch = jnp.asarray(batch)
+  inside = jax.jit(predictor.unroll_run_lengths)(batch)
+  np.testing.assert_allclose(
+    inside, predictor.unroll_run_lengths(batch), atol=1e-14
+  )
+  _, state = predictor.unroll({}, None, batch)
+  with pytest.raises(ValueError, match='the time of the state is traced'):
+    jax.jit(predictor.run_length_posterior)(state)
+
+
 def test_streaming_state_does_not_grow():
   predictor = ptw_predictors.PTWPredictor(30)
   batch = _random_batch(6, 1, 48).astype(np.float32)

@@ -155,6 +155,57 @@ def test_float32_holds_with_long_minimum_lengths(hazard, symbols):
   )
 
 
+@pytest.mark.parametrize('concentration', [0.02, 1e-5, 1e-8])
+def test_float32_holds_with_small_concentrations(concentration):
+  """A small prior is not lost in a large count."""
+  prior = (concentration, concentration)
+  symbols = np.repeat([0, 1], [700, 300])
+  predictor = _Predictor(0.01, concentration)
+  batch = jnp.asarray(oracles.one_hot(symbols[None], 2, np.float32))
+  predictions, _ = predictor.unroll({}, None, batch)
+  np.testing.assert_allclose(
+    predictions[0],
+    oracles.run_length_log_domain(symbols, prior, lambda a: 0.01),
+    atol=2e-5,
+  )
+  np.testing.assert_allclose(
+    predictor.switch_posterior(batch)[0],
+    oracles.switch_posterior_log_domain(symbols, prior, lambda a: 0.01),
+    atol=1e-4,
+  )
+
+
+def test_posteriors_of_a_long_sequence_are_probabilities():
+  batch = _random_batch(9, 1, 3000).astype(jnp.float32)
+  posterior = _Predictor(hazards.KnownPeriod(77)).switch_posterior(batch)[0]
+  switches = (np.arange(3000) % 77 == 0) & (np.arange(3000) > 0)
+  np.testing.assert_allclose(posterior, switches, atol=1e-6)
+
+
+def test_narrow_floats_are_computed_in_float32():
+  batch = _random_batch(9, 2, 60).astype(jnp.bfloat16)
+  predictor = live_and_die_predictors.LADPredictor()
+  for function in (
+    predictor.switch_posterior,
+    lambda batch: predictor.unroll({}, None, batch)[0],
+  ):
+    narrow = function(batch)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+      narrow, function(batch.astype(jnp.float32)).astype(jnp.bfloat16)
+    )
+
+
+@pytest.mark.parametrize(('used', 'room'), [(0, 0), (5, 64), (64, 64)])
+def test_pieces_have_room_for_at_most_twice_their_past(used, room):
+  expected_begin = 0
+  for begin, end, piece_room in run_length_predictors._pieces(999, used, room):
+    assert begin == expected_begin
+    assert used + end <= piece_room <= max(64, 2 * (used + begin))
+    expected_begin = end
+  assert expected_begin == 999
+
+
 @pytest.mark.parametrize(
   ('dtype', 'tolerance'), [(np.float64, 1e-10), (np.float32, 2e-5)]
 )
@@ -300,6 +351,15 @@ def test_posteriors_with_a_fixed_room_and_inside_jit(x64):
   )
 
 
+def test_state_that_ran_past_its_room_inside_jit_is_refused():
+  predictor = _Predictor(0.1, max_length=10)
+  batch = _random_batch(8, 1, 6).astype(jnp.float32)
+  unroll = jax.jit(lambda state: predictor.unroll({}, None, batch, state)[1])
+  state = unroll(unroll(predictor.initial_state({}, None, 1)))
+  with pytest.raises(ValueError, match='room for 10 symbols, .* time is 12'):
+    predictor.run_length_posterior(state)
+
+
 @pytest.mark.parametrize('what', ['unroll', 'switch_posterior'])
 def test_no_array_is_quadratic_in_time(what):
   batch_size, seq_length = 2, 1000
@@ -354,6 +414,10 @@ def test_foreign_states_are_refused(make_state, message):
     (lambda: _Predictor(2.0), 'hazard is 2.0 at length 1'),
     (lambda: _Predictor(0.1, concentration=-1.0), 'concentration is -1.0'),
     (lambda: _Predictor(0.1, max_length=0), 'max_length is 0'),
+    (
+      lambda: run_length_predictors.length_distribution_predictor((0.5, 0.1)),
+      'they sum to 0.6',
+    ),
     (
       lambda: run_length_predictors.regular_shift_predictor(0),
       'shift_period is 0',
