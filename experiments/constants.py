@@ -57,38 +57,6 @@ _LABELS = {
 }
 
 
-# By the very class: a subclass may switch otherwise.
-_EXACT_PREDICTORS = {
-  trajectory_generators.StaticGenerator: (
-    lambda source, seq_length, prior: predictors.OptimalCategoricalPredictor(
-      prior
-    )
-  ),
-  trajectory_generators.RegularShiftGenerator: (
-    lambda source, seq_length, prior: (
-      run_length_predictors.regular_shift_predictor(source.shift_period, prior)
-    )
-  ),
-  trajectory_generators.RandomShiftGenerator: (
-    lambda source, seq_length, prior: (
-      run_length_predictors.random_shift_predictor(
-        source.shift_distribution, source.shift_parameters, prior
-      )
-    )
-  ),
-  trajectory_generators.PTWGenerator: (
-    lambda source, seq_length, prior: ptw_predictors.PTWPredictor(
-      source.depth_for(seq_length), prior
-    )
-  ),
-  trajectory_generators.LINGenerator: (
-    lambda source, seq_length, prior: live_and_die_predictors.LADPredictor(
-      prior
-    )
-  ),
-}
-
-
 def label(optimal_predictor: str) -> str:
   """Returns what an exact predictor is called in tables and figures."""
   return _LABELS.get(optimal_predictor, optimal_predictor)
@@ -184,12 +152,26 @@ def build_exact_predictor(
     The predictor; None for a source without a tractable one, or whose
     parameters are not from a Dirichlet.
   """
-  build = _EXACT_PREDICTORS.get(type(generator))
-  if build is None or not isinstance(
-    generator.parameter_distribution, distributions.Dirichlet
-  ):
+  if not isinstance(generator.parameter_distribution, distributions.Dirichlet):
     return None
-  return build(generator, seq_length, generator.parameter_distribution_params)
+  prior = generator.parameter_distribution_params
+  # The very class: a subclass may switch otherwise.
+  source = type(generator)
+  if source is trajectory_generators.StaticGenerator:
+    return predictors.OptimalCategoricalPredictor(prior)
+  if source is trajectory_generators.RegularShiftGenerator:
+    return run_length_predictors.regular_shift_predictor(
+      generator.shift_period, prior
+    )
+  if source is trajectory_generators.RandomShiftGenerator:
+    return run_length_predictors.random_shift_predictor(
+      generator.shift_distribution, generator.shift_parameters, prior
+    )
+  if source is trajectory_generators.PTWGenerator:
+    return ptw_predictors.PTWPredictor(generator.depth_for(seq_length), prior)
+  if source is trajectory_generators.LINGenerator:
+    return live_and_die_predictors.LADPredictor(prior)
+  return None
 
 
 def exact_predictor(

@@ -18,6 +18,7 @@ the keys gives that slice of the batch.
 
 import abc
 from collections.abc import Sequence
+import functools
 import math
 
 import jax
@@ -94,7 +95,7 @@ class TrajectoryGenerator(abc.ABC):
   ) -> tuple[jax.Array, jax.Array]:
     """Returns one sequence for each of B keys, as `sample` does."""
     self._check_seq_length(seq_length)
-    return jax.vmap(lambda key: self._sample_one(key, seq_length))(keys)
+    return _sample(self, keys, seq_length)
 
   def switch_points(
     self, rng: jax.Array, batch_size: int, seq_length: int
@@ -106,11 +107,8 @@ class TrajectoryGenerator(abc.ABC):
     """
     base_config.check_int('batch_size', batch_size, 1)
     self._check_seq_length(seq_length)
-
-    def one(key: jax.Array) -> jax.Array:
-      return self._switch_points_one(_split(key)[0], seq_length)
-
-    return jax.vmap(one)(jax.random.split(rng, batch_size))
+    keys = jax.random.split(rng, batch_size)
+    return _switch_points(self, keys, seq_length)
 
   @abc.abstractmethod
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
@@ -211,11 +209,13 @@ class RandomShiftGenerator(TrajectoryGenerator):
     # Even if all lengths are 1, T of them reach the end.
     draws = self.shift_distribution.sample(rng, parameters, (seq_length,))
     lengths = jnp.clip(jnp.round(draws[:, 0]), 1, seq_length).astype(jnp.int32)
+
     # Ends beyond T count as T, so that no sum is too large for an integer.
-    ends = jax.lax.associative_scan(
-      lambda a, b: jnp.minimum(a + b, seq_length),
-      jnp.minimum(lengths, seq_length),
-    )
+    def step(end: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+      end = jnp.minimum(end + jnp.minimum(length, seq_length), seq_length)
+      return end, end
+
+    _, ends = jax.lax.scan(step, jnp.int32(0), lengths)
     return jnp.zeros(seq_length, bool).at[ends].set(True, mode='drop')
 
 
@@ -353,6 +353,23 @@ TRAJECTORY_GENERATORS = base_config.Registry(
     'recurring': RecurringGenerator,
   },
 )
+
+
+# Compiled as a whole: op by op, in a notebook, the first batch takes seconds.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _sample(
+  generator: TrajectoryGenerator, keys: jax.Array, seq_length: int
+) -> tuple[jax.Array, jax.Array]:
+  return jax.vmap(lambda key: generator._sample_one(key, seq_length))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _switch_points(
+  generator: TrajectoryGenerator, keys: jax.Array, seq_length: int
+) -> jax.Array:
+  return jax.vmap(
+    lambda key: generator._switch_points_one(_split(key)[0], seq_length)
+  )(keys)
 
 
 def _split(rng: jax.Array) -> jax.Array:

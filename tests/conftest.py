@@ -1,6 +1,13 @@
-"""Two CPU devices, a compilation cache, and float64 on request."""
+"""Two CPU devices, quick compilation, a cache of it, and float64 on request."""
 
+import os
 import pathlib
+
+# The tests compile much and compute little: machine code need not be fast. XLA
+# reads this once, so it comes before JAX.
+os.environ['XLA_FLAGS'] = ' '.join(
+  [os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0']
+).strip()
 
 import jax
 import pytest

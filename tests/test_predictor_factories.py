@@ -65,7 +65,9 @@ def _batch(batch_size=3, seq_length=11):
 
 
 def _init(predictor, batch):
-  return predictor.init_params(jax.random.key(0), batch, None)
+  return jax.jit(lambda rng: predictor.init_params(rng, batch, None))(
+    jax.random.key(0)
+  )
 
 
 def _unroll(predictor):

@@ -58,7 +58,7 @@ def test_bayes_predictions_of_a_prefix_are_those_of_the_whole(
 ):
   batch = _random_batch(3, 50, alphabet_size)
   whole, _ = BAYES[name].unroll({}, None, batch)
-  for length in (1, 16, 33):
+  for length in (1, 33):
     prefix, _ = BAYES[name].unroll({}, None, batch[:, :length])
     np.testing.assert_allclose(prefix, whole[:, :length], atol=1e-12)
 

@@ -59,7 +59,7 @@ def _predictor_and_batch(seq_length=11, batch_size=3):
   )
   symbols = np.random.default_rng(0).integers(2, size=(batch_size, seq_length))
   batch = jnp.eye(2)[symbols]
-  params = predictor.init_params(jax.random.key(0), batch, None)
+  params = jax.jit(predictor.init_params)(jax.random.key(0), batch, None)
   return predictor, params, batch
 
 
@@ -129,7 +129,7 @@ def test_dropout_is_on_in_training_with_a_key_for_every_chunk(chunk_length):
   losses, _ = _run_steps(config, 1, 1)
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
-  params = predictor.init_params(
+  params = jax.jit(predictor.init_params)(
     train.step_keys(config.seed, 0, 0).predictor, jnp.zeros((4, 2, 2)), None
   )
   keys = train.step_keys(config.seed, 0, 1)
@@ -324,7 +324,7 @@ def test_sequences_of_one_symbol_are_refused():
     train.loss_and_grads(predictor, params, None, batch, None)
 
 
-@pytest.mark.parametrize('chunk_length', [3, 4, 5, 10, 11, 50])
+@pytest.mark.parametrize('chunk_length', [3, 5, 10, 50])
 def test_chunks_change_the_gradient_but_not_the_loss(chunk_length):
   """Every target counts the same, however the chunks divide the sequence."""
   predictor, params, batch = _predictor_and_batch()

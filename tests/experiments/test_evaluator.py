@@ -33,7 +33,9 @@ def _lstm():
   predictor = predictor_factories.PREDICTOR_FACTORIES['lstm'](
     2, {'hidden_size': 5}
   )
-  params = predictor.init_params(jax.random.key(0), jnp.zeros((1, 4, 2)), None)
+  params = jax.jit(predictor.init_params)(
+    jax.random.key(0), jnp.zeros((1, 4, 2)), None
+  )
   return predictor, params
 
 
@@ -112,7 +114,9 @@ def test_predictor_is_evaluated_without_dropout():
       'dropout_prob': 0.9,
     },
   )
-  params = predictor.init_params(jax.random.key(0), jnp.zeros((1, 4, 2)), None)
+  params = jax.jit(predictor.init_params)(
+    jax.random.key(0), jnp.zeros((1, 4, 2)), None
+  )
   evaluator = _evaluator(predictor)
   batch, parameters = evaluator.generator.sample(jax.random.key(2), 16, 12)
   logits, _ = predictor.unroll(params, None, batch)

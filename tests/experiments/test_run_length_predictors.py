@@ -54,7 +54,7 @@ def test_equals_enumeration_for_all_binary_sequences(x64, hazard, truth):
 
 
 @pytest.mark.parametrize('prior', [(0.5, 0.5, 0.5), (2.0, 0.3, 1.0)])
-@pytest.mark.parametrize('name', ['constant', 'table'])
+@pytest.mark.parametrize('name', ['constant', 'table', 'period', 'rounded'])
 def test_equals_enumeration_for_three_symbols_and_any_prior(x64, name, prior):
   hazard, truth = HAZARDS[name]
   sequences = oracles.all_sequences(3, 5)

@@ -310,7 +310,7 @@ def test_recurrent_networks_compute_in_the_dtype_of_the_batch(x64, name):
   )
   for dtype in (jnp.float32, jnp.float64):
     batch = jnp.zeros((1, 4, 2), dtype)
-    params = predictor.init_params(jax.random.key(0), batch, None)
+    params = jax.jit(predictor.init_params)(jax.random.key(0), batch, None)
     predictions, _ = jax.jit(predictor.unroll)(params, None, batch)
     assert predictions.dtype == dtype
 
