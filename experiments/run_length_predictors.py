@@ -54,7 +54,8 @@ from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import hazards as hazards_lib
 
-# Room for starts of segments grows by doubling, from this many symbols.
+# Room for starts of segments grows from this many symbols, a power of two: 64,
+# 96, 128, 192, ... More steps would do less work, and compile more.
 _LEAST_ROOM = 64
 # Power of two of a scaled 0: less than any other, and sums of few do not wrap.
 _ZERO_EXPONENT = -(10**8)
@@ -76,7 +77,7 @@ class RunLengthState(NamedTuple):
   """The posterior over the start of the current segment.
 
   There is room for S > t starts, so that arrays change their shape only when it
-  is used up and doubles; entries beyond t are zeros. `run_length_posterior` of
+  is used up and grows; entries beyond t are zeros. `run_length_posterior` of
   the predictor turns it into probabilities. It is of one hazard and one prior:
   another RunLengthPredictor cannot go on from it.
 
@@ -254,7 +255,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     prior = self.prior(batch.shape[-1], dtype)
     time, mantissas, exponents, counts = state
     seq_length = batch.shape[1]
-    # The loop over time runs in pieces, each on arrays of at most twice its
+    # The loop over time runs in pieces, each on arrays of at most 3/2 of its
     # past; `room` is that of the state, which may be used up already.
     room = mantissas.shape[1] - 1
     is_concrete = not isinstance(time, jax.core.Tracer)
@@ -391,7 +392,7 @@ def length_distribution_predictor(
 
 
 def _pieces(
-  seq_length: int, used: int = 0, room: int = 0, doubles: bool = True
+  seq_length: int, used: int = 0, room: int = 0, is_gradual: bool = True
 ) -> Iterator[tuple[int, int, int]]:
   """Cuts a sequence into pieces with room for all starts.
 
@@ -399,7 +400,7 @@ def _pieces(
     seq_length: T.
     used: Symbols before it.
     room: That there is at first.
-    doubles: Whether room that is used up doubles, or grows by T.
+    is_gradual: Whether room that is used up grows by a step, or by T.
 
   Yields:
     Begin and end of a piece, and the room that it needs.
@@ -407,11 +408,17 @@ def _pieces(
   begin = 0
   while begin < seq_length:
     if used == room:
-      room = max(_LEAST_ROOM, 2 * room) if doubles else room + seq_length
+      room = _next_room(room) if is_gradual else room + seq_length
     end = min(begin + room - used, seq_length)
     yield begin, end, room
     used += end - begin
     begin = end
+
+
+def _next_room(room: int) -> int:
+  """The least of 2^k and 3 * 2^(k - 1) above `room`, from the least room on."""
+  power = 1 << room.bit_length()
+  return max(_LEAST_ROOM, 3 * power // 4 if room < 3 * power // 4 else power)
 
 
 @functools.lru_cache(maxsize=128)
