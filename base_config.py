@@ -261,7 +261,8 @@ class TrainConfig(Config):
 
   Attributes:
     model_init_seed: Tells apart runs of one seed; changes the initial
-      parameters and the batches.
+      parameters and the batches. A tuple of them trains an ensemble, one member
+      for each, together.
     learning_rate: Of Adam.
     seq_length: T, symbols per sequence.
     seq_length_fixed: If False, each step draws its length uniformly from
@@ -275,7 +276,7 @@ class TrainConfig(Config):
       carries it over; for one without, every chunk is a context of its own.
   """
 
-  model_init_seed: int = 0
+  model_init_seed: int | tuple[int, ...] = 0
   learning_rate: float = 2e-3
   seq_length: int = 32
   seq_length_fixed: bool = True
@@ -286,7 +287,14 @@ class TrainConfig(Config):
 
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value is out of range."""
-    check_int('train.model_init_seed', self.model_init_seed, 0, _MAX_SEED)
+    seeds = self.model_init_seed
+    for seed in seeds if isinstance(seeds, tuple) else (seeds,):
+      check_int('train.model_init_seed', seed, 0, _MAX_SEED)
+    if isinstance(seeds, tuple) and len(set(seeds)) != max(len(seeds), 1):
+      raise ValueError(
+        f'train.model_init_seed is {seeds!r}; an ensemble has at least one '
+        'seed, and each once'
+      )
     check_float('train.learning_rate', self.learning_rate, 0.0)
     check_int('train.seq_length', self.seq_length, 2, MAX_SEQ_LENGTH)
     check_bool('train.seq_length_fixed', self.seq_length_fixed)

@@ -7,10 +7,15 @@ gradient and update never visit the host. With several devices the whole call
 runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
 and gradients meet in a mean.
 
-Axes: B batch, T time, K alphabet size.
+With a sequence of seeds as `model_init_seed`, an ensemble is trained: one member
+for each, under one `vmap`, as it would be trained alone.
+
+Axes: M members of an ensemble, B batch, T time, K alphabet size.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 from typing import NamedTuple
@@ -33,6 +38,8 @@ _REPLICATED = jax.sharding.PartitionSpec()
 class TrainState(NamedTuple):
   """All that a step changes.
 
+  In an ensemble the arrays of all but `step` have a leading axis of M members.
+
   Attributes:
     step: Steps done so far, int32.
     params: Of the predictor.
@@ -47,26 +54,27 @@ class TrainState(NamedTuple):
   predictor_state: predictors.State
 
 
-# Where the parts of a TrainState lie over several devices.
-_STATE_SPEC = TrainState(
-  _REPLICATED, _REPLICATED, _REPLICATED, jax.sharding.PartitionSpec(_AXIS)
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
   """What training leaves.
 
   Attributes:
     predictor: The predictor that was trained.
-    params: Its trained parameters.
+    params: Its trained parameters; those of an ensemble have a leading axis of
+      M members.
     history: One dict per log: `step`, `loss` (mean since the last log, nats per
-      symbol) and the evaluator's metrics.
+      symbol) and the evaluator's metrics. For an ensemble, means over its
+      members, and under `seeds_stderr/<name>` their standard errors.
+    evaluator: The evaluator, compiled.
+    member_histories: For every member of an ensemble, the history that it would
+      have alone; () without an ensemble.
   """
 
   predictor: predictors.Predictor
   params: predictors.Params
   history: list[dict[str, float]]
+  evaluator: base_constants.Evaluator
+  member_histories: tuple[list[dict[str, float]], ...] = ()
 
 
 def sequence_lengths(config: base_config.TrainConfig) -> tuple[int, ...]:
@@ -96,7 +104,7 @@ class StepKeys(NamedTuple):
 
 
 def step_keys(
-  seed: int, model_init_seed: int, step: int | jax.Array
+  seed: int, model_init_seed: int | jax.Array, step: int | jax.Array
 ) -> StepKeys:
   """Returns the keys of one step."""
   run = jax.random.fold_in(jax.random.key(seed), model_init_seed)
@@ -208,15 +216,24 @@ def make_update(
     num_devices: If above 1, the function is for the inside of a `shard_map`
       over that many, and takes and returns a device's share of the predictor
       state.
+
+  Returns:
+    The function. The loss of an ensemble is `[M]`.
   """
   train_config = config.train
   optimizer = make_optimizer(train_config)
   lengths = sequence_lengths(train_config)
   share = train_config.batch_size // num_devices
 
-  def update(state: TrainState) -> tuple[TrainState, jax.Array]:
-    step = state.step + 1
-    keys = step_keys(config.seed, train_config.model_init_seed, step)
+  def update_member(
+    seed: int | jax.Array,
+    params: predictors.Params,
+    opt_state: optax.OptState,
+    predictor_state: predictors.State,
+    step: jax.Array,
+    length_index: jax.Array | int,
+  ) -> tuple[Any, ...]:
+    keys = step_keys(config.seed, seed, step)
     data_keys = jax.random.split(keys.data, train_config.batch_size)
     if num_devices > 1:
       device = jax.lax.axis_index(_AXIS)
@@ -225,16 +242,16 @@ def make_update(
         state=jax.random.fold_in(keys.state, device),
         predictor=jax.random.fold_in(keys.predictor, device),
       )
-    init_state = state.predictor_state
+    init_state = predictor_state
     if train_config.reset_predictor_init_state:
-      init_state = predictor.initial_state(state.params, keys.state, share)
+      init_state = predictor.initial_state(params, keys.state, share)
 
     def at_length(seq_length: int) -> Callable[[], Any]:
       def run():
         batch, _ = generator.sample_from_keys(data_keys, seq_length)
         return loss_and_grads(
           predictor,
-          state.params,
+          params,
           keys.predictor,
           batch,
           init_state,
@@ -243,73 +260,102 @@ def make_update(
 
       return run
 
-    index = _length_index(config.seed, step, len(lengths))
-    loss, grads, predictor_state = jax.lax.switch(
-      index, [at_length(seq_length) for seq_length in lengths]
+    loss, grads, final_state = jax.lax.switch(
+      length_index, [at_length(seq_length) for seq_length in lengths]
     )
     if num_devices > 1:
       loss, grads = jax.lax.pmean((loss, grads), _AXIS)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
     if train_config.reset_predictor_init_state:
-      predictor_state = None
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(step, params, opt_state, predictor_state), loss
+      final_state = None
+    return optax.apply_updates(params, updates), opt_state, final_state, loss
+
+  def update(state: TrainState) -> tuple[TrainState, jax.Array]:
+    step = state.step + 1
+    # The same length for all members: only one is computed.
+    length_index = _length_index(config.seed, step, len(lengths))
+    seeds = train_config.model_init_seed
+    run = update_member
+    if _is_ensemble(train_config):
+      seeds = jnp.asarray(seeds, jnp.uint32)
+      run = jax.vmap(update_member, in_axes=(0, 0, 0, 0, None, None))
+    *parts, loss = run(
+      seeds,
+      state.params,
+      state.opt_state,
+      state.predictor_state,
+      step,
+      length_index,
+    )
+    return TrainState(step, *parts), loss
 
   return update
 
 
 def make_run_steps(
+  config: base_config.ExperimentConfig,
   update: Callable[[TrainState], tuple[TrainState, jax.Array]],
-  devices: list[jax.Device],
+  devices: Sequence[jax.Device],
 ) -> Callable[[TrainState, int], tuple[TrainState, jax.Array]]:
-  """Returns the compiled loop: (state, number of steps) -> (state, losses).
+  """Returns the compiled loop: (state, number of steps) -> (state, mean loss).
 
-  The state is donated: it cannot be used after the call. On several devices,
-  wait for a call to end before the next one: collectives of two calls in flight
-  can deadlock the CPU backend.
+  It is compiled once, for any number of steps. The state is donated: it cannot
+  be used after the call. On several devices, wait for a call to end before the
+  next one: collectives of two calls in flight can deadlock the CPU backend.
 
   Args:
+    config: Of the experiment.
     update: From `make_update`, for as many devices.
     devices: To run on.
   """
 
   def run_steps(
-    state: TrainState, num_steps: int
+    state: TrainState, num_steps: jax.Array
   ) -> tuple[TrainState, jax.Array]:
-    def scan_steps(state: TrainState) -> tuple[TrainState, jax.Array]:
-      return jax.lax.scan(
-        lambda state, _: update(state), state, length=num_steps
-      )
+    def add_step(_, carry):
+      state, total = carry
+      state, loss = update(state)
+      return state, total + loss
 
-    if len(devices) == 1:
-      return scan_steps(state)
-    return jax.shard_map(
-      scan_steps,
+    loss = jax.eval_shape(update, state)[1]
+    state, total = jax.lax.fori_loop(
+      0, num_steps, add_step, (state, jnp.zeros_like(loss))
+    )
+    return state, total / num_steps
+
+  if len(devices) > 1:
+    spec = _state_spec(config.train)
+    run_steps = jax.shard_map(
+      run_steps,
       mesh=_mesh(devices),
-      in_specs=(_STATE_SPEC,),
-      out_specs=(_STATE_SPEC, _REPLICATED),
+      in_specs=(spec, _REPLICATED),
+      out_specs=(spec, _REPLICATED),
       # Replication is ours to keep: all that is replicated follows from means
       # over the devices.
       check_vma=False,
-    )(state)
-
-  return jax.jit(run_steps, static_argnums=1, donate_argnums=0)
+    )
+  return jax.jit(run_steps, donate_argnums=0)
 
 
 def init_state(
   config: base_config.ExperimentConfig,
   predictor: predictors.Predictor,
   alphabet_size: int,
-  devices: list[jax.Device],
+  devices: Sequence[jax.Device],
 ) -> TrainState:
   """Returns the state before the first step, laid out over the devices."""
-  state = jax.jit(lambda: _init(config, predictor, alphabet_size))()
+  init = lambda: _init(config, predictor, alphabet_size)
   if len(devices) == 1:
-    return state
-  shardings = jax.tree.map(
-    lambda spec: jax.sharding.NamedSharding(_mesh(devices), spec), _STATE_SPEC
+    return jax.jit(init)()
+  mesh = _mesh(devices)
+  spec = _state_spec(config.train)
+  # Computed on one device: on several, XLA would have to split it first.
+  return TrainState(
+    *(
+      jax.device_put(part, jax.sharding.NamedSharding(mesh, part_spec))
+      for part, part_spec in zip(jax.jit(init)(), spec, strict=True)
+    )
   )
-  return TrainState(*map(jax.device_put, state, shardings))
 
 
 def _init(
@@ -318,15 +364,24 @@ def _init(
   alphabet_size: int,
 ) -> TrainState:
   train_config = config.train
-  keys = step_keys(config.seed, train_config.model_init_seed, 0)
   shape = (train_config.batch_size, min(sequence_lengths(train_config)))
   batch = jnp.zeros((*shape, alphabet_size))
-  params = predictor.init_params(keys.predictor, batch, None)
-  predictor_state = None
-  if not train_config.reset_predictor_init_state:
-    predictor_state = predictor.initial_state(params, keys.state, shape[0])
-  opt_state = make_optimizer(train_config).init(params)
-  return TrainState(jnp.int32(0), params, opt_state, predictor_state)
+
+  def init_member(seed: int | jax.Array) -> tuple[Any, ...]:
+    keys = step_keys(config.seed, seed, 0)
+    params = predictor.init_params(keys.predictor, batch, None)
+    predictor_state = None
+    if not train_config.reset_predictor_init_state:
+      predictor_state = predictor.initial_state(params, keys.state, shape[0])
+    opt_state = make_optimizer(train_config).init(params)
+    return params, opt_state, predictor_state
+
+  seeds = train_config.model_init_seed
+  if _is_ensemble(train_config):
+    parts = jax.vmap(init_member)(jnp.asarray(seeds, jnp.uint32))
+  else:
+    parts = init_member(seeds)
+  return TrainState(jnp.int32(0), *parts)
 
 
 class Parts(NamedTuple):
@@ -421,8 +476,13 @@ def train(
   )
   state = init_state(config, predictor, generator.alphabet_size, devices)
   run_steps = make_run_steps(
-    make_update(config, generator, predictor, len(devices)), devices
+    config,
+    make_update(config, generator, predictor, len(devices)),
+    devices,
   )
+  # Of every member; the only one if there is no ensemble.
+  seeds = member_seeds(config.train)
+  histories = [[] for _ in seeds]
   history = []
   total = config.schedule.training_steps
   progress = tqdm.tqdm(
@@ -433,21 +493,79 @@ def train(
     while done < total:
       num_steps = min(config.logger.log_frequency, total - done)
       state, losses = run_steps(state, num_steps)
-      losses = jax.block_until_ready(losses)
+      losses = np.atleast_1d(jax.device_get(losses))
       done += num_steps
-      keys = step_keys(config.seed, config.train.model_init_seed, done)
-      metrics = evaluator.step(
-        _on_one_device(state.params), None, keys.evaluation
+      params = _on_one_device(state.params)
+      for member, seed in enumerate(seeds):
+        metrics = evaluator.step(
+          member_params(config.train, params, member),
+          None,
+          step_keys(config.seed, seed, done).evaluation,
+        )
+        metrics = jax.device_get({'loss': losses[member], **metrics})
+        histories[member].append(
+          {
+            'step': done,
+            **{name: float(value) for name, value in metrics.items()},
+          }
+        )
+      entries = [own[-1] for own in histories]
+      history.append(
+        _over_seeds(entries) if _is_ensemble(config.train) else entries[0]
       )
-      entry = {
-        'step': done,
-        'loss': float(np.mean(losses)),
-        **{name: float(value) for name, value in metrics.items()},
-      }
-      history.append(entry)
-      progress.set_postfix(_summary(entry), refresh=False)
+      progress.set_postfix(_summary(history[-1]), refresh=False)
       progress.update(num_steps)
-  return TrainResult(predictor, _on_one_device(state.params), history)
+  return TrainResult(
+    predictor,
+    _on_one_device(state.params),
+    history,
+    evaluator,
+    tuple(histories) if _is_ensemble(config.train) else (),
+  )
+
+
+def member_seeds(config: base_config.TrainConfig) -> tuple[int, ...]:
+  """Returns the seed of every member; the only one if there is no ensemble."""
+  seeds = config.model_init_seed
+  return seeds if isinstance(seeds, tuple) else (seeds,)
+
+
+def member_params(
+  config: base_config.TrainConfig, params: predictors.Params, member: int
+) -> predictors.Params:
+  """Returns the parameters of one member of an ensemble.
+
+  Args:
+    config: Of the training. Without an ensemble there is one member, 0.
+    params: As in `TrainResult`.
+    member: Its index.
+  """
+  return _take(params, member) if _is_ensemble(config) else params
+
+
+@jax.jit
+def _take(tree: Any, index: jax.Array) -> Any:
+  return jax.tree.map(lambda array: array[index], tree)
+
+
+def _is_ensemble(config: base_config.TrainConfig) -> bool:
+  return isinstance(config.model_init_seed, tuple)
+
+
+def _over_seeds(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Means and standard errors over the members' log entries."""
+  names = [name for name in entries[0] if name != 'step']
+  values = {
+    name: np.array([entry[name] for entry in entries]) for name in names
+  }
+  over_seeds = {'step': entries[0]['step']}
+  for name in names:
+    over_seeds[name] = float(values[name].mean())
+  # With a single member there is no spread to measure.
+  for name in names if len(entries) > 1 else ():
+    stderr = values[name].std(ddof=1) / np.sqrt(len(entries))
+    over_seeds[f'seeds_stderr/{name}'] = float(stderr)
+  return over_seeds
 
 
 def _length_index(
@@ -463,8 +581,16 @@ def _length_index(
   return jax.random.randint(rng, (), 0, num_lengths)
 
 
-def _mesh(devices: list[jax.Device]) -> jax.sharding.Mesh:
+def _mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
+
+
+def _state_spec(config: base_config.TrainConfig) -> TrainState:
+  """Where the parts of a TrainState lie over several devices."""
+  axes = (None, _AXIS) if _is_ensemble(config) else (_AXIS,)
+  return TrainState(
+    _REPLICATED, _REPLICATED, _REPLICATED, jax.sharding.PartitionSpec(*axes)
+  )
 
 
 def _on_one_device(tree: Any) -> Any:

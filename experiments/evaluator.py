@@ -94,6 +94,7 @@ class MetaLearningEvaluator:
       jax.eval_shape(lambda batch, p=optimal: p.unroll({}, None, batch), batch)
     # Compiled once, for `step` and `evaluate` alike.
     self._regrets = jax.jit(self._sequence_regrets)
+    self._metrics = jax.jit(self.metrics)
 
   def step(
     self,
@@ -114,7 +115,7 @@ class MetaLearningEvaluator:
       `cumulative_regret_above_optimal/<name>`. For each of these but the first
       its standard error over sequences, with `_stderr` before the slash.
     """
-    return self.metrics(self._regrets(predictor_params, predictor_state, rng))
+    return self._metrics(self._regrets(predictor_params, predictor_state, rng))
 
   def predict(
     self,

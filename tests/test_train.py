@@ -37,14 +37,18 @@ def _train(config):
 
 
 def _run_steps(config, num_steps, num_devices):
-  """Losses and final state of a run without logs."""
+  """Losses of every step and final state of a run without logs."""
   devices = jax.local_devices()[:num_devices]
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
   state = train.init_state(config, predictor, 2, devices)
   update = train.make_update(config, generator, predictor, num_devices)
-  state, losses = train.make_run_steps(update, devices)(state, num_steps)
-  return np.asarray(losses), jax.device_get(state)
+  run_steps = train.make_run_steps(config, update, devices)
+  losses = []
+  for _ in range(num_steps):
+    state, loss = run_steps(state, 1)
+    losses.append(np.asarray(loss))
+  return np.stack(losses), jax.device_get(state)
 
 
 def _assert_trees_close(first, second, **tolerance):
@@ -164,7 +168,7 @@ def test_every_device_has_dropout_masks_of_its_own():
   devices = jax.local_devices()
   state = train.init_state(config, _predictor(config), 2, devices)
   params = jax.device_get(state.params)
-  _, losses = train.make_run_steps(update, devices)(state, 1)
+  _, losses = train.make_run_steps(config, update, devices)(state, 1)
   # Both devices have the same sequence: with the same masks, the mean of their
   # losses would be that of one mask.
   key = train.step_keys(config.seed, 0, 1).predictor
@@ -178,7 +182,7 @@ def test_every_device_has_dropout_masks_of_its_own():
     for device in (0, 1)
   ]
   assert single[0] != pytest.approx(single[1], rel=1e-4)
-  assert float(losses[0]) == pytest.approx(np.mean(single), rel=1e-5)
+  assert float(losses) == pytest.approx(np.mean(single), rel=1e-5)
 
 
 def _predictor(config):
@@ -294,7 +298,9 @@ def test_random_lengths_follow_from_the_seed_alone():
     devices = jax.local_devices()[:1]
     state = train.init_state(config, predictor, 2, devices)
     update = train.make_update(config, Spy(), predictor)
-    jax.block_until_ready(train.make_run_steps(update, devices)(state, 12))
+    jax.block_until_ready(
+      train.make_run_steps(config, update, devices)(state, 12)
+    )
     jax.effects_barrier()
     return shapes
 

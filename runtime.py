@@ -1,0 +1,109 @@
+"""What is settled before JAX starts, and what it compiled since.
+
+On a CPU a process is split into as many devices as it has cores, since XLA runs
+the small operations of a loop over time on one core each. Compiled programs are
+kept in a folder of the user's, so that a second start compiles nothing.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+
+import jax
+from jax import monitoring
+
+# More shares of a small batch would cost more than they gain, the more so where
+# not all visible cores are ours.
+_MAX_CPU_DEVICES = 8
+_COMPILED = '/jax/core/compile/backend_compile_duration'
+_LOADED = '/jax/compilation_cache/cache_hits'
+
+
+def num_cpu_devices(batch_size: int) -> int:
+  """As many as cores, up to a limit, as long as they divide the batch."""
+  if hasattr(os, 'sched_getaffinity'):  # Those this process may use; on Linux.
+    cores = len(os.sched_getaffinity(0))
+  else:
+    cores = os.cpu_count() or 1
+  limit = min(cores, _MAX_CPU_DEVICES)
+  return max(n for n in range(1, limit + 1) if batch_size % n == 0)
+
+
+def cache_folder() -> pathlib.Path:
+  """Where a user's compiled programs are kept (XDG base directories)."""
+  base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  return pathlib.Path(base) / 'nonstationary_mbml' / 'jax'
+
+
+def start(cpu_devices: int = 1, use_compilation_cache: bool = True) -> None:
+  """Sets JAX up; to be called before anything is computed.
+
+  Args:
+    cpu_devices: Devices that the CPU is split into.
+    use_compilation_cache: Keep compiled programs for later processes, in
+      `cache_folder` or where `JAX_COMPILATION_CACHE_DIR` says.
+
+  Raises:
+    ValueError: If JAX has started with another number of devices.
+  """
+  # Which backends are not there is of no interest.
+  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
+  try:
+    jax.config.update('jax_num_cpu_devices', cpu_devices)
+  except RuntimeError as error:
+    raise ValueError(
+      f'cpu_devices {cpu_devices} comes too late: JAX has started'
+    ) from error
+  jax.config.update('jax_enable_compilation_cache', use_compilation_cache)
+  if use_compilation_cache:
+    if not jax.config.jax_compilation_cache_dir:
+      jax.config.update('jax_compilation_cache_dir', str(cache_folder()))
+    # Small programs, too: there are many of them, and each takes its time.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@dataclasses.dataclass
+class Compilations:
+  """What JAX did since the count began.
+
+  Attributes:
+    programs: Programs that were asked for, compiled or loaded.
+    loaded: Those of them that came from the cache on disk.
+    seconds: Spent on both.
+  """
+
+  programs: int = 0
+  loaded: int = 0
+  seconds: float = 0.0
+
+  @property
+  def compiled(self) -> int:
+    """Programs that were compiled."""
+    return self.programs - self.loaded
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[Compilations]:
+  """Counts, inside a `with`, the programs that JAX compiles or loads."""
+  counts = Compilations()
+
+  def on_duration(event: str, seconds: float, **kwargs: object) -> None:
+    if event == _COMPILED:
+      counts.programs += 1
+      counts.seconds += seconds
+
+  def on_event(event: str, **kwargs: object) -> None:
+    if event == _LOADED:
+      counts.loaded += 1
+
+  monitoring.register_event_duration_secs_listener(on_duration)
+  monitoring.register_event_listener(on_event)
+  try:
+    yield counts
+  finally:
+    monitoring.unregister_event_duration_listener(on_duration)
+    monitoring.unregister_event_listener(on_event)
