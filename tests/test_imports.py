@@ -17,7 +17,7 @@ PACKAGE = 'nonstationary_mbml'
 # Every module may import from the groups before its own, and inside its group
 # from the modules before itself.
 ORDER = (
-  ('base_config',),
+  ('base_config', 'runtime'),
   (
     'models.basic',
     'models.stack_rnn',

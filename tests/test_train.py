@@ -7,6 +7,7 @@ import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import runtime
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -227,6 +228,84 @@ def test_two_devices_train_as_one():
   _assert_trees_close(shared_state.params, state.params, atol=1e-4)
 
 
+def test_no_program_is_compiled_after_the_first_log():
+  """Neither for another number of steps nor for another drawn length."""
+  config = _config(steps=8, seq_length_fixed=False)
+  counts = []
+
+  def build_evaluator(predictor, eval_config):
+    evaluator = evaluator_lib.build_evaluator(predictor, eval_config)
+    step = evaluator.step
+
+    def spy(*args):
+      metrics = step(*args)
+      counts.append(compilations.programs)
+      return metrics
+
+    evaluator.step = spy
+    return evaluator
+
+  with runtime.count_compilations() as compilations:
+    train.train(config, constants.build_data_generator, build_evaluator)
+  # Logs after 3, 3 and 2 steps.
+  assert len(counts) == 3
+  assert counts[0] > 0
+  assert counts[1:] == [counts[0], counts[0]]
+
+
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_members_of_an_ensemble_train_as_alone(num_devices):
+  seeds = (3, 0, 7)
+  config = _config(
+    model_init_seed=seeds,
+    seq_length_fixed=False,
+    reset_predictor_init_state=False,
+  )
+  losses, state = _run_steps(config, 40, num_devices)
+  assert losses.shape == (40, 3)
+  solo = _config(seq_length_fixed=False, reset_predictor_init_state=False)
+  for member, seed in ((0, 3), (2, 7)):
+    solo.train.model_init_seed = seed
+    expected, expected_state = _run_steps(solo, 40, num_devices)
+    np.testing.assert_allclose(losses[:, member], expected, atol=1e-5)
+    for name in ('params', 'opt_state', 'predictor_state'):
+      _assert_trees_close(
+        jax.tree.map(lambda x, m=member: x[m], getattr(state, name)),
+        getattr(expected_state, name),
+        atol=1e-4,
+      )
+  assert np.abs(losses[:, 0] - losses[:, 2]).max() > 1e-3
+
+
+def test_ensemble_logs_means_and_standard_errors_over_its_members():
+  config = _config(model_init_seed=(4, 9))
+  result = _train(config)
+  config.train.model_init_seed = 9
+  alone = _train(config)
+  first, second = result.member_histories
+  for entry, expected in zip(second, alone.history, strict=True):
+    assert entry == pytest.approx(expected, abs=1e-5)
+  _assert_trees_close(
+    train.member_params(
+      base_config.TrainConfig(model_init_seed=(4, 9)), result.params, 1
+    ),
+    alone.params,
+    atol=1e-5,
+  )
+  for entry, *members in zip(result.history, first, second, strict=True):
+    assert entry['step'] == members[0]['step']
+    values = [member['cumulative_regret'] for member in members]
+    assert entry['cumulative_regret'] == pytest.approx(np.mean(values))
+    assert entry['seeds_stderr/cumulative_regret'] == pytest.approx(
+      np.std(values, ddof=1) / np.sqrt(2)
+    )
+
+
+def test_ensemble_of_one_has_no_spread():
+  (entry, *_) = _train(_config(model_init_seed=(5,))).history
+  assert not any(name.startswith('seeds_stderr') for name in entry)
+
+
 def test_result_does_not_depend_on_how_often_the_run_logs():
   often, seldom = _config(), _config()
   often.logger.log_frequency = 1
@@ -415,6 +494,10 @@ def test_training_leaves_its_config_as_it_is():
     ({'schedule.training_steps': -1}, 'training_steps is -1'),
     ({'logger.log_frequency': 0}, 'log_frequency is 0'),
     ({'seed': -1}, 'seed is -1'),
+    ({'train.model_init_seed': -1}, 'train.model_init_seed is -1'),
+    ({'train.model_init_seed': (0, -1)}, 'train.model_init_seed is -1'),
+    ({'train.model_init_seed': (1, 1)}, 'and each once'),
+    ({'train.model_init_seed': ()}, 'at least one seed'),
     ({'seed': 2**32}, 'seed is 4294967296'),
     ({'name': ''}, 'name is'),
     ({'model.model_type': 'lstn'}, "model.model_type 'lstn'.*mean 'lstm'"),

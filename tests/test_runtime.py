@@ -1,0 +1,72 @@
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nonstationary_mbml import runtime
+
+
+def test_devices_are_at_most_the_cores_and_divide_the_batch(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(6))
+  assert runtime.num_cpu_devices(12) == 6
+  assert runtime.num_cpu_devices(128) == 4
+  assert runtime.num_cpu_devices(7) == 1
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(64))
+  assert runtime.num_cpu_devices(128) == 8
+
+
+def test_devices_after_the_start_of_jax_are_refused():
+  jax.local_devices()
+  with pytest.raises(ValueError, match='cpu_devices 3 comes too late'):
+    runtime.start(cpu_devices=3)
+
+
+def test_programs_are_counted_inside_the_block_only():
+  function = jax.jit(lambda x: x * 3)
+  with runtime.count_compilations() as counts:
+    function(jnp.zeros(7))
+  first = counts.programs
+  assert first >= 1
+  with runtime.count_compilations() as again:
+    function(jnp.zeros(7))
+  assert again.programs <= first - 1
+  assert counts.programs == first
+
+
+_PROGRAM = """
+from nonstationary_mbml import runtime
+runtime.start(cpu_devices=2, use_compilation_cache={use})
+import jax
+with runtime.count_compilations() as counts:
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
+print(len(jax.devices()), counts.compiled, counts.loaded)
+"""
+
+
+def _start(tmp_path, use):
+  env = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path)}
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)
+  code = _PROGRAM.format(use=use)
+  result = subprocess.run(
+    [sys.executable, '-c', code],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return tuple(map(int, result.stdout.split()))
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path):
+  devices, compiled, loaded = _start(tmp_path, True)
+  assert devices == 2 and compiled >= 1 and loaded == 0
+  assert any((tmp_path / 'nonstationary_mbml' / 'jax').iterdir())
+  assert _start(tmp_path, True) == (2, 0, compiled)
+
+
+def test_cache_can_be_turned_off(tmp_path):
+  assert _start(tmp_path, False)[2] == 0
+  assert not (tmp_path / 'nonstationary_mbml').exists()
