@@ -7,8 +7,8 @@ gradient and update never visit the host. With several devices the whole call
 runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
 and gradients meet in a mean.
 
-With a sequence of seeds as `model_init_seed`, an ensemble is trained: one member
-for each, under one `vmap`, as it would be trained alone.
+With several seeds as `model_init_seed` an ensemble is trained: one member for
+each, under one `vmap`, as it would be trained alone.
 
 Axes: M members of an ensemble, B batch, T time, K alphabet size.
 """

@@ -12,9 +12,6 @@ from collections.abc import Mapping
 import csv
 import dataclasses
 import io
-import logging
-import pathlib
-import sys
 from typing import Any
 
 from absl import app
@@ -24,6 +21,7 @@ import numpy as np
 
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import bounds
+from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
@@ -232,6 +230,7 @@ def _mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
 
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
+  command_line.define_flags()
   flags.DEFINE_integer(
     'num_sequences', 10_240, 'Fresh sequences of each source.', lower_bound=2
   )
@@ -254,14 +253,8 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   """Makes all rows and writes the table."""
-  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  folder = pathlib.Path(flags.FLAGS.output_dir)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    sys.exit(f'error: cannot write to {folder}: {error.strerror}')
+  command_line.start(argv)
+  folder = command_line.make_folder(flags.FLAGS.output_dir)
   cells: list[Any] = []
   for source in SOURCES:
     print(f'{source} ...', flush=True)

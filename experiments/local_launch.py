@@ -10,68 +10,29 @@ setting without a flag is in `make_config`.
 from collections.abc import Mapping
 import io
 import json
-import logging
-import os
 import pathlib
 import sys
 import time
 from typing import Any
+from typing import NamedTuple
 
 from absl import app
 from absl import flags
 import jax
+import jax.numpy as jnp
 from matplotlib import figure
 import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import runtime
 from nonstationary_mbml import train
+from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import files
 from nonstationary_mbml.experiments import plotting
-
-_SOURCE = flags.DEFINE_string(
-  'source',
-  'ptw',
-  'Where segments end: ' + ', '.join(sorted(constants.TRAJECTORY_GENERATORS)),
-)
-_MODEL_TYPE = flags.DEFINE_string(
-  'model_type',
-  'lstm',
-  'The network: ' + ', '.join(sorted(predictor_factories.PREDICTOR_FACTORIES)),
-)
-_STEPS = flags.DEFINE_integer('steps', 10_000, 'Training steps.', lower_bound=0)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'All randomness follows from it.', lower_bound=0
-)
-_SEQ_LENGTH = flags.DEFINE_integer(
-  'seq_length', 32, 'Symbols per sequence.', lower_bound=2
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', 128, 'Sequences per training step.', lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float(
-  'learning_rate', 2e-3, "Adam's.", lower_bound=0
-)
-_NUM_SEQUENCES = flags.DEFINE_integer(
-  'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
-)
-_OUTPUT_DIR = flags.DEFINE_string('output_dir', 'runs', 'Folder of all runs.')
-_NAME = flags.DEFINE_string(
-  'name', None, 'Folder of this run; <model_type>_<source>_seed<seed> if unset.'
-)
-_OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace a run of the same name with another config.'
-)
-_CPU_DEVICES = flags.DEFINE_integer(
-  'cpu_devices',
-  None,
-  'Devices that the CPU is split into, each with its share of the batch; if '
-  'unset, as many as cores (up to 8) as long as they divide the batch.',
-  lower_bound=1,
-)
 
 # What a network needs, or is better off with, besides its name.
 _RECURRENT = {'hidden_size': 64}
@@ -88,23 +49,8 @@ _ARCHITECTURES = {
   'transformer': _TRANSFORMER,
   'sliding_window_transformer': {'context_length': 16, **_TRANSFORMER},
 }
-# More shares of a small batch would cost more than they gain, the more so where
-# not all visible cores are ours.
-_MAX_CPU_DEVICES = 8
 # Sequences among which that of the figure is chosen.
 _FIGURE_BATCH = 64
-
-
-@flags.validator('source')
-def _check_source(source: str) -> bool:
-  return _known(constants.TRAJECTORY_GENERATORS, 'source', source)
-
-
-@flags.validator('model_type')
-def _check_model_type(model_type: str) -> bool:
-  return _known(
-    predictor_factories.PREDICTOR_FACTORIES, 'model_type', model_type
-  )
 
 
 def make_config(
@@ -116,6 +62,7 @@ def make_config(
   seq_length: int = 32,
   batch_size: int = 128,
   learning_rate: float = 2e-3,
+  num_seeds: int = 1,
 ) -> config_lib.ExperimentConfig:
   """Returns the config of a run; `post_process_config` completes it.
 
@@ -128,6 +75,7 @@ def make_config(
     seq_length: T.
     batch_size: B.
     learning_rate: Adam's.
+    num_seeds: Networks that are trained together; above 1, an ensemble.
 
   Raises:
     ValueError: If a name is unknown.
@@ -153,6 +101,7 @@ def make_config(
       learning_rate=learning_rate,
       seq_length=seq_length,
       batch_size=batch_size,
+      model_init_seed=tuple(range(num_seeds)) if num_seeds > 1 else 0,
     ),
     schedule=base_config.ScheduleConfig(training_steps=steps),
     logger=base_config.LoggerConfig(log_frequency=100),
@@ -167,7 +116,8 @@ def results_table(
 
   Args:
     regrets: Cumulative regret of every sequence `[N]`, by predictor, as from
-      `MetaLearningEvaluator.evaluate`.
+      `MetaLearningEvaluator.evaluate`. For an ensemble of networks `[M, N]`:
+      its standard errors are over the M members.
     names: What each predictor is called in the table, by its name there.
     exact: Name of the source's own Bayes predictor, from which the rows are
       measured; None measures from the best of the exact predictors.
@@ -180,7 +130,8 @@ def results_table(
   )
 
   def stderr(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
+    spread_over = values.mean(axis=1) if values.ndim == 2 else values
+    return float(spread_over.std(ddof=1) / np.sqrt(len(spread_over)))
 
   rows = []
   for name, shown in names.items():
@@ -264,22 +215,38 @@ def run(
     The rows of the table.
   """
   start = time.time()
-  result = train.train(
-    config,
-    constants.build_data_generator,
-    evaluator_lib.build_evaluator,
-    use_tqdm=True,
-  )
-  seconds = time.time() - start
-
-  evaluator = evaluator_lib.build_evaluator(result.predictor, config.eval)
-  keys = train.step_keys(config.seed, config.train.model_init_seed, 0)
-  rng_table, rng_figure = jax.random.split(keys.evaluation)
-  regrets = evaluator.evaluate(result.params, rng_table, num_sequences)
+  with runtime.count_compilations() as compilations:
+    result = train.train(
+      config,
+      constants.build_data_generator,
+      evaluator_lib.build_evaluator,
+      use_tqdm=True,
+    )
+    seconds = time.time() - start
+    # All members of an ensemble read the same sequences.
+    evaluator = result.evaluator
+    seeds = train.member_seeds(config.train)
+    keys = train.step_keys(config.seed, seeds[0], 0)
+    rng_table, rng_figure = jax.random.split(keys.evaluation)
+    members = [
+      train.member_params(config.train, result.params, member)
+      for member in range(len(seeds))
+    ]
+    by_member = [
+      evaluator.evaluate(params, rng_table, num_sequences) for params in members
+    ]
+    sequence = draw_sequence(evaluator, members[0], rng_figure)
+  regrets = by_member[0]
+  network = config.model.model_type
+  if len(seeds) > 1:
+    network += f', {len(seeds)} seeds'
+    regrets[evaluator_lib.NETWORK] = np.stack(
+      [member[evaluator_lib.NETWORK] for member in by_member]
+    )
   exact = constants.exact_predictor(
     config.eval, evaluator.generator, evaluator.optimal_predictors
   )
-  names = {evaluator_lib.NETWORK: config.model.model_type}
+  names = {evaluator_lib.NETWORK: network}
   names |= {
     name: constants.label(name) for name in evaluator.optimal_predictors
   }
@@ -291,6 +258,7 @@ def run(
     'exact_predictor': exact,
     'table': rows,
     'history': result.history,
+    'member_histories': result.member_histories,
   }
   files.write_whole(
     folder / 'metrics.json', (json.dumps(content, indent=2) + '\n').encode()
@@ -301,9 +269,7 @@ def run(
     for name, shown in names.items()
     if name in (evaluator_lib.NETWORK, 'ptw', 'lad', exact)
   }
-  sequence_figure(evaluator, result.params, rng_figure, drawn).savefig(
-    png, format='png'
-  )
+  sequence_figure(sequence, drawn).savefig(png, format='png')
   files.write_whole(folder / 'figure.png', png.getvalue())
 
   source = config.eval.data.trajectory_generator
@@ -318,17 +284,36 @@ def run(
       f'\nThe {source} source has no exact predictor of its own here: measured '
       'from the best of the references.'
     )
-  print(f'\nWrote config.json, metrics.json and figure.png to {folder}')
+  print(
+    f'\nCompiled {compilations.compiled} programs and loaded '
+    f'{compilations.loaded} from the cache, in {compilations.seconds:.1f} s.'
+  )
+  print(f'Wrote config.json, metrics.json and figure.png to {folder}')
   return rows
 
 
-def sequence_figure(
-  evaluator: evaluator_lib.MetaLearningEvaluator,
-  params: Any,
-  rng: jax.Array,
-  names: dict[str, str],
-) -> figure.Figure:
-  """Draws a sequence, predicted by the network and by PTW and LAD.
+class DrawnSequence(NamedTuple):
+  """A sequence, and what the predictors make of it.
+
+  Attributes:
+    symbols: `[T, K]`.
+    parameters: True probabilities `[T, K]`.
+    switches: bool `[T]`, True where a new segment starts.
+    probabilities: Of symbols 2, ..., T by predictor, `[T - 1, K]`.
+    regrets: Of predicting them, `[T - 1]`.
+  """
+
+  symbols: np.ndarray
+  parameters: np.ndarray
+  switches: np.ndarray
+  probabilities: dict[str, np.ndarray]
+  regrets: dict[str, np.ndarray]
+
+
+def draw_sequence(
+  evaluator: evaluator_lib.MetaLearningEvaluator, params: Any, rng: jax.Array
+) -> DrawnSequence:
+  """Returns a sequence for a figure.
 
   Of a small batch it is the first sequence with two switching points or more,
   or else the first one.
@@ -337,87 +322,146 @@ def sequence_figure(
     evaluator: Knows source and predictors.
     params: Of its predictor.
     rng: Key of the batch.
-    names: What to call the predictors to draw, by name in the evaluator.
   """
   size = (_FIGURE_BATCH, evaluator.seq_length)
-  batch, parameters = evaluator.generator.sample(rng, *size)
-  switches = evaluator.generator.switch_points(rng, *size)
-  chosen = int(np.argmax(np.sum(switches, axis=1) >= 2))
-  batch, parameters = batch[chosen, None], parameters[chosen, None]
-  logits = evaluator.predict(params, batch)
+
+  @jax.jit
+  def draw(params: Any, rng: jax.Array) -> DrawnSequence:
+    batch, parameters = evaluator.generator.sample(rng, *size)
+    switches = evaluator.generator.switch_points(rng, *size)
+    chosen = jnp.argmax(jnp.sum(switches, axis=1) >= 2)
+    batch, parameters = batch[chosen, None], parameters[chosen, None]
+    predictions = evaluator.predict(params, batch)
+    return DrawnSequence(
+      batch[0],
+      parameters[0],
+      switches[chosen],
+      {
+        name: jax.nn.softmax(logits[0, :-1])
+        for name, logits in predictions.items()
+      },
+      {
+        name: evaluator_lib.instantaneous_regret(logits, parameters)[0]
+        for name, logits in predictions.items()
+      },
+    )
+
+  return jax.device_get(draw(params, rng))
+
+
+def sequence_figure(
+  sequence: DrawnSequence, names: dict[str, str]
+) -> figure.Figure:
+  """Draws a sequence, predicted by the network and by PTW and LAD.
+
+  Args:
+    sequence: From `draw_sequence`.
+    names: What to call the predictors to draw, by name in the evaluator.
+  """
   return plotting.plot_sequence(
-    np.asarray(batch[0]),
-    np.asarray(parameters[0]),
-    np.asarray(switches[chosen]),
-    {shown: _probabilities(logits[name]) for name, shown in names.items()},
-    {
-      shown: np.asarray(
-        evaluator_lib.instantaneous_regret(logits[name], parameters)[0]
-      )
-      for name, shown in names.items()
-    },
+    sequence.symbols,
+    sequence.parameters,
+    sequence.switches,
+    {shown: sequence.probabilities[name] for name, shown in names.items()},
+    {shown: sequence.regrets[name] for name, shown in names.items()},
     title='One sequence: the true parameter, and what the predictors expect '
     'of each next symbol',
   )
 
 
-def _probabilities(logits: jax.Array) -> np.ndarray:
-  """Of symbols 2, ..., T of the only sequence, `[T - 1, K]`."""
-  return np.asarray(jax.nn.softmax(logits[0, :-1], axis=-1))
+def define_flags() -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  command_line.define_flags()
+  _define_choice(
+    'source', 'ptw', constants.TRAJECTORY_GENERATORS, 'Where segments end'
+  )
+  _define_choice(
+    'model_type', 'lstm', predictor_factories.PREDICTOR_FACTORIES, 'The network'
+  )
+  flags.DEFINE_integer('steps', 10_000, 'Training steps.', lower_bound=0)
+  flags.DEFINE_integer(
+    'seed', 0, 'All randomness follows from it.', lower_bound=0
+  )
+  flags.DEFINE_integer(
+    'num_seeds',
+    1,
+    'Networks that are trained together, each from its own initial parameters '
+    'and on its own data; the table has their mean.',
+    lower_bound=1,
+  )
+  flags.DEFINE_integer('seq_length', 32, 'Symbols per sequence.', lower_bound=2)
+  flags.DEFINE_integer(
+    'batch_size', 128, 'Sequences per training step.', lower_bound=1
+  )
+  flags.DEFINE_float('learning_rate', 2e-3, "Adam's.", lower_bound=0)
+  flags.DEFINE_integer(
+    'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
+  )
+  flags.DEFINE_string('output_dir', 'runs', 'Folder of all runs.')
+  flags.DEFINE_string(
+    'name',
+    None,
+    'Folder of this run; <model_type>_<source>_seed<seed> if unset.',
+  )
+  flags.DEFINE_bool(
+    'overwrite', False, 'Replace a run of the same name with another config.'
+  )
+  flags.DEFINE_integer(
+    'cpu_devices',
+    None,
+    'Devices that the CPU is split into, each with its share of the batch; if '
+    'unset, as many as cores (up to 8) as long as they divide the batch.',
+    lower_bound=1,
+  )
 
 
-def _known(registry: base_config.Registry, flag: str, value: str) -> bool:
-  """Whether a flag names an entry of a registry; an error with names if not."""
-  try:
-    registry.lookup(f'--{flag}', value)
-  except ValueError as error:
-    raise flags.ValidationError(str(error)) from None
-  return True
+def _define_choice(
+  flag: str, default: str, registry: base_config.Registry, doc: str
+) -> None:
+  """A flag that names an entry of a registry, in any case of letters."""
+  flags.DEFINE_string(flag, default, f'{doc}: {", ".join(sorted(registry))}')
 
+  def is_known(value: str) -> bool:
+    try:
+      registry.lookup(f'--{flag}', value)
+    except ValueError as error:
+      raise flags.ValidationError(str(error)) from None
+    return True
 
-def _num_cpu_devices(batch_size: int) -> int:
-  """As many as cores, up to a limit, as long as they divide the batch."""
-  if hasattr(os, 'sched_getaffinity'):  # Those this process may use; on Linux.
-    cores = len(os.sched_getaffinity(0))
-  else:
-    cores = os.cpu_count() or 1
-  limit = min(cores, _MAX_CPU_DEVICES)
-  return max(n for n in range(1, limit + 1) if batch_size % n == 0)
+  flags.register_validator(flag, is_known)
 
 
 def main(argv: list[str]) -> None:
   """Makes the config, checks the folder, and runs."""
-  # Which backends are not there is of no interest.
-  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  jax.config.update(
-    'jax_num_cpu_devices',
-    _CPU_DEVICES.value or _num_cpu_devices(_BATCH_SIZE.value),
+  values = flags.FLAGS
+  command_line.start(
+    argv, values.cpu_devices or runtime.num_cpu_devices(values.batch_size)
   )
   try:
     config = config_lib.post_process_config(
       make_config(
-        source=_SOURCE.value,
-        model_type=_MODEL_TYPE.value,
-        steps=_STEPS.value,
-        seed=_SEED.value,
-        name=_NAME.value,
-        seq_length=_SEQ_LENGTH.value,
-        batch_size=_BATCH_SIZE.value,
-        learning_rate=_LEARNING_RATE.value,
+        source=values.source,
+        model_type=values.model_type,
+        steps=values.steps,
+        seed=values.seed,
+        name=values.name,
+        seq_length=values.seq_length,
+        batch_size=values.batch_size,
+        learning_rate=values.learning_rate,
+        num_seeds=values.num_seeds,
       )
     )
     # What can be wrong with a config is found before the folder is touched.
     train.build_parts(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
-    folder = pathlib.Path(_OUTPUT_DIR.value) / config.name
-    open_folder(folder, config, _OVERWRITE.value)
+    folder = pathlib.Path(values.output_dir) / config.name
+    open_folder(folder, config, values.overwrite)
   except ValueError as error:
     sys.exit(f'error: {error}')
-  run(config, folder, _NUM_SEQUENCES.value)
+  run(config, folder, values.num_sequences)
 
 
 if __name__ == '__main__':
+  define_flags()
   app.run(main)

@@ -7,9 +7,6 @@ Writes figure.png into <output_dir>.
 """
 
 import io
-import logging
-import pathlib
-import sys
 
 from absl import app
 from absl import flags
@@ -17,6 +14,7 @@ import jax
 from matplotlib import figure as figure_lib
 import numpy as np
 
+from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import files
@@ -70,6 +68,7 @@ def make_figure(source: str, seq_length: int, seed: int) -> figure_lib.Figure:
 
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
+  command_line.define_flags()
   flags.DEFINE_enum(
     'source', 'ptw', sorted(constants.TRAJECTORY_GENERATORS), 'Of the sequence.'
   )
@@ -84,14 +83,8 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   """Draws and writes the figure."""
-  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  folder = pathlib.Path(flags.FLAGS.output_dir)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    sys.exit(f'error: cannot write to {folder}: {error.strerror}')
+  command_line.start(argv)
+  folder = command_line.make_folder(flags.FLAGS.output_dir)
   figure = make_figure(
     flags.FLAGS.source, flags.FLAGS.seq_length, flags.FLAGS.seed
   )

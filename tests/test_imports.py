@@ -29,6 +29,7 @@ ORDER = (
   ('train',),
   (
     'experiments.files',
+    'experiments.command_line',
     'experiments.distributions',
     'experiments.hazards',
     'experiments.ptw_predictors',

@@ -14,12 +14,15 @@ from nonstationary_mbml.experiments import local_launch
 SCRIPT = pathlib.Path(local_launch.__file__)
 
 
-def _launch(tmp_path, *flags):
+def _launch(tmp_path, *flags, env=None):
   cache = SCRIPT.parent.parent / '.cache' / 'jax'
   return subprocess.run(
     [sys.executable, SCRIPT, '--output_dir=runs', *flags],
     cwd=tmp_path,
-    env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(cache)},
+    env={
+      **os.environ,
+      **(env or {'JAX_COMPILATION_CACHE_DIR': str(cache)}),
+    },
     capture_output=True,
     text=True,
     check=False,
@@ -91,6 +94,7 @@ def test_source_without_exact_predictor_is_measured_from_the_best(tmp_path):
     ('--batch_size=0', '--batch_size=0'),
     ('--stepps=3', 'steps'),
     ('--output_dir=/dev/null/runs', 'cannot write to /dev/null/runs'),
+    ('--num_seeds=0', '--num_seeds=0'),
     ('--cpu_devices=3', 'batch_size 128 does not divide over 3 devices'),
   ],
 )
@@ -100,6 +104,33 @@ def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
   assert message in result.stderr
   assert 'Traceback' not in result.stderr
   assert 'training' not in result.stderr.replace('training steps', '')
+
+
+def test_second_start_compiles_nothing(tmp_path):
+  cache = tmp_path / 'cache'
+  env = {'XDG_CACHE_HOME': str(cache)}
+  flags = (*SHORT, '--overwrite', '--num_seeds=2', '--num_sequences=100')
+  first = _launch(tmp_path, *flags, env=env)
+  assert first.returncode == 0, first.stderr
+  assert 'lstm, 2 seeds' in first.stdout
+  kept = sorted(path.name for path in cache.rglob('*-cache'))
+  assert kept
+  second = _launch(tmp_path, *flags, env=env)
+  assert 'Compiled 0 programs and loaded' in second.stdout
+  assert sorted(path.name for path in cache.rglob('*-cache')) == kept
+  # What came of it is the same, too.
+  assert second.stdout.splitlines()[3:8] == first.stdout.splitlines()[3:8]
+
+
+def test_ensembles_are_measured_over_their_members():
+  regrets = {'network': np.array([[1.0, 3.0], [2.0, 6.0]]), 'kt': np.ones(2)}
+  names = {'network': 'lstm, 2 seeds', 'kt': 'KT'}
+  network, _ = local_launch.results_table(regrets, names, 'kt')
+  assert network['cumulative_regret'] == 3.0
+  # Means of the members are 2 and 4.
+  assert network['stderr'] == pytest.approx(1.0)
+  assert network['above_optimum'] == 2.0
+  assert network['above_optimum_stderr'] == pytest.approx(1.0)
 
 
 def test_default_config_is_the_documented_run():
