@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +87,7 @@ def test_training_lowers_the_regret():
 )
 def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
   config = _config(reset_predictor_init_state=reset, seq_length_fixed=fixed)
-  losses, state = _run_steps(config, 6, num_devices)
+  losses, state = _run_steps(config, 20, num_devices)
 
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
@@ -104,7 +106,7 @@ def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
     return -(batch[:, 1:] * log_probs).sum(-1).mean(), final_state
 
   loss_and_grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-  for step in range(1, 7):
+  for step in range(1, 21):
     keys = train.step_keys(config.seed, 0, step)
     index = int(train._length_index(config.seed, step, len(lengths)))
     batch, _ = generator.sample(keys.data, 4, lengths[index])
@@ -221,11 +223,24 @@ def test_evaluation_has_its_own_keys():
 
 
 def test_two_devices_train_as_one():
-  config = _config(steps=20)
+  config = _config(steps=20, batch_size=8)
   losses, state = _run_steps(config, 20, 1)
   shared_losses, shared_state = _run_steps(config, 20, 2)
   np.testing.assert_allclose(shared_losses, losses, atol=1e-5)
   _assert_trees_close(shared_state.params, state.params, atol=1e-4)
+  # And so do eight, in a process that has them.
+  code = f"""
+import runpy, jax
+jax.config.update('jax_num_cpu_devices', 8)
+module = runpy.run_path({__file__!r})
+config = module['_config'](steps=20, batch_size=8)
+print(*module['_run_steps'](config, 20, 8)[0])
+"""
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  eight_losses = np.array(result.stdout.split(), float)
+  np.testing.assert_allclose(eight_losses, losses, atol=1e-5)
 
 
 def test_no_program_is_compiled_after_the_first_log():
