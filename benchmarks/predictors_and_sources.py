@@ -3,31 +3,53 @@
   python benchmarks/predictors_and_sources.py
 
 Everything runs on one device of the CPU. The two sides of a ratio are timed in
-turns; what is printed are medians.
+turns; what is printed are medians. A part of run.py, which reads it as JSON.
 """
 
+import argparse
 from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
 import functools
+import json
+import re
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import project
+import timing
 
-from nonstationary_mbml import base_config
-from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
-from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
-from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.experiments import run_length_predictors
 
-BATCH_SIZE, SEQ_LENGTH = 128, 256
-LONG = 2**20
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """How large everything is.
+
+  Attributes:
+    batch_size: B.
+    seq_length: T.
+    long_mixture: T of the longest run-length mixture.
+    long: T of the longest sequence.
+  """
+
+  batch_size: int = 128
+  seq_length: int = 256
+  long_mixture: int = 8192
+  long: int = 2**20
+
+
+QUICK = Sizes(batch_size=8, seq_length=32, long_mixture=64, long=2**10)
 
 
 def numpy_ptw(batch: np.ndarray, depth: int) -> np.ndarray:
@@ -131,9 +153,9 @@ def numpy_minimum_length(batch: np.ndarray, hazards: np.ndarray) -> np.ndarray:
   return log_probs
 
 
-def medians(
+def in_turns(
   functions: dict[str, Callable[[], Any]], repeats: int
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
   """Seconds of every function, called in turns after a warm-up."""
   for function in functions.values():
     jax.block_until_ready(function())
@@ -143,7 +165,7 @@ def medians(
       start = time.perf_counter()
       jax.block_until_ready(function())
       times[name].append(time.perf_counter() - start)
-  return {name: float(np.median(values)) for name, values in times.items()}
+  return times
 
 
 def jit_unroll(
@@ -153,19 +175,38 @@ def jit_unroll(
   return jax.jit(lambda batch: predictor.unroll({}, None, batch)[0])
 
 
-def report(what: str, seconds: float, target: str) -> None:
-  """Prints one row."""
-  print(f'{what:<58} {seconds:>10.2f}   {target}')
+def milliseconds(name: str, times: list[float], **fields: Any) -> Row:
+  """A row of times."""
+  return {'name': name, 'unit': 'ms', **timing.spread(times, 1e3), **fields}
 
 
-def compare_predictors() -> None:
+def ratio(
+  name: str, times: list[float], reference: list[float], target: str
+) -> Row:
+  """A row of two medians, the first in units of the second."""
+  value = float(np.median(times) / np.median(reference))
+  return {'name': name, 'unit': '', 'value': value, 'target': target}
+
+
+def quantity(name: str, value: float, unit: str, target: str = '') -> Row:
+  """A row of what is measured once."""
+  return {'name': name, 'unit': unit, 'value': float(value), 'target': target}
+
+
+def binary_batch(batch_size: int, seq_length: int) -> np.ndarray:
+  """One-hot symbols of a coin, `[B, T, 2]`."""
+  rng = np.random.default_rng(0)
+  symbols = (rng.random((batch_size, seq_length)) < 0.3).astype(int)
+  return np.eye(2, dtype=np.float32)[symbols]
+
+
+def compare_predictors(sizes: Sizes) -> Iterator[Row]:
   """Exact predictors against loops in NumPy."""
-  symbols = np.random.default_rng(0).random((BATCH_SIZE, SEQ_LENGTH)) < 0.3
-  batch = np.eye(2, dtype=np.float32)[symbols.astype(int)]
-  depth = ptw_predictors.min_depth(SEQ_LENGTH)
+  seq_length = sizes.seq_length
+  batch = binary_batch(sizes.batch_size, seq_length)
+  depth = ptw_predictors.min_depth(seq_length)
   # No segment of less than 20 symbols.
-  hazards = np.where(np.arange(1, SEQ_LENGTH + 1) < 20, 0, 0.05)
-  lad = live_and_die_predictors.LADPredictor()
+  hazards = np.where(np.arange(1, seq_length + 1) < 20, 0, 0.05)
   for name, predictor, numpy_loop, target in (
     (
       'PTW',
@@ -173,7 +214,12 @@ def compare_predictors() -> None:
       lambda: numpy_ptw(batch, depth),
       '>= 4',
     ),
-    ('LAD', lad, lambda: numpy_lad(batch), '>= 3'),
+    (
+      'LAD',
+      live_and_die_predictors.LADPredictor(),
+      lambda: numpy_lad(batch),
+      '>= 3',
+    ),
     (
       'minimum length 20',
       run_length_predictors.RunLengthPredictor(hazards),
@@ -186,7 +232,7 @@ def compare_predictors() -> None:
     difference = np.max(np.abs(unroll(on_device) - numpy_loop()))
     if difference > 1e-3:
       raise RuntimeError(f'{name} differs from NumPy by {difference} nats')
-    times = medians(
+    times = in_turns(
       {
         'ours': functools.partial(unroll, on_device),
         'posterior': functools.partial(posterior, on_device),
@@ -194,45 +240,87 @@ def compare_predictors() -> None:
       },
       repeats=15,
     )
-    report(f'{name}, B=128, T=256, K=2: ours (ms)', 1e3 * times['ours'], '')
-    report(f'{name}, NumPy loop over time (ms)', 1e3 * times['numpy'], '')
-    report(f'{name}, NumPy / ours', times['numpy'] / times['ours'], target)
-    report(
+    yield milliseconds(f'{name}, ours', times['ours'])
+    yield milliseconds(f'{name}, NumPy loop over time', times['numpy'])
+    yield ratio(f'{name}, NumPy / ours', times['numpy'], times['ours'], target)
+    yield ratio(
       f'{name}, switch posterior / prediction',
-      times['posterior'] / times['ours'],
+      times['posterior'],
+      times['ours'],
       '<= 5',
     )
-  unroll = jit_unroll(forget_me_not_predictors.ForgetMeNotPredictor(depth))
-  times = medians({'ours': lambda: unroll(jnp.asarray(batch))}, repeats=3)
-  report('Forget-Me-Not, the same batch (ms)', 1e3 * times['ours'], '')
 
 
-def scale_run_length_mixture() -> None:
+def time_predictors(sizes: Sizes) -> Iterator[Row]:
+  """Time and memory of every exact predictor."""
+  batch = jnp.asarray(binary_batch(sizes.batch_size, sizes.seq_length))
+  depth = {'depth': ptw_predictors.min_depth(sizes.seq_length)}
+  for name, kwargs in {
+    'ptw': depth,
+    'lad': {},
+    'kt': {},
+    'forget_me_not': depth,
+  }.items():
+    unroll = jit_unroll(constants.OPTIMAL_PREDICTORS[name](**kwargs))
+    yield whole_batch(name, unroll, batch, sizes)
+
+
+def time_sources(sizes: Sizes) -> Iterator[Row]:
+  """Time and memory of sampling from every source."""
+  for name in sorted(constants.TRAJECTORY_GENERATORS):
+    generator = constants.build_data_generator(
+      config_lib.DataConfig(
+        trajectory_generator=name,
+        trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(name, {}),
+      )
+    )
+    sample = jax.jit(
+      lambda rng, generator=generator: generator.sample(
+        rng, sizes.batch_size, sizes.seq_length
+      )
+    )
+    yield whole_batch(name, sample, jax.random.key(0), sizes)
+
+
+def whole_batch(
+  name: str, function: Callable[..., Any], argument: jax.Array, sizes: Sizes
+) -> Row:
+  """A row of a compiled function that reads or writes a batch."""
+  times = in_turns({name: lambda: function(argument)}, repeats=9)[name]
+  memory = function.lower(argument).compile().memory_analysis()
+  return milliseconds(
+    name,
+    times,
+    sequences_per_second=sizes.batch_size / float(np.median(times)),
+    temp_bytes=memory.temp_size_in_bytes,
+  )
+
+
+def scale_run_length_mixture(sizes: Sizes) -> Iterator[Row]:
   """Time and memory of the run-length mixture over the length."""
   predictor = live_and_die_predictors.LADPredictor()
-  rng = np.random.default_rng(0)
-  for seq_length in (2048, 4096, 8192):
-    symbols = (rng.random((8, seq_length)) < 0.3).astype(int)
-    batch = jnp.asarray(np.eye(2, dtype=np.float32)[symbols])
+  longest = sizes.long_mixture
+  for seq_length in (longest // 4, longest // 2, longest):
+    batch = jnp.asarray(binary_batch(8, seq_length))
     unroll = jit_unroll(predictor)
-    times = medians({'ours': functools.partial(unroll, batch)}, repeats=3)
-    is_last = seq_length == 8192
-    report(
-      f'LAD, B=8, T={seq_length} (s)',
-      times['ours'],
-      '<= 5' if is_last else '',
-    )
+    times = in_turns({'ours': functools.partial(unroll, batch)}, repeats=3)
+    seconds, is_last = np.median(times['ours']), seq_length == longest
+    name = f'LAD, B=8, T={seq_length}'
+    yield quantity(name, seconds, 's', '<= 5' if is_last else '')
     memory = unroll.lower(batch).compile().memory_analysis()
     size = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    report('  its memory (MiB)', size / 2**20, '<= 1024' if is_last else '')
+    yield quantity(
+      f'{name}, memory', size / 2**20, 'MiB', '<= 1024' if is_last else ''
+    )
 
 
-def time_long_sequence() -> None:
-  """PTW on a million symbols, in float32 and in float64."""
-  predictor = ptw_predictors.PTWPredictor(20)
+def time_long_sequence(sizes: Sizes) -> Iterator[Row]:
+  """PTW on a very long sequence, in float32 and in float64."""
+  long = sizes.long
+  predictor = ptw_predictors.PTWPredictor(ptw_predictors.min_depth(long))
   rng = np.random.default_rng(0)
-  probabilities = np.repeat(rng.beta(0.5, 0.5, 64), LONG // 64)
-  symbols = (rng.random((1, LONG)) < probabilities).astype(int)
+  probabilities = np.repeat(rng.beta(0.5, 0.5, 64), long // 64)
+  symbols = (rng.random((1, long)) < probabilities).astype(int)
 
   def log_loss(dtype: Any) -> float:
     batch = jnp.asarray(np.eye(2, dtype=dtype)[symbols])
@@ -244,82 +332,97 @@ def time_long_sequence() -> None:
     double = log_loss(np.float64)
   batch = jnp.asarray(np.eye(2, dtype=np.float32)[symbols])
   unroll = jit_unroll(predictor)
-  times = medians({'long': lambda: unroll(batch)}, repeats=3)
-  report('PTW, one sequence of 2^20, float32 (s)', times['long'], '<= 3')
+  times = in_turns({'long': lambda: unroll(batch)}, repeats=3)
+  name = f'PTW, B=1, T={long}, float32'
+  yield quantity(name, np.median(times['long']), 's', '<= 3')
   error = abs(single / double - 1)
-  print(f'{"  relative error of its log loss":<58} {error:>10.1e}   <= 1e-5')
+  yield quantity(f'{name}, relative error of log loss', error, '', '<= 1e-5')
 
 
-def time_stream() -> None:
-  """PTW on a million symbols that come in chunks, in constant memory."""
-  predictor, chunk_length = ptw_predictors.PTWPredictor(30), 2**14
-  symbols = (np.random.default_rng(0).random((1, LONG)) < 0.3).astype(int)
-  batch = np.eye(2, dtype=np.float32)[symbols]
+def time_stream(sizes: Sizes) -> Iterator[Row]:
+  """PTW on a very long sequence that comes in chunks, in constant memory."""
+  predictor, long = ptw_predictors.PTWPredictor(30), sizes.long
+  chunk_length = long // 64
+  batch = binary_batch(1, long)
 
   def stream() -> Any:
     state = predictor.initial_state({}, None, 1)
     # Not from the first symbol on: a whole first chunk is not streamed.
     _, state = predictor.unroll({}, None, batch[:, :1], state)
-    for begin in range(1, LONG - chunk_length, chunk_length):
+    for begin in range(1, long - chunk_length, chunk_length):
       chunk = batch[:, begin : begin + chunk_length]
       _, state = predictor.unroll({}, None, chunk, state)
     return state
 
-  times = medians({'stream': stream}, repeats=1)
-  report('PTW of depth 30, a stream of 2^20 (s)', times['stream'], '')
+  times = in_turns({'stream': stream}, repeats=1)
+  name = f'PTW of depth 30, a stream of {long}'
+  yield quantity(name, np.median(times['stream']), 's')
   size = sum(np.asarray(leaf).nbytes for leaf in stream())
-  report('  its state (bytes)', size, 'O(K log T)')
+  yield quantity(f'{name}, state', size, 'bytes', 'O(K log T)')
 
 
-def compare_sampling() -> None:
+def compare_sampling(sizes: Sizes) -> Iterator[Row]:
   """Sampling a PTW batch against a training step on it."""
 
   def sampler(concentration: float) -> Callable[[], Any]:
     generator = constants.build_data_generator(
       config_lib.DataConfig(parameter_distribution_params=(concentration,) * 2)
     )
-    sample = jax.jit(lambda rng: generator.sample(rng, BATCH_SIZE, SEQ_LENGTH))
+    sample = jax.jit(
+      lambda rng: generator.sample(rng, sizes.batch_size, sizes.seq_length)
+    )
     return lambda: sample(jax.random.key(0))
 
-  config = config_lib.ExperimentConfig(
-    model=base_config.ModelConfig(architecture_kwargs={'hidden_size': 128}),
-    train=base_config.TrainConfig(seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE),
+  job = timing.Job(
+    kind='project',
+    kwargs={'hidden_size': 128},
+    batch_size=sizes.batch_size,
+    seq_length=sizes.seq_length,
   )
-  devices = jax.local_devices()[:1]
-  generator = constants.build_data_generator(config.data)
-  predictor = predictor_factories.build_predictor(config.model, 2)
-  run_steps = train.make_run_steps(
-    train.make_update(config, generator, predictor), devices
-  )
-
-  def step() -> Any:
-    # The state is donated, so each call starts from a new one.
-    return run_steps(states.pop(), 1)
-
-  repeats = 9
-  states = [
-    train.init_state(config, predictor, 2, devices) for _ in range(repeats + 1)
-  ]
-  times = medians(
+  step, _ = project.project_step(project.make_config(job), 1, job.steps)
+  times = in_turns(
     {
       'step': step,
       'Dirichlet(1/2)': sampler(0.5),
       'Dirichlet(0.3)': sampler(0.3),
     },
-    repeats,
+    repeats=9,
   )
-  report('LSTM-128 training step, T=256 (ms)', 1e3 * times['step'], '')
+  yield milliseconds('LSTM-128, training step on one device', times['step'])
   for name, target in (('Dirichlet(1/2)', 20), ('Dirichlet(0.3)', 4)):
-    report(f'PTW batch with {name} (ms)', 1e3 * times[name], '')
-    report(
-      f'  training step / {name}', times['step'] / times[name], f'>= {target}'
+    yield milliseconds(f'PTW batch with {name}', times[name])
+    yield ratio(
+      f'training step / {name}', times['step'], times[name], f'>= {target}'
     )
 
 
+PARTS = {
+  'sources': time_sources,
+  'exact predictors': time_predictors,
+  'loops in NumPy': compare_predictors,
+  'long mixtures': scale_run_length_mixture,
+  'long sequence': time_long_sequence,
+  'stream': time_stream,
+  'sampling': compare_sampling,
+}
+
+
+def main() -> None:
+  """Reads the command line and prints a row after the other."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--json', action='store_true', help='A row per line.')
+  parser.add_argument('--only', default='', help='Pattern of parts to run.')
+  parser.add_argument('--quick', action='store_true', help='At tiny sizes.')
+  args = parser.parse_args()
+  for part, rows in PARTS.items():
+    if re.search(args.only, part):
+      for row in rows(QUICK if args.quick else Sizes()):
+        row = {'part': part, **row}
+        line = json.dumps(row) if args.json else timing.format_row(row)
+        print(line, flush=True)
+
+
 if __name__ == '__main__':
-  print(f'{"":<58} {"":>10}   to reach')
-  compare_predictors()
-  scale_run_length_mixture()
-  time_long_sequence()
-  time_stream()
-  compare_sampling()
+  main()

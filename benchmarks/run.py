@@ -1,0 +1,349 @@
+"""All benchmarks: a table, and results/benchmarks.json.
+
+  python benchmarks/run.py
+  python benchmarks/run.py --only='LSTM-128' --output=/tmp/lstm.json
+  python benchmarks/run.py --markdown
+
+Everything that is set beside something else is measured in the same run, in
+turns, each side in a process of its own (timing.py):
+
+  ours      as `make run` trains: the compiled loop, as many CPU devices as
+            cores, memory in huge pages
+  plain     plain_jax.py as a user would start it: one device, a Python loop of
+            jitted steps, batches from the host
+  pytorch   the same network in PyTorch, on all cores, where it is installed
+
+Times are medians, with the least and the largest. On a GPU there are fewer
+rows, and no sides that differ in CPU devices.
+"""
+
+import argparse
+from collections.abc import Iterator
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from typing import Any
+
+import networks
+import suite
+import timing
+
+from nonstationary_mbml.experiments import files
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_OUTPUT = _ROOT / 'results' / 'benchmarks.json'
+# Whether the kernel grants huge pages to those who ask: madvise or always.
+_HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+_PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy', 'torch')
+# Turns of what takes seconds each.
+_SLOW_REPEATS = 3
+
+Row = dict[str, Any]
+
+
+def measure(
+  group: suite.Group, repeats: int, peak_flops: float
+) -> tuple[list[Row], list[str]]:
+  """Returns a row for every side, and notes on those left out.
+
+  Args:
+    group: Whose sides take turns.
+    repeats: Turns of each.
+    peak_flops: Of a large matrix product, per second.
+  """
+  if group.is_slow:
+    repeats = min(repeats, _SLOW_REPEATS)
+  answers, failures = timing.take_turns(group.jobs, repeats)
+  rows = []
+  for side, answer in answers.items():
+    job = group.jobs[side]
+    steps = 1 if group.is_whole else job.steps
+    times = timing.spread(answer['times'], scale=1e3 / steps)
+    per_second = 1e3 / times['value']
+    flops = _flops(job)
+    flops = flops and flops / steps
+    rows.append(
+      {
+        'part': group.part,
+        'name': group.name,
+        'side': side,
+        'unit': 'ms',
+        'steps_per_turn': job.steps,
+        **times,
+        'steps_per_second': per_second,
+        'sequences_per_second': _num_sequences(job) / steps * per_second,
+        'flops_per_step': flops,
+        'share_of_peak': flops and flops * per_second / peak_flops,
+        'temp_bytes': answer['temp_bytes'],
+        'peak_bytes': answer['peak_bytes'],
+        'devices': answer['devices'],
+        'huge_pages': job.huge_pages,
+        'first_loss': answer['first_loss'],
+        'start_seconds': answer['start_seconds'],
+      }
+    )
+  notes = [
+    f'{group.part}: {group.name}, {side} left out: {why}'
+    for side, why in failures.items()
+  ]
+  return rows, notes
+
+
+def _num_sequences(job: timing.Job) -> int:
+  """Sequences of a turn."""
+  if job.kind == 'evaluation':
+    return job.num_sequences
+  return job.batch_size * job.steps * job.runs * job.seeds
+
+
+def _flops(job: timing.Job) -> int | None:
+  """Of a turn; None where it is more than training."""
+  if job.kind == 'evaluation':
+    return None
+  num_steps = job.steps * job.runs * job.seeds
+  return num_steps * networks.step_flops(
+    job.model_type, job.kwargs, job.batch_size, job.seq_length
+  )
+
+
+def machine(sizes: suite.Sizes) -> dict[str, Any]:
+  """Returns versions, processor, and the peak of matrix products."""
+  job = timing.Job(kind='matmul', size=sizes.matmul_size)
+  answers, failures = timing.take_turns({'matmul': job}, repeats=5)
+  if failures:
+    raise timing.ChildError(failures['matmul'])
+  answer = answers['matmul']
+  # The best of it: this is what the machine can do.
+  peak_flops = 2 * sizes.matmul_size**3 / min(answer['times'])
+  versions = {'python': platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = None
+  return {
+    'versions': versions,
+    'cpu': _cpu_model(),
+    'cores': os.cpu_count(),
+    'huge_pages': _HUGE_PAGES.read_text().strip()
+    if _HUGE_PAGES.exists()
+    else None,
+    'device': answer['device'],
+    'matmul_size': sizes.matmul_size,
+    'matmul_peak_gflops': peak_flops / 1e9,
+  }
+
+
+def _cpu_model() -> str:
+  info = pathlib.Path('/proc/cpuinfo')
+  names = re.findall(
+    r'^model name\s*: (.*)$', info.read_text() if info.exists() else '', re.M
+  )
+  return names[0] if names else platform.processor()
+
+
+def reached(rows: list[Row], sizes: suite.Sizes) -> list[Row]:
+  """Returns the table of what is to be reached, as far as there are rows."""
+  by_key = {(row['part'], row['name'], row.get('side')): row for row in rows}
+  table = []
+  for target in suite.targets(sizes):
+    ours = by_key.get((target.part, target.group, target.ours))
+    against = by_key.get((target.part, target.group, target.against))
+    if ours is None or against is None:
+      continue
+    values = ours[target.field], against[target.field]
+    if target.at_least is not None:
+      ratio = values[1] / values[0]
+      wanted, is_reached = f'>= {target.at_least}', ratio >= target.at_least
+    else:
+      ratio = values[0] / values[1]
+      wanted, is_reached = f'<= {target.at_most}', ratio <= target.at_most
+    table.append(
+      {
+        'name': target.name,
+        'unit': 'ms' if target.field == 'value' else 'bytes',
+        'ours': values[0],
+        'against': values[1],
+        'ratio': ratio,
+        'target': wanted,
+        'reached': is_reached,
+      }
+    )
+  return table
+
+
+def markdown(results: dict[str, Any]) -> str:
+  """Returns the table of what is to be reached.
+
+  Args:
+    results: As in the JSON file.
+  """
+  lines = [
+    '| what | ours | against | ratio | to reach | reached |',
+    '|---|---|---|---|---|---|',
+  ]
+  for row in results['to_reach']:
+    cells = (
+      row['name'],
+      _quantity(row['ours'], row['unit']),
+      _quantity(row['against'], row['unit']),
+      f'{row["ratio"]:.2f}',
+      row['target'],
+      'yes' if row['reached'] else 'no',
+    )
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def _quantity(value: float, unit: str) -> str:
+  if unit == 'bytes':
+    return f'{value / 2**20:.0f} MiB'
+  if unit == 'ms' and value >= 1e4:
+    return f'{value / 1e3:.1f} s'
+  return f'{value:.4g} {unit}'.strip()
+
+
+def print_rows(rows: list[Row]) -> None:
+  """Prints rows of training, each beside ours where that is there."""
+  ours = [row['value'] for row in rows if row['side'] == 'ours']
+  for row in rows:
+    ratio = f'x {row["value"] / ours[0]:.2f}' if ours else ''
+    share, temporary = row['share_of_peak'], row['temp_bytes']
+    print(
+      f'  {row["side"]:<30} {row["value"]:>9.2f} ms'
+      f' ({row["min"]:.2f}..{row["max"]:.2f})'
+      f' {row["steps_per_second"]:>9.2f}/s'
+      f' {row["sequences_per_second"]:>8.0f} seq/s'
+      f' {row["peak_bytes"] / 2**20:>7.0f} MiB'
+      f' temp {"-" if temporary is None else f"{temporary / 2**20:.0f}":>5} MiB'
+      f' {"" if share is None else f"{share:.1%} of peak":>14}'
+      f'  {ratio}',
+      flush=True,
+    )
+
+
+def exact_rows(only: str, is_quick: bool) -> Iterator[Row]:
+  """Returns the rows of predictors_and_sources.py, as they come."""
+  script = pathlib.Path(__file__).parent / 'predictors_and_sources.py'
+  command = [sys.executable, str(script), '--json', f'--only={only}']
+  if is_quick:
+    command.append('--quick')
+  with subprocess.Popen(
+    command,
+    env=timing.environment(huge_pages=False),
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    for line in process.stdout:
+      yield json.loads(line)
+  if process.returncode:
+    raise timing.ChildError(f'{script.name} ended with {process.returncode}')
+
+
+def write(path: pathlib.Path | None, results: dict[str, Any]) -> None:
+  """Writes the results, unless there is no path."""
+  if path is not None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(results, indent=1) + '\n'
+    files.write_whole(path, content.encode())
+
+
+def run(
+  only: str, is_quick: bool, repeats: int, output: pathlib.Path | None
+) -> None:
+  """Runs the suite; writes what there is after every group.
+
+  Args:
+    only: A pattern that `part: name` of a group has to match.
+    is_quick: At tiny sizes, to see that everything works.
+    repeats: Turns of each side; 3 at most for what is slow.
+    output: Where to write; None for nowhere.
+  """
+  start = time.perf_counter()
+  sizes = suite.QUICK if is_quick else suite.Sizes()
+  results = {
+    'command': shlex.join(['python', *sys.argv]),
+    'quick': is_quick,
+    'machine': machine(sizes),
+    'sizes': dataclasses.asdict(sizes),
+    'to_reach': [],
+    'rows': [],
+    'notes': [],
+  }
+  about = results['machine']
+  peak_flops = 1e9 * about['matmul_peak_gflops']
+  is_cpu = about['device'] == 'cpu'
+  groups = suite.cpu_groups if is_cpu else suite.gpu_groups
+  print(
+    f'{about["cpu"]}, {about["cores"]} cores, {about["device"]}; matrix '
+    f'products at {about["matmul_peak_gflops"]:.0f} GFLOP/s'
+  )
+  for group in groups(sizes):
+    if not re.search(only, f'{group.part}: {group.name}'):
+      continue
+    print(f'\n{group.part}: {group.name}', flush=True)
+    rows, notes = measure(group, repeats, peak_flops)
+    print_rows(rows)
+    for note in notes:
+      print(f'  {note}')
+    results['rows'] += rows
+    results['notes'] += notes
+    results['to_reach'] = reached(results['rows'], sizes)
+    results['seconds'] = time.perf_counter() - start
+    write(output, results)
+  if is_cpu:
+    print('\nexact predictors and sources, on one device')
+    try:
+      for row in exact_rows(only, is_quick):
+        print(f'  {timing.format_row(row)}', flush=True)
+        results['rows'].append(row)
+        write(output, results)
+    except timing.ChildError as error:
+      results['notes'].append(str(error))
+      print(f'  {error}')
+  results['seconds'] = time.perf_counter() - start
+  write(output, results)
+  print(f'\n{results["seconds"] / 60:.1f} minutes\n\n{markdown(results)}')
+
+
+def main() -> None:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--output',
+    type=pathlib.Path,
+    help='results/benchmarks.json if unset; nothing is written if unset with '
+    '--quick or --only',
+  )
+  parser.add_argument('--only', default='', help='Pattern of what to run.')
+  parser.add_argument('--quick', action='store_true', help='At tiny sizes.')
+  parser.add_argument('--repeats', type=int, default=5, help='Of each time.')
+  parser.add_argument(
+    '--markdown',
+    action='store_true',
+    help='Print the table of what is there already; measure nothing.',
+  )
+  args = parser.parse_args()
+  if args.repeats < 1:
+    parser.error(f'--repeats is {args.repeats}; it must be at least 1')
+  output = args.output
+  if args.markdown:
+    print(markdown(json.loads((output or _OUTPUT).read_text())))
+    return
+  if output is None and not (args.quick or args.only):
+    output = _OUTPUT
+  run(args.only, args.quick, args.repeats, output)
+
+
+if __name__ == '__main__':
+  main()

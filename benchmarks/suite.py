@@ -1,0 +1,303 @@
+"""What is measured, in which processes, and what it is to reach."""
+
+from collections.abc import Iterator
+import dataclasses
+
+import networks
+import timing
+
+# From this length on Transformers take seconds a step.
+_SLOW_LENGTH = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """How large everything is.
+
+  Attributes:
+    batch_size: B.
+    lengths: T of the training steps; the last one is that of all else.
+    loop_length: T of a run that is fast.
+    loop_steps: Its steps between two logs.
+    num_layers: Of the Transformers.
+    num_sequences: Of an evaluation; a multiple of B.
+    matmul_size: Of a matrix.
+  """
+
+  batch_size: int = 128
+  lengths: tuple[int, ...] = (64, 256)
+  loop_length: int = 32
+  loop_steps: int = 100
+  num_layers: int = 5
+  num_sequences: int = 1024
+  matmul_size: int = 4096
+
+
+QUICK = Sizes(
+  batch_size=8,
+  lengths=(16,),
+  loop_length=8,
+  loop_steps=10,
+  num_layers=1,
+  num_sequences=32,
+  matmul_size=256,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+  """Sides that take turns.
+
+  Attributes:
+    part: Of the suite.
+    name: Of what they all do.
+    jobs: By side; the first is what the others are set beside.
+    is_whole: Whether turns are compared as a whole, not by their steps.
+    is_slow: Whether few turns have to do.
+  """
+
+  part: str
+  name: str
+  jobs: dict[str, timing.Job]
+  is_whole: bool = False
+  is_slow: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+  """What a ratio is to reach.
+
+  Attributes:
+    name: Of the row.
+    part: Of the suite.
+    group: Name of the group.
+    ours: Side.
+    against: Side.
+    field: Of the rows of both sides: time or memory.
+    at_least: Of against / ours; None if `at_most` is given.
+    at_most: Of ours / against.
+  """
+
+  name: str
+  part: str
+  group: str
+  ours: str = 'ours'
+  against: str = 'plain'
+  field: str = 'value'
+  at_least: float | None = None
+  at_most: float | None = None
+
+
+def cpu_groups(sizes: Sizes) -> Iterator[Group]:
+  """Returns all groups, for a CPU."""
+  length = sizes.lengths[-1]
+  for seq_length in sizes.lengths:
+    named = networks.networks(seq_length, sizes.num_layers)
+    for name, (model_type, kwargs) in named.items():
+      yield _training_group(name, _ours(model_type, kwargs, sizes, seq_length))
+
+  named = networks.networks(length, sizes.num_layers)
+  for name in ('LSTM-128', 'Transformer SIN_COS'):
+    model_type, kwargs = named[name]
+    ours = _ours(model_type, kwargs, sizes, length)
+    plain_name = 'hk.LSTM' if model_type == 'lstm' else 'plain attention'
+    change = lambda ours=ours, **changes: dataclasses.replace(ours, **changes)
+    yield Group(
+      part='one by one',
+      name=_row_name(name, length),
+      jobs={
+        'ours': ours,
+        'one device': change(all_cores=False),
+        'default allocator': change(huge_pages=False),
+        'one device, default allocator': change(
+          all_cores=False, huge_pages=False
+        ),
+        f'{plain_name} in our loop': change(network='plain'),
+      },
+      is_slow=_is_slow(ours),
+    )
+
+  model_type, kwargs = named['Stack-RNN']
+  ours = _ours(model_type, kwargs, sizes, length)
+  yield Group(
+    part='stack',
+    name=_row_name('Stack-RNN', length),
+    jobs={
+      'ours': ours,
+      'all states kept': dataclasses.replace(ours, network='keep_states'),
+    },
+  )
+
+  model_type, kwargs = networks.lstm(64)
+  loop = dataclasses.replace(
+    _ours(model_type, kwargs, sizes, sizes.loop_length), steps=sizes.loop_steps
+  )
+  yield Group(
+    part='loop',
+    name=_row_name('LSTM-64', sizes.loop_length),
+    jobs={'ours': loop, 'plain': _as_a_user_would(loop)},
+  )
+  yield Group(
+    part='seeds',
+    name=f'8 of {_row_name("LSTM-64", sizes.loop_length)}',
+    jobs={
+      'ours': dataclasses.replace(loop, seeds=8),
+      'one after another': dataclasses.replace(loop, runs=8),
+    },
+  )
+
+  model_type, kwargs = networks.lstm(128)
+  ours = _ours(model_type, kwargs, sizes, length)
+  yield Group(
+    part='evaluation',
+    name=_row_name('LSTM-128', length),
+    jobs={
+      'ours': dataclasses.replace(
+        ours, kind='evaluation', num_sequences=sizes.num_sequences
+      ),
+      'training': dataclasses.replace(
+        ours, steps=sizes.num_sequences // sizes.batch_size
+      ),
+    },
+    is_whole=True,
+  )
+
+
+def gpu_groups(sizes: Sizes) -> Iterator[Group]:
+  """Returns the groups for a GPU."""
+  length = sizes.lengths[-1]
+  named = networks.networks(length, sizes.num_layers)
+  for name in ('LSTM-128', 'Transformer SIN_COS'):
+    # Enough steps that starting them counts for nothing.
+    ours = dataclasses.replace(
+      _ours(*named[name], sizes, length), steps=sizes.loop_steps
+    )
+    yield _training_group(name, ours)
+    yield Group(
+      part='seeds',
+      name=f'16 of {_row_name(name, length)}',
+      jobs={
+        'ours': dataclasses.replace(ours, seeds=16),
+        'one after another': dataclasses.replace(ours, runs=16),
+      },
+    )
+
+
+def targets(sizes: Sizes) -> tuple[Target, ...]:
+  """Returns what is to be reached."""
+  length = sizes.lengths[-1]
+  transformer = _row_name('Transformer SIN_COS', length)
+  lstm, stack = _row_name('LSTM-128', length), _row_name('Stack-RNN', length)
+  loop = _row_name('LSTM-64', sizes.loop_length)
+  keep = {'part': 'stack', 'group': stack, 'against': 'all states kept'}
+  return (
+    Target(
+      name=f'{transformer}: step, against plain JAX',
+      part='training',
+      group=transformer,
+      at_least=3.5,
+    ),
+    Target(
+      name=f'{transformer}: step, against nn.TransformerEncoder of PyTorch',
+      part='training',
+      group=transformer,
+      against='pytorch',
+      at_least=7,
+    ),
+    Target(
+      name=f'{lstm}: step, against nn.LSTM of PyTorch',
+      part='training',
+      group=lstm,
+      against='pytorch',
+      at_least=1.5,
+    ),
+    Target(
+      name=f'{lstm}: step, against hk.LSTM and hk.dynamic_unroll',
+      part='training',
+      group=lstm,
+      at_least=1.5,
+    ),
+    Target(
+      name=f'{loop}: loop, against jitted steps on batches from the host',
+      part='loop',
+      group=loop,
+      at_least=2,
+    ),
+    Target(
+      name=f'{stack}: step, against keeping all states',
+      **keep,
+      at_least=1.3,
+    ),
+    Target(
+      name=f'{stack}: temporary memory, against keeping all states',
+      **keep,
+      field='temp_bytes',
+      at_most=0.5,
+    ),
+    Target(
+      name=f'{stack}: peak memory of the process, against the same',
+      **keep,
+      field='peak_bytes',
+      at_most=0.5,
+    ),
+    Target(
+      name=f'{lstm}: evaluation, against training on as many sequences',
+      part='evaluation',
+      group=lstm,
+      against='training',
+      at_most=1,
+    ),
+    Target(
+      name=f'8 seeds of {loop}, against one after another',
+      part='seeds',
+      group=f'8 of {loop}',
+      against='one after another',
+      at_least=1.1,
+    ),
+  )
+
+
+def _row_name(network: str, seq_length: int) -> str:
+  return f'{network}, T={seq_length}'
+
+
+def _ours(
+  model_type: str, kwargs: networks.Kwargs, sizes: Sizes, seq_length: int
+) -> timing.Job:
+  """Training steps as `make run` does them, about a second of them."""
+  is_transformer = 'transformer' in model_type
+  if seq_length >= _SLOW_LENGTH:
+    steps = 1 if is_transformer else 2 if model_type == 'stack_rnn' else 5
+  else:
+    steps = 4 if is_transformer else 20
+  return timing.Job(
+    kind='project',
+    model_type=model_type,
+    kwargs=kwargs,
+    batch_size=sizes.batch_size,
+    seq_length=seq_length,
+    steps=steps,
+    all_cores=True,
+    huge_pages=True,
+  )
+
+
+def _as_a_user_would(job: timing.Job, kind: str = 'plain') -> timing.Job:
+  return dataclasses.replace(job, kind=kind, all_cores=False, huge_pages=False)
+
+
+def _training_group(network: str, ours: timing.Job) -> Group:
+  """Training beside plain JAX, and beside PyTorch where it has the network."""
+  jobs = {'ours': ours, 'plain': _as_a_user_would(ours)}
+  if network in ('LSTM-128', 'Transformer SIN_COS'):
+    jobs['pytorch'] = _as_a_user_would(ours, 'pytorch')
+  return Group(
+    part='training',
+    name=_row_name(network, ours.seq_length),
+    jobs=jobs,
+    is_slow=_is_slow(ours),
+  )
+
+
+def _is_slow(job: timing.Job) -> bool:
+  return job.model_type == 'transformer' and job.seq_length >= _SLOW_LENGTH

@@ -1,0 +1,231 @@
+"""Work in child processes that take turns.
+
+The number of CPU devices and the allocator of a process are settled when it
+starts, so each side of a comparison is a process of its own. One works at a
+time, the others sleep; they take turns, so that a machine that drifts hits all
+of them alike.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+from typing import NamedTuple
+
+_WORKER = pathlib.Path(__file__).parent / 'worker.py'
+# As `make run` sets it: memory in huge pages.
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+# What a user may have set, but a benchmark must not take over.
+_NOT_INHERITED = (
+  'GLIBC_TUNABLES',
+  'JAX_COMPILATION_CACHE_DIR',
+  'JAX_NUM_CPU_DEVICES',
+  'LD_PRELOAD',
+  'OMP_NUM_THREADS',
+  'XLA_FLAGS',
+)
+
+
+class ChildError(Exception):
+  """A child process ended before it answered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """What a child process does at every turn.
+
+  Attributes:
+    kind: A key of `worker.KINDS`.
+    model_type: As the project calls it.
+    kwargs: Architecture of the network.
+    batch_size: B.
+    seq_length: T.
+    steps: Training steps.
+    runs: Of so many steps each, one after another.
+    seeds: Networks trained at once.
+    network: `project`, or `plain` or `keep_states` for that of plain_jax.py.
+    num_sequences: Of an evaluation.
+    size: Of a matrix.
+    all_cores: As many CPU devices as `make run` takes, else one.
+    huge_pages: Memory as `make run` takes it, else as it comes.
+    learning_rate: Adam's.
+    clip_grad_norm: Largest global norm of a gradient.
+  """
+
+  kind: str
+  model_type: str = 'lstm'
+  kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+  batch_size: int = 128
+  seq_length: int = 256
+  steps: int = 1
+  runs: int = 1
+  seeds: int = 1
+  network: str = 'project'
+  num_sequences: int = 0
+  size: int = 0
+  all_cores: bool = False
+  huge_pages: bool = False
+  learning_rate: float = 2e-3
+  clip_grad_norm: float = 1.0
+
+
+class Work(NamedTuple):
+  """What a job comes to, inside the child.
+
+  Attributes:
+    run: Does it once, and waits; returns losses or None.
+    temp_bytes: Temporary memory that the compiler takes, on all devices; None
+      if unknown.
+    num_devices: That it runs on.
+    device: What they are; None if unknown.
+    peak_device_bytes: Reads the most memory that was in use on a GPU; None on a
+      CPU.
+  """
+
+  run: Callable[[], Any]
+  temp_bytes: int | None = None
+  num_devices: int = 1
+  device: str | None = None
+  peak_device_bytes: Callable[[], int | None] = lambda: None
+
+
+class Child:
+  """A process that does a job whenever it is asked to."""
+
+  def __init__(self, job: Job):
+    """Starts it, waits for its first turn, and keeps that as `first`.
+
+    Raises:
+      ChildError: If it does not get that far.
+    """
+    self._stderr = tempfile.TemporaryFile('w+')
+    self._process = subprocess.Popen(
+      [sys.executable, str(_WORKER), json.dumps(dataclasses.asdict(job))],
+      env=environment(job.huge_pages),
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._stderr,
+      text=True,
+    )
+    start = time.perf_counter()
+    try:
+      self.first = self.turn()
+    except BaseException:
+      self.close()
+      raise
+    self.first['start_seconds'] = time.perf_counter() - start
+
+  def turn(self) -> dict[str, Any]:
+    """Returns the child's answer, `seconds` among it.
+
+    Raises:
+      ChildError: If there is none.
+    """
+    try:
+      self._process.stdin.write('\n')
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      pass  # It says why on stderr.
+    answer = self._process.stdout.readline()
+    if not answer:
+      self._process.wait()
+      self._stderr.seek(0)
+      lines = self._stderr.read().strip().splitlines()
+      raise ChildError(
+        lines[-1] if lines else f'exit status {self._process.returncode}'
+      )
+    return json.loads(answer)
+
+  def close(self) -> None:
+    """Ends the process."""
+    try:
+      self._process.stdin.close()
+    except BrokenPipeError:
+      pass
+    self._process.stdout.close()
+    self._process.wait()
+    self._stderr.close()
+
+
+def environment(huge_pages: bool) -> dict[str, str]:
+  """Returns the environment of a child."""
+  inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+  # Several processes may share a GPU, so none takes all of its memory.
+  inherited['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+  return {**inherited, **(HUGE_PAGES if huge_pages else {})}
+
+
+def take_turns(
+  jobs: Mapping[str, Job], repeats: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+  """Does jobs in turns, after a first turn of each that is not counted.
+
+  Args:
+    jobs: By name.
+    repeats: Turns of each.
+
+  Returns:
+    For every job its last answer, with `times` (seconds of every turn),
+    `first_loss` and `start_seconds` (with the first turn); and, for those that
+    failed, why.
+  """
+  children, failures, answers = {}, {}, {}
+  try:
+    for name, job in jobs.items():
+      try:
+        children[name] = Child(job)
+      except ChildError as error:
+        failures[name] = str(error)
+    times = {name: [] for name in children}
+    for _ in range(repeats):
+      for name, child in list(children.items()):
+        try:
+          answers[name] = child.turn()
+        except ChildError as error:
+          failures[name] = str(error)
+          children.pop(name).close()
+          answers.pop(name, None)
+          continue
+        times[name].append(answers[name]['seconds'])
+    for name, answer in answers.items():
+      first = children[name].first
+      answer['times'] = times[name]
+      answer['first_loss'] = first['loss']
+      answer['start_seconds'] = first['start_seconds']
+  finally:
+    for child in children.values():
+      child.close()
+  return answers, failures
+
+
+def spread(times: Iterable[float], scale: float = 1.0) -> dict[str, Any]:
+  """Returns median, least, largest and number of the times, for a row."""
+  scaled = [scale * seconds for seconds in times]
+  return {
+    'value': statistics.median(scaled),
+    'min': min(scaled),
+    'max': max(scaled),
+    'repeats': len(scaled),
+  }
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+  """Returns a row with a `value` and perhaps a `target` as a line of text."""
+  name = f'{row["part"]}: {row["name"]}'
+  value = (
+    f'{row["value"]:.2f}' if row['value'] > 0.01 else f'{row["value"]:.1e}'
+  )
+  memory = row.get('temp_bytes')
+  return (
+    f'{name:<67} {value:>10} {row["unit"]:<6} {row.get("target", "")}'
+    + ('' if memory is None else f'  temp {memory / 2**20:.1f} MiB')
+  ).rstrip()
