@@ -12,6 +12,8 @@ a prefix is encoded as it is inside the whole.
 import enum
 import math
 from typing import Any
+from typing import NamedTuple
+from typing import Protocol
 
 import haiku as hk
 import jax
@@ -82,70 +84,127 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   return np.concatenate([slopes, extra[: num_heads - power]])
 
 
-def distances(seq_length: int) -> jax.Array:
-  """Returns query - key, int32 `[T, T]`."""
-  time = jnp.arange(seq_length)
-  return time[:, None] - time
+def distances(queries: range, keys: range) -> np.ndarray:
+  """Returns query - key, int64 `[queries, keys]`."""
+  return np.asarray(queries)[:, None] - np.asarray(keys)
 
 
-def alibi_bias(num_heads: int, seq_length: int, dtype: Any) -> jax.Array:
-  """Returns -slope * (query - key) where key <= query, `[heads, T, T]`."""
+def alibi_bias(
+  num_heads: int, queries: range, keys: range, dtype: Any
+) -> jax.Array:
+  """Returns -slope * (query - key) where key <= query, `[heads, t, s]`."""
   slopes = jnp.asarray(alibi_slopes(num_heads), dtype)
-  past = jnp.maximum(distances(seq_length), 0).astype(dtype)
+  past = jnp.asarray(np.maximum(distances(queries, keys), 0), dtype)
   return -slopes[:, None, None] * past
 
 
-class RelativePositions(hk.Module):
-  """Attention logits with relative positions, before scaling.
+class Encoding(Protocol):
+  """How attention knows of positions; a pytree of what is learned for it.
 
-  Dai et al., Transformer-XL, 2019, section 3.3, for one head:
+  logits(q_t, k_s) = content_query(q_t)^T k_s / sqrt(D) + bias(q_t, t, s)
+  """
+
+  def content_query(self, query: jax.Array) -> jax.Array:
+    """Returns what is multiplied with the keys, `[B, heads, t, D]`."""
+
+  def bias(
+    self, query: jax.Array, queries: range, keys: range
+  ) -> jax.Array | None:
+    """Returns what is added to the logits, of meaning where key <= query.
+
+    Args:
+      query: `[B, heads, t, D]`.
+      queries: Their times.
+      keys: Times of the keys, up to that of the last query.
+
+    Returns:
+      `[B or 1, heads, t, s]`, or None for nothing.
+    """
+
+
+class Content(NamedTuple):
+  """Content alone: NONE, and SIN_COS, whose positions are in the content."""
+
+  def content_query(self, query: jax.Array) -> jax.Array:
+    return query
+
+  def bias(self, query: jax.Array, queries: range, keys: range) -> None:
+    return None
+
+
+class Alibi(NamedTuple):
+  """The bias of `alibi_bias`."""
+
+  def content_query(self, query: jax.Array) -> jax.Array:
+    return query
+
+  def bias(self, query: jax.Array, queries: range, keys: range) -> jax.Array:
+    return alibi_bias(query.shape[1], queries, keys, query.dtype)[None]
+
+
+class Relative(NamedTuple):
+  """Content and distance, each with a query of its own.
+
+  Dai et al., Transformer-XL, 2019, section 3.3, for one head, before scaling:
 
     A(i, j) = (q_i + u)^T k_j + (q_i + v)^T W R_{i-j}
 
   with R the sinusoids of the distance and W, u, v learned.
+
+  Attributes:
+    content_bias: u, `[heads, D]`.
+    position_bias: v, `[heads, D]`.
+    position_key: W R of the distances T - 1, ..., 0, `[heads, D, T]`.
   """
+
+  content_bias: jax.Array
+  position_bias: jax.Array
+  position_key: jax.Array
+
+  def content_query(self, query: jax.Array) -> jax.Array:
+    return query + self.content_bias[:, None]
+
+  def bias(self, query: jax.Array, queries: range, keys: range) -> jax.Array:
+    query = query + self.position_bias[:, None]
+    query = query / math.sqrt(query.shape[-1])
+    position_key = self.position_key[..., -len(keys) :]
+    return _shift(jnp.einsum('bhtd,hds->bhts', query, position_key))
+
+
+class RelativePositions(hk.Module):
+  """What RELATIVE learns."""
 
   def __init__(self, max_timescale: float = 1e4, name: str | None = None):
     """Initializes the module; `max_timescale` as in `sinusoids`."""
     super().__init__(name)
     self._max_timescale = max_timescale
 
-  def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns attention logits, of meaning where key <= query.
-
-    Args:
-      query: `[B, T, heads, D]`.
-      key: `[B, T, heads, D]`.
-
-    Returns:
-      `[B, heads, T, T]`, query by key.
-    """
-    _, seq_length, num_heads, size = query.shape
-    # R_{T-1}, ..., R_0: column c is distance T - 1 - c.
+  def __call__(
+    self, seq_length: int, num_heads: int, size: int, dtype: Any
+  ) -> Relative:
+    """Returns the encoding of T positions for heads of the given size."""
     waves = sinusoids(
       np.arange(seq_length)[::-1], num_heads * size, self._max_timescale
     )
     projected = hk.Linear(
       num_heads * size, with_bias=False, name='position_key'
-    )(jnp.asarray(waves, query.dtype))
-    projected = projected.reshape(seq_length, num_heads, size)
+    )(jnp.asarray(waves, dtype))
     init = hk.initializers.TruncatedNormal(stddev=0.02)
     shape = (num_heads, size)
-    content_bias = hk.get_parameter('content_bias', shape, query.dtype, init)
-    position_bias = hk.get_parameter('position_bias', shape, query.dtype, init)
-    content = jnp.einsum('bthd,bshd->bhts', query + content_bias, key)
-    positions = jnp.einsum('bthd,shd->bhts', query + position_bias, projected)
-    return content + _shift(positions)
+    return Relative(
+      hk.get_parameter('content_bias', shape, dtype, init),
+      hk.get_parameter('position_bias', shape, dtype, init),
+      projected.T.reshape(num_heads, size, seq_length),
+    )
 
 
 def _shift(logits: jax.Array) -> jax.Array:
-  """Turns distances into keys: row t moves left by T - 1 - t.
+  """Turns distances into keys: row i of t moves left by t - 1 - i.
 
-  `logits[..., t, c]` is for distance T - 1 - c, and key s is at distance t - s,
-  so out[t, s] = logits[t, s + T - 1 - t]. One column of padding and a reshape
-  do it without a gather (Dai et al., 2019, appendix B).
+  Column c of s is for distance s - 1 - c. The last query meets the last key at
+  distance 0, so out[i, j] = logits[i, j + t - 1 - i]. One column of padding and
+  a reshape do it without a gather (Dai et al., 2019, appendix B).
   """
-  *batch, rows, columns = logits.shape
+  *batch, rows, _ = logits.shape
   padded = jnp.pad(logits, [(0, 0)] * (len(batch) + 1) + [(1, 0)])
-  padded = padded.reshape(*batch, columns + 1, rows)
-  return padded[..., 1:, :].reshape(logits.shape)
+  return padded.reshape(*batch, -1)[..., rows:].reshape(logits.shape)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml.models import attention as attention_lib
 from nonstationary_mbml.models import positional_encodings as pos_encs_lib
 
 PositionalEncodings = pos_encs_lib.PositionalEncodings
@@ -36,6 +37,8 @@ class TransformerConfig:
     attention_window: Each position sees this many most recent ones, itself
       included; None is all of them.
     widening_factor: Hidden units of the MLPs, in units of D.
+    gradient_checkpointing: Compute every layer again in the backward pass, so
+      that the memory of a layer is one [B, T, D].
     positional_encodings: NONE, SIN_COS, ALIBI or RELATIVE.
     positional_encodings_params: `max_timescale` of the sinusoids in SIN_COS and
       RELATIVE, 10,000 by default.
@@ -53,6 +56,7 @@ class TransformerConfig:
   use_embeddings: bool = True
   attention_window: int | None = None
   widening_factor: int = 4
+  gradient_checkpointing: bool = False
   positional_encodings: str | PositionalEncodings = 'SIN_COS'
   positional_encodings_params: dict[str, Any] = dataclasses.field(
     default_factory=dict
@@ -67,7 +71,8 @@ class TransformerConfig:
         base_config.check_int(field, getattr(self, field), 1)
     base_config.check_float('dropout_prob', self.dropout_prob, 0.0, 1.0)
     base_config.check_float('emb_init_scale', self.emb_init_scale, 0.0)
-    base_config.check_bool('use_embeddings', self.use_embeddings)
+    for field in ('use_embeddings', 'gradient_checkpointing'):
+      base_config.check_bool(field, getattr(self, field))
     if self.use_embeddings:
       self.check_heads('embedding_dim', self.embedding_dim)
     encodings = PositionalEncodings.parse(self.positional_encodings)
@@ -110,27 +115,25 @@ class MultiHeadAttention(hk.Module):
 
     def project(name: str) -> jax.Array:
       linear = hk.Linear(num_heads * size, with_bias=False, name=name)
-      return linear(inputs).reshape(batch_size, seq_length, num_heads, size)
+      return _by_position(linear, inputs).reshape(
+        batch_size, seq_length, num_heads, size
+      )
 
     query, key, value = project('query'), project('key'), project('value')
-    encodings = config.positional_encodings
-    if encodings is PositionalEncodings.RELATIVE:
-      logits = pos_encs_lib.RelativePositions(
+    if config.positional_encodings is PositionalEncodings.RELATIVE:
+      encoding = pos_encs_lib.RelativePositions(
         **config.positional_encodings_params
-      )(query, key)
+      )(seq_length, num_heads, size, inputs.dtype)
+    elif config.positional_encodings is PositionalEncodings.ALIBI:
+      encoding = pos_encs_lib.Alibi()
     else:
-      logits = jnp.einsum('bthd,bshd->bhts', query, key)
-    logits = logits / math.sqrt(size)  # [B, H, T, T]
-    if encodings is PositionalEncodings.ALIBI:
-      logits = logits + pos_encs_lib.alibi_bias(
-        num_heads, seq_length, logits.dtype
-      )
-    visible = _visible(seq_length, config.attention_window)
-    logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    read = jnp.einsum('bhts,bshd->bthd', weights, value)
+      encoding = pos_encs_lib.Content()
+    read = attention_lib.causal_attention(
+      query, key, value, encoding, config.attention_window
+    )
     read = read.reshape(batch_size, seq_length, num_heads * size)
-    return hk.Linear(embedding_dim, with_bias=False, name='output')(read)
+    output = hk.Linear(embedding_dim, with_bias=False, name='output')
+    return _by_position(output, read)
 
 
 class TransformerEncoder(hk.Module):
@@ -147,20 +150,19 @@ class TransformerEncoder(hk.Module):
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Returns the last block's output at every position, `[B, T, D]`."""
     config = self._config
-    hidden = self._dropout(self._embed(inputs))
-    embedding_dim = hidden.shape[-1]
+    rng = hk.maybe_next_rng_key() if config.dropout_prob else None
+    # One key for the embeddings and one for every layer.
+    rngs = [None] * (config.num_layers + 1)
+    if rng is not None:
+      rngs = jax.random.split(rng, config.num_layers + 1)
+    hidden = self._embed(inputs)
+    keep, _ = _keep_masks(rngs[0], config.dropout_prob, hidden)
+    hidden = _dropout(keep, config.dropout_prob, hidden)
+    block = _block
+    if config.gradient_checkpointing:
+      block = hk.remat(_block, static_argnums=(0, 1))
     for layer in range(config.num_layers):
-      attention = MultiHeadAttention(config, name=f'attention_{layer}')
-      hidden = _layer_norm(
-        hidden + self._dropout(attention(hidden)), f'attention_norm_{layer}'
-      )
-      mlp = hk.nets.MLP(
-        (config.widening_factor * embedding_dim, embedding_dim),
-        name=f'mlp_{layer}',
-      )
-      hidden = _layer_norm(
-        hidden + self._dropout(mlp(hidden)), f'mlp_norm_{layer}'
-      )
+      hidden = block(config, layer, rngs[layer + 1], hidden)
     return hidden
 
   def _embed(self, inputs: jax.Array) -> jax.Array:
@@ -171,7 +173,7 @@ class TransformerEncoder(hk.Module):
       embed = hk.Linear(
         config.embedding_dim, with_bias=False, w_init=init, name='embedding'
       )
-      hidden = embed(inputs) * math.sqrt(config.embedding_dim)
+      hidden = _by_position(embed, inputs) * math.sqrt(config.embedding_dim)
     else:
       config.check_heads(
         'use_embeddings is False, and feature size', num_features
@@ -185,14 +187,6 @@ class TransformerEncoder(hk.Module):
       )
       hidden = hidden + jnp.asarray(waves, hidden.dtype)
     return hidden
-
-  def _dropout(self, inputs: jax.Array) -> jax.Array:
-    if not self._config.dropout_prob:
-      return inputs
-    rng = hk.maybe_next_rng_key()
-    if rng is None:
-      return inputs
-    return hk.dropout(rng, self._config.dropout_prob, inputs)
 
 
 def make_transformer_encoder(
@@ -217,16 +211,70 @@ def make_transformer_encoder(
 
   def transformer(inputs: jax.Array) -> jax.Array:
     hidden = TransformerEncoder(config)(inputs)
-    return hk.Linear(output_size, name='logits')(hidden)
+    return _by_position(hk.Linear(output_size, name='logits'), hidden)
 
   return transformer
 
 
-def _visible(seq_length: int, window: int | None) -> jax.Array:
-  """Which keys (columns) a query (row) sees, bool `[T, T]`."""
-  distances = pos_encs_lib.distances(seq_length)
-  visible = distances >= 0
-  return visible if window is None else visible & (distances < window)
+def _block(
+  config: TransformerConfig,
+  layer: int,
+  rng: jax.Array | None,
+  hidden: jax.Array,
+) -> jax.Array:
+  """One layer, `[B, T, D]` to `[B, T, D]`."""
+  embedding_dim = hidden.shape[-1]
+  keep_read, keep_mlp = _keep_masks(rng, config.dropout_prob, hidden)
+  read = MultiHeadAttention(config, name=f'attention_{layer}')(hidden)
+  read = _dropout(keep_read, config.dropout_prob, read)
+  hidden = _layer_norm(hidden + read, f'attention_norm_{layer}')
+  mlp = hk.nets.MLP(
+    (config.widening_factor * embedding_dim, embedding_dim),
+    name=f'mlp_{layer}',
+  )
+  added = _dropout(keep_mlp, config.dropout_prob, _by_position(mlp, hidden))
+  return _layer_norm(hidden + added, f'mlp_norm_{layer}')
+
+
+def _keep_masks(
+  rng: jax.Array | None, dropout_prob: float, hidden: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """Two independent masks of what dropout keeps; None without a key."""
+  if rng is None:
+    return None, None
+  # Random bits are dear on a CPU: 16 of them decide. A batch is never split
+  # inside the model, so the bits need not be those of a split array.
+  with jax.threefry_partitionable(False):
+    words = jax.random.bits(rng, hidden.shape, jnp.uint32)
+  kept = np.uint32(_kept_of_2_16(dropout_prob))
+  return (words & np.uint32(2**16 - 1)) < kept, (words >> 16) < kept
+
+
+def _kept_of_2_16(dropout_prob: float) -> int:
+  """How many of 2^16 equally likely values are kept."""
+  return max(1, round((1 - dropout_prob) * 2**16))
+
+
+def _dropout(
+  keep: jax.Array | None, dropout_prob: float, inputs: jax.Array
+) -> jax.Array:
+  if keep is None:
+    return inputs
+  # In expectation the inputs, exactly.
+  scale = 2**16 / _kept_of_2_16(dropout_prob)
+  return jnp.where(keep, inputs * scale, jnp.zeros_like(inputs))
+
+
+def _by_position(
+  layer: Callable[[jax.Array], jax.Array], inputs: jax.Array
+) -> jax.Array:
+  """Applies a layer to `[B, T, F]` as `[B T, F]`.
+
+  The gradient of its weights is then a product of two matrices as they lie in
+  memory; with two axes to sum over, XLA would transpose them first.
+  """
+  outputs = layer(inputs.reshape(-1, inputs.shape[-1]))
+  return outputs.reshape(*inputs.shape[:-1], -1)
 
 
 def _layer_norm(inputs: jax.Array, name: str) -> jax.Array:

@@ -1,0 +1,218 @@
+"""Blocked attention against plain attention, value and gradient."""
+
+import functools
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nonstationary_mbml.models import attention
+from nonstationary_mbml.models import positional_encodings
+from nonstationary_mbml.models import transformer
+
+_HEADS, _SIZE = 2, 3
+_ENCODINGS = ('NONE', 'ALIBI', 'RELATIVE')
+
+
+def _inputs(encoding, seq_length, batch_size=3, dtype=jnp.float32):
+  """Query, key, value, the encoding, and weights of what is read."""
+  rngs = jax.random.split(jax.random.key(0), 7)
+  shape = (batch_size, seq_length, _HEADS, _SIZE)
+  query, key, value, weights = (
+    jax.random.normal(rng, shape, dtype) for rng in rngs[:4]
+  )
+  learned = {
+    'NONE': positional_encodings.Content,
+    'ALIBI': positional_encodings.Alibi,
+    'RELATIVE': lambda: positional_encodings.Relative(
+      jax.random.normal(rngs[4], (_HEADS, _SIZE), dtype),
+      jax.random.normal(rngs[5], (_HEADS, _SIZE), dtype),
+      jax.random.normal(rngs[6], (_HEADS, _SIZE, seq_length), dtype),
+    ),
+  }[encoding]()
+  return (query, key, value, learned), weights
+
+
+def _plain_logits(query, key, encoding):
+  """Logits of all pairs `[B, H, T, T]`, from the formulas."""
+  seq_length = query.shape[1]
+  time = np.arange(seq_length)
+  past = np.maximum(time[:, None] - time, 0)
+  root = np.sqrt(_SIZE).astype(query.dtype)
+  if isinstance(encoding, positional_encodings.Relative):
+    content = query + encoding.content_bias
+    positions = query + encoding.position_bias
+    by_distance = encoding.position_key[..., ::-1][..., past]  # [H, D, T, T]
+    logits = jnp.einsum('bthd,bshd->bhts', content, key)
+    logits += jnp.einsum('bthd,hdts->bhts', positions, by_distance)
+    return logits / root
+  logits = jnp.einsum('bthd,bshd->bhts', query, key) / root
+  if isinstance(encoding, positional_encodings.Alibi):
+    slopes = positional_encodings.alibi_slopes(_HEADS).astype(query.dtype)
+    logits -= slopes[:, None, None] * past
+  return logits
+
+
+def _plain(query, key, value, encoding, window=None):
+  """Attention with all logits and a mask."""
+  time = np.arange(query.shape[1])
+  distances = time[:, None] - time
+  visible = (distances >= 0) & (distances < (window or len(time)))
+  logits = jnp.where(visible, _plain_logits(query, key, encoding), -jnp.inf)
+  return jnp.einsum('bhts,bshd->bthd', jax.nn.softmax(logits, axis=-1), value)
+
+
+def _with_grads(attend, weights):
+  def weighted(args):
+    read = attend(*args)
+    return jnp.sum(weights * read), read
+
+  return jax.jit(jax.value_and_grad(weighted, has_aux=True))
+
+
+def _assert_same(attend, args, weights, window=None, tolerance=1e-5):
+  plain = functools.partial(_plain, window=window)
+  (_, read), grads = _with_grads(attend, weights)(args)
+  (_, plain_read), plain_grads = _with_grads(plain, weights)(args)
+  jax.tree.map(
+    functools.partial(
+      np.testing.assert_allclose, rtol=tolerance, atol=tolerance
+    ),
+    (read, grads),
+    (plain_read, plain_grads),
+  )
+
+
+# Blocks of 4 with a shorter last one or not, groups of 2 of 3 sequences.
+@pytest.mark.parametrize(
+  ('encoding', 'seq_length', 'window'),
+  [
+    *((encoding, 8, None) for encoding in _ENCODINGS),
+    *((encoding, 6, 3) for encoding in _ENCODINGS),
+    ('RELATIVE', 5, 1),
+    ('RELATIVE', 1, None),
+  ],
+)
+def test_blocked_attention_is_plain_attention(encoding, seq_length, window):
+  args, weights = _inputs(encoding, seq_length)
+  attend = functools.partial(
+    attention.blocked_attention, window=window, block_size=4, group_size=2
+  )
+  _assert_same(attend, args, weights, window)
+
+
+@pytest.mark.parametrize(
+  ('encoding', 'window'), [('NONE', None), ('ALIBI', 4), ('RELATIVE', None)]
+)
+def test_fused_attention_is_plain_attention(encoding, window):
+  args, weights = _inputs(encoding, 7)
+  attend = functools.partial(attention.fused_attention, window=window)
+  _assert_same(attend, args, weights, window)
+
+
+def test_fused_attention_lowers_for_a_gpu():
+  args, weights = _inputs('ALIBI', 7)
+  step = _with_grads(attention.fused_attention, weights)
+  assert step.trace(args).lower(lowering_platforms=('cuda',)).as_text()
+
+
+def test_blocked_attention_is_exact_in_float64(x64):
+  args, weights = _inputs('RELATIVE', 4, dtype=jnp.float64)
+  attend = functools.partial(
+    attention.blocked_attention, window=3, block_size=2, group_size=2
+  )
+  _assert_same(attend, args, weights, 3, tolerance=1e-12)
+
+
+def test_vmap_over_an_ensemble_is_a_loop_over_it():
+  args, weights = _inputs('RELATIVE', 4)
+  attend = functools.partial(
+    attention.blocked_attention, block_size=2, group_size=2
+  )
+  stacked = jax.tree.map(lambda array: jnp.stack([array, 2 * array]), args)
+  step = _with_grads(attend, weights)
+  (_, reads), grads = jax.vmap(step)(stacked)
+  for member, factor in enumerate((1, 2)):
+    (_, read), own = step(jax.tree.map(lambda a, f=factor: f * a, args))
+    jax.tree.map(
+      lambda ours, one, i=member: np.testing.assert_allclose(
+        ours[i], one, rtol=1e-5, atol=1e-5
+      ),
+      (reads, grads),
+      (read, own),
+    )
+
+
+@pytest.mark.parametrize(
+  ('seq_length', 'window'), [(1, None), (10, None), (10, 1), (11, 5), (300, 7)]
+)
+def test_blocks_hold_every_visible_pair_and_few_others(seq_length, window):
+  block_size = 4
+  blocks = attention.make_blocks(seq_length, window, block_size)
+  queries = [query for block in blocks for query in block.queries]
+  assert queries == list(range(seq_length))
+  seen = window or seq_length
+  for block in blocks:
+    first, last = block.queries[0], block.queries[-1]
+    assert block.keys == range(max(0, first - seen + 1), last + 1)
+
+
+def test_default_blocks_skip_most_of_the_masked_half():
+  for seq_length in (256, 4096):
+    blocks = attention.make_blocks(seq_length)
+    pairs = sum(len(block.queries) * len(block.keys) for block in blocks)
+    assert pairs < 0.63 * seq_length**2
+    assert len(blocks) <= 16
+
+
+def _loss_and_grads(**kwargs):
+  model = transformer.make_transformer_encoder(
+    2, embedding_dim=8, num_heads=2, num_layers=1, dropout_prob=0.3, **kwargs
+  )
+  transformed = hk.transform(model)
+  inputs = jax.random.normal(jax.random.key(1), (2, 5, 2))
+  params = jax.jit(transformed.init)(jax.random.key(0), inputs)
+
+  def loss(params):
+    outputs = transformed.apply(params, jax.random.key(2), inputs)
+    return jnp.sum(outputs**2)
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_gradient_checkpointing_changes_no_value():
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    _loss_and_grads(gradient_checkpointing=True),
+    _loss_and_grads(),
+  )
+
+
+def test_gradient_checkpointing_is_checked():
+  with pytest.raises(ValueError, match='gradient_checkpointing is 1'):
+    transformer.TransformerConfig(gradient_checkpointing=1)
+
+
+def test_dropout_masks_keep_as_configured_and_are_independent():
+  """Each frequency is within 5 standard deviations: 1e-6 false alarms."""
+  hidden = jnp.zeros((40, 50, 50))
+  masks = [
+    np.asarray(mask)
+    for rng in (0, 1)
+    for mask in transformer._keep_masks(jax.random.key(rng), 0.3, hidden)
+  ]
+  for i, one in enumerate(masks):
+    assert abs(one.mean() - 0.7) < 5 * np.sqrt(0.21 / one.size)
+    for other in masks[:i]:
+      both = np.mean(one & other)
+      assert abs(both - 0.49) < 5 * np.sqrt(0.25 / one.size)
+
+
+def test_dropout_keeps_the_mean():
+  """Within 5 standard deviations: 1e-6 false alarms."""
+  hidden = jnp.ones((40, 50, 50))
+  keep, _ = transformer._keep_masks(jax.random.key(0), 0.3, hidden)
+  mean = float(transformer._dropout(keep, 0.3, hidden).mean())
+  assert abs(mean - 1) < 5 * np.sqrt(0.3 / 0.7 / hidden.size)
