@@ -8,7 +8,8 @@ runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
 and gradients meet in a mean.
 
 With several seeds as `model_init_seed` an ensemble is trained: one member for
-each, under one `vmap`, as it would be trained alone.
+each, under one `vmap`, as it would be trained alone. Where the devices divide
+the members, each device trains some of them, and nothing has to meet.
 
 Axes: M members of an ensemble, B batch, T time, K alphabet size.
 """
@@ -31,7 +32,7 @@ from nonstationary_mbml import base_constants
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 
-_AXIS = 'batch'
+_AXIS = 'devices'
 _REPLICATED = jax.sharding.PartitionSpec()
 
 
@@ -214,8 +215,8 @@ def make_update(
     generator: Of the batches.
     predictor: To train.
     num_devices: If above 1, the function is for the inside of a `shard_map`
-      over that many, and takes and returns a device's share of the predictor
-      state.
+      over that many, and takes and returns a device's share of the state: its
+      members, or its part of the predictor state.
 
   Returns:
     The function. The loss of an ensemble is `[M]`.
@@ -223,7 +224,9 @@ def make_update(
   train_config = config.train
   optimizer = make_optimizer(train_config)
   lengths = sequence_lengths(train_config)
-  share = train_config.batch_size // num_devices
+  splits_members = _splits_members(train_config, num_devices)
+  splits_batch = num_devices > 1 and not splits_members
+  share = train_config.batch_size // (num_devices if splits_batch else 1)
 
   def update_member(
     seed: int | jax.Array,
@@ -235,7 +238,7 @@ def make_update(
   ) -> tuple[Any, ...]:
     keys = step_keys(config.seed, seed, step)
     data_keys = jax.random.split(keys.data, train_config.batch_size)
-    if num_devices > 1:
+    if splits_batch:
       device = jax.lax.axis_index(_AXIS)
       data_keys = jax.lax.dynamic_slice_in_dim(data_keys, device * share, share)
       keys = keys._replace(
@@ -263,7 +266,7 @@ def make_update(
     loss, grads, final_state = jax.lax.switch(
       length_index, [at_length(seq_length) for seq_length in lengths]
     )
-    if num_devices > 1:
+    if splits_batch:
       loss, grads = jax.lax.pmean((loss, grads), _AXIS)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     if train_config.reset_predictor_init_state:
@@ -278,6 +281,9 @@ def make_update(
     run = update_member
     if _is_ensemble(train_config):
       seeds = jnp.asarray(seeds, jnp.uint32)
+      if splits_members:
+        device = jax.lax.axis_index(_AXIS)
+        seeds = seeds.reshape(num_devices, -1)[device]
       run = jax.vmap(update_member, in_axes=(0, 0, 0, 0, None, None))
     *parts, loss = run(
       seeds,
@@ -324,12 +330,15 @@ def make_run_steps(
     return state, total / num_steps
 
   if len(devices) > 1:
-    spec = _state_spec(config.train)
+    spec = _state_spec(config.train, len(devices))
+    loss_spec = _REPLICATED
+    if _splits_members(config.train, len(devices)):
+      loss_spec = jax.sharding.PartitionSpec(_AXIS)
     run_steps = jax.shard_map(
       run_steps,
       mesh=_mesh(devices),
       in_specs=(spec, _REPLICATED),
-      out_specs=(spec, _REPLICATED),
+      out_specs=(spec, loss_spec),
       # Replication is ours to keep: all that is replicated follows from means
       # over the devices.
       check_vma=False,
@@ -348,7 +357,7 @@ def init_state(
   if len(devices) == 1:
     return jax.jit(init)()
   mesh = _mesh(devices)
-  spec = _state_spec(config.train)
+  spec = _state_spec(config.train, len(devices))
   # Computed on one device: on several, XLA would have to split it first.
   return TrainState(
     *(
@@ -418,7 +427,9 @@ def build_parts(
   config.validate()
   devices = jax.local_devices()
   train_config = config.train
-  if train_config.batch_size % len(devices):
+  if train_config.batch_size % len(devices) and not _splits_members(
+    train_config, len(devices)
+  ):
     raise ValueError(
       f'train.batch_size {train_config.batch_size} does not divide over '
       f'{len(devices)} devices'
@@ -495,7 +506,7 @@ def train(
       state, losses = run_steps(state, num_steps)
       losses = np.atleast_1d(jax.device_get(losses))
       done += num_steps
-      params = _on_one_device(state.params)
+      params = jax.device_put(state.params, devices[0])
       for member, seed in enumerate(seeds):
         metrics = evaluator.step(
           member_params(config.train, params, member),
@@ -517,7 +528,7 @@ def train(
       progress.update(num_steps)
   return TrainResult(
     predictor,
-    _on_one_device(state.params),
+    jax.device_put(state.params, devices[0]),
     history,
     evaluator,
     tuple(histories) if _is_ensemble(config.train) else (),
@@ -585,17 +596,23 @@ def _mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
 
 
-def _state_spec(config: base_config.TrainConfig) -> TrainState:
+def _splits_members(config: base_config.TrainConfig, num_devices: int) -> bool:
+  """Whether every device trains members of its own, each on whole batches."""
+  if num_devices == 1 or not _is_ensemble(config):
+    return False
+  return len(config.model_init_seed) % num_devices == 0
+
+
+def _state_spec(
+  config: base_config.TrainConfig, num_devices: int
+) -> TrainState:
   """Where the parts of a TrainState lie over several devices."""
-  axes = (None, _AXIS) if _is_ensemble(config) else (_AXIS,)
-  return TrainState(
-    _REPLICATED, _REPLICATED, _REPLICATED, jax.sharding.PartitionSpec(*axes)
-  )
-
-
-def _on_one_device(tree: Any) -> Any:
-  """A copy-free view of replicated arrays on the first device."""
-  return jax.tree.map(lambda array: array.addressable_data(0), tree)
+  split = jax.sharding.PartitionSpec(_AXIS)
+  if _splits_members(config, num_devices):
+    return TrainState(_REPLICATED, split, split, split)
+  if _is_ensemble(config):
+    split = jax.sharding.PartitionSpec(None, _AXIS)
+  return TrainState(_REPLICATED, _REPLICATED, _REPLICATED, split)
 
 
 def _summary(entry: dict[str, float]) -> dict[str, str]:

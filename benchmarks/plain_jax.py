@@ -298,6 +298,18 @@ def matmul(job: timing.Job) -> timing.Work:
   return timing.Work(run, device=jax.devices()[0].device_kind)
 
 
+def copy(job: timing.Job) -> timing.Work:
+  """The work of adding one to `job.size` float32 numbers, in place."""
+  add_one = jax.jit(lambda array: array + 1, donate_argnums=0)
+  array = jnp.zeros(job.size)
+
+  def run() -> None:
+    nonlocal array
+    array = jax.block_until_ready(add_one(array))
+
+  return timing.Work(run)
+
+
 def peak_device_bytes() -> int | None:
   """Returns the most memory in use so far on a GPU; None on a CPU."""
   stats = jax.local_devices()[0].memory_stats()

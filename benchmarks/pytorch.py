@@ -32,7 +32,7 @@ class LSTM(nn.Module):
 class Transformer(nn.Module):
   """PyTorch's own encoder: post-norm, ReLU, causal, sinusoids added.
 
-  It also has dropout on attention weights and inside the MLPs.
+  By default it also drops attention weights and hidden units of the MLPs.
   """
 
   def __init__(
@@ -43,6 +43,7 @@ class Transformer(nn.Module):
     num_layers: int,
     num_heads: int,
     dropout_prob: float,
+    drops_inside: bool,
   ):
     """Initializes the network."""
     super().__init__()
@@ -57,6 +58,9 @@ class Transformer(nn.Module):
       dropout=dropout_prob,
       batch_first=True,
     )
+    if not drops_inside:
+      layer.self_attn.dropout = 0.0
+      layer.dropout.p = 0.0
     self.encoder = nn.TransformerEncoder(layer, num_layers)
     self.head = nn.Linear(embedding_dim, output_size)
     mask = nn.Transformer.generate_square_subsequent_mask(seq_length)
@@ -80,6 +84,7 @@ def make_step(
   kwargs: dict[str, Any],
   learning_rate: float,
   clip_grad_norm: float,
+  drops_inside: bool = False,
 ) -> Callable[[np.ndarray], torch.Tensor]:
   """Returns the training step, from a batch `[B, T, K]` to its loss.
 
@@ -90,13 +95,16 @@ def make_step(
     kwargs: Architecture, as the project takes it.
     learning_rate: Adam's.
     clip_grad_norm: Largest global norm of a gradient.
+    drops_inside: Dropout where PyTorch has it by default, but we have not.
   """
   if model_type == 'lstm':
     network = LSTM(output_size, **kwargs)
   else:
     # Sinusoids are the only positions PyTorch's users have at hand.
     kwargs = {k: v for k, v in kwargs.items() if k != 'positional_encodings'}
-    network = Transformer(output_size, seq_length, **kwargs)
+    network = Transformer(
+      output_size, seq_length, drops_inside=drops_inside, **kwargs
+    )
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   network.to(device)
   optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
@@ -126,6 +134,7 @@ def training(job: timing.Job) -> timing.Work:
     job.kwargs,
     job.learning_rate,
     job.clip_grad_norm,
+    drops_inside=job.network == 'pytorch_defaults',
   )
 
   def run() -> list[torch.Tensor]:

@@ -115,12 +115,17 @@ def _flops(job: timing.Job) -> int | None:
 
 
 def machine(sizes: suite.Sizes) -> dict[str, Any]:
-  """Returns versions, processor, and the peak of matrix products."""
-  job = timing.Job(kind='matmul', size=sizes.matmul_size)
-  answers, failures = timing.take_turns({'matmul': job}, repeats=5)
+  """Returns versions, processor, and what matrix products and memory allow."""
+  jobs = {
+    'matmul': timing.Job(kind='matmul', size=sizes.matmul_size),
+    'copy': timing.Job(kind='copy', size=sizes.copy_size),
+  }
+  answers, failures = timing.take_turns(jobs, repeats=5)
   if failures:
-    raise timing.ChildError(failures['matmul'])
+    raise timing.ChildError('; '.join(failures.values()))
   answer = answers['matmul']
+  # Read and written once, in float32.
+  bandwidth = 2 * 4 * sizes.copy_size / min(answers['copy']['times'])
   # The best of it: this is what the machine can do.
   peak_flops = 2 * sizes.matmul_size**3 / min(answer['times'])
   versions = {'python': platform.python_version()}
@@ -139,6 +144,7 @@ def machine(sizes: suite.Sizes) -> dict[str, Any]:
     'device': answer['device'],
     'matmul_size': sizes.matmul_size,
     'matmul_peak_gflops': peak_flops / 1e9,
+    'bandwidth_gbytes': bandwidth / 1e9,
   }
 
 
@@ -284,7 +290,8 @@ def run(
   groups = suite.cpu_groups if is_cpu else suite.gpu_groups
   print(
     f'{about["cpu"]}, {about["cores"]} cores, {about["device"]}; matrix '
-    f'products at {about["matmul_peak_gflops"]:.0f} GFLOP/s'
+    f'products at {about["matmul_peak_gflops"]:.0f} GFLOP/s, memory at '
+    f'{about["bandwidth_gbytes"]:.0f} GB/s'
   )
   for group in groups(sizes):
     if not re.search(only, f'{group.part}: {group.name}'):

@@ -22,6 +22,7 @@ class Sizes:
     num_layers: Of the Transformers.
     num_sequences: Of an evaluation; a multiple of B.
     matmul_size: Of a matrix.
+    copy_size: Numbers that are read and written.
   """
 
   batch_size: int = 128
@@ -31,6 +32,7 @@ class Sizes:
   num_layers: int = 5
   num_sequences: int = 1024
   matmul_size: int = 4096
+  copy_size: int = 2**27
 
 
 QUICK = Sizes(
@@ -41,6 +43,7 @@ QUICK = Sizes(
   num_layers=1,
   num_sequences=32,
   matmul_size=256,
+  copy_size=2**20,
 )
 
 
@@ -205,6 +208,13 @@ def targets(sizes: Sizes) -> tuple[Target, ...]:
       at_least=7,
     ),
     Target(
+      name=f'{transformer}: the same, with all its dropout',
+      part='training',
+      group=transformer,
+      against='pytorch, more dropout',
+      at_least=7,
+    ),
+    Target(
       name=f'{lstm}: step, against nn.LSTM of PyTorch',
       part='training',
       group=lstm,
@@ -290,7 +300,11 @@ def _training_group(network: str, ours: timing.Job) -> Group:
   """Training beside plain JAX, and beside PyTorch where it has the network."""
   jobs = {'ours': ours, 'plain': _as_a_user_would(ours)}
   if network in ('LSTM-128', 'Transformer SIN_COS'):
-    jobs['pytorch'] = _as_a_user_would(ours, 'pytorch')
+    pytorch = jobs['pytorch'] = _as_a_user_would(ours, 'pytorch')
+    if network == 'Transformer SIN_COS':
+      jobs['pytorch, more dropout'] = dataclasses.replace(
+        pytorch, network='pytorch_defaults'
+      )
   return Group(
     part='training',
     name=_row_name(network, ours.seq_length),

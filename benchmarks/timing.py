@@ -52,9 +52,10 @@ class Job:
     steps: Training steps.
     runs: Of so many steps each, one after another.
     seeds: Networks trained at once.
-    network: `project`, or `plain` or `keep_states` for that of plain_jax.py.
+    network: `project`, or `plain` or `keep_states` for that of plain_jax.py; in
+      PyTorch, `pytorch_defaults` has dropout in more places than ours.
     num_sequences: Of an evaluation.
-    size: Of a matrix.
+    size: Of a matrix or a vector.
     all_cores: As many CPU devices as `make run` takes, else one.
     huge_pages: Memory as `make run` takes it, else as it comes.
     learning_rate: Adam's.

@@ -18,6 +18,7 @@ import timing
 # Module and function of each kind of work. A child imports no more than it
 # needs, since that counts as its memory.
 KINDS = {
+  'copy': ('plain_jax', 'copy'),
   'evaluation': ('project', 'evaluation'),
   'matmul': ('plain_jax', 'matmul'),
   'plain': ('plain_jax', 'training'),

@@ -268,18 +268,20 @@ def test_no_program_is_compiled_after_the_first_log():
   assert counts[1:] == [counts[0], counts[0]]
 
 
-@pytest.mark.parametrize('num_devices', [1, 2])
-def test_members_of_an_ensemble_train_as_alone(num_devices):
-  seeds = (3, 0, 7)
+# Two devices split three members' batches, and of four take two each.
+@pytest.mark.parametrize(
+  ('num_devices', 'seeds'), [(1, (3, 7)), (2, (3, 0, 7)), (2, (3, 0, 1, 7))]
+)
+def test_members_of_an_ensemble_train_as_alone(num_devices, seeds):
   config = _config(
     model_init_seed=seeds,
     seq_length_fixed=False,
     reset_predictor_init_state=False,
   )
   losses, state = _run_steps(config, 40, num_devices)
-  assert losses.shape == (40, 3)
+  assert losses.shape == (40, len(seeds))
   solo = _config(seq_length_fixed=False, reset_predictor_init_state=False)
-  for member, seed in ((0, 3), (2, 7)):
+  for member, seed in ((0, 3), (-1, 7)):
     solo.train.model_init_seed = seed
     expected, expected_state = _run_steps(solo, 40, num_devices)
     np.testing.assert_allclose(losses[:, member], expected, atol=1e-5)
@@ -289,7 +291,7 @@ def test_members_of_an_ensemble_train_as_alone(num_devices):
         getattr(expected_state, name),
         atol=1e-4,
       )
-  assert np.abs(losses[:, 0] - losses[:, 2]).max() > 1e-3
+  assert np.abs(losses[:, 0] - losses[:, -1]).max() > 1e-3
 
 
 def test_ensemble_logs_means_and_standard_errors_over_its_members():
