@@ -18,16 +18,17 @@ import jax.numpy as jnp
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 from nonstationary_mbml.models import basic
+from nonstationary_mbml.models import recurrent
 from nonstationary_mbml.models import stack_rnn
 from nonstationary_mbml.models import transformer
 
 CORES = base_config.Registry(
   'core',
   {
-    'gru': hk.GRU,
-    'lstm': hk.LSTM,
+    'gru': recurrent.GRU,
+    'lstm': recurrent.LSTM,
     'stack_rnn': stack_rnn.StackRNNCore,
-    'vanilla_rnn': hk.VanillaRNN,
+    'vanilla_rnn': recurrent.VanillaRNN,
   },
 )
 
@@ -36,6 +37,7 @@ _RNN_DEFAULTS = {
   'hidden_size': 64,
   'before_mlp_layers': (),
   'after_mlp_layers': (),
+  'gradient_checkpointing': False,
 }
 _STACK_DEFAULTS = {
   'stack_cell_size': 8,
@@ -54,17 +56,24 @@ def make_rnn_predictor(
     output_size: K.
     architecture_kwargs: `core` (a name in `CORES`, by default `lstm`, or a
       Haiku class), `hidden_size` (64), `before_mlp_layers` and
-      `after_mlp_layers` (none). For `stack_rnn` also `stack_cell_size` (8),
-      `stack_size` (30), `n_stacks` (1) and `inner_core` (`vanilla_rnn`). What
-      is None takes its default. A Haiku class is given all other arguments.
+      `after_mlp_layers` (none), `gradient_checkpointing` (False; True keeps the
+      state only every sqrt(T) symbols for the backward pass). For `stack_rnn`
+      also `stack_cell_size` (8), `stack_size` (30), `n_stacks` (1) and
+      `inner_core` (`vanilla_rnn`). What is None takes its default. A Haiku
+      class is given all other arguments.
 
   Raises:
     ValueError: If an argument is unknown or its value not allowed.
   """
   kwargs = _with_defaults(_RNN_DEFAULTS, architecture_kwargs)
   core = _core_class('core', kwargs.pop('core'))
-  layers = {
-    name: kwargs.pop(name) for name in ('before_mlp_layers', 'after_mlp_layers')
+  of_network = {
+    name: kwargs.pop(name)
+    for name in (
+      'before_mlp_layers',
+      'after_mlp_layers',
+      'gradient_checkpointing',
+    )
   }
   if core is stack_rnn.StackRNNCore:
     kwargs = _with_defaults(_STACK_DEFAULTS, kwargs)
@@ -82,10 +91,13 @@ def make_rnn_predictor(
     base_config.check_kwargs('architecture_kwargs', kwargs, defaults)
     base_config.check_int('hidden_size', kwargs['hidden_size'], 1)
   else:
-    if architecture_kwargs.get('hidden_size') is None:
-      del kwargs['hidden_size']  # Our default, which a class need not take.
+    hidden_size = inspect.signature(core).parameters.get('hidden_size')
+    if architecture_kwargs.get('hidden_size') is None and (
+      hidden_size is None or hidden_size.default is not hidden_size.empty
+    ):
+      del kwargs['hidden_size']  # Our default is for a class that needs one.
     base_config.check_constructor('architecture_kwargs', core, kwargs)
-  network = basic.make_rnn(output_size, core, **layers, **kwargs)
+  network = basic.make_rnn(output_size, core, **of_network, **kwargs)
   return predictors.RNNPredictor(network)
 
 
@@ -153,7 +165,9 @@ def _shorthand(core: str) -> Callable[..., predictors.RNNPredictor]:
     output_size: int, architecture_kwargs: Mapping[str, Any]
   ) -> predictors.RNNPredictor:
     given = architecture_kwargs.get('core')
-    if given is not None and _core_class('core', given) is not CORES[core]:
+    if given is not None and not issubclass(
+      CORES[core], _core_class('core', given)
+    ):
       raise ValueError(
         f'core {given!r} contradicts model_type {core!r}; use model_type rnn'
       )

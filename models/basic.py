@@ -11,6 +11,7 @@ import haiku as hk
 import jax
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml.models import recurrent
 
 Model = Callable[[jax.Array], jax.Array]
 
@@ -85,6 +86,7 @@ class RecurrentNetwork(hk.Module):
     core_kwargs: dict[str, Any],
     before_mlp_layers: Sequence[int] = (),
     after_mlp_layers: Sequence[int] = (),
+    gradient_checkpointing: bool = False,
     name: str | None = None,
   ):
     """Initializes the network; arguments as in `make_rnn`."""
@@ -93,6 +95,7 @@ class RecurrentNetwork(hk.Module):
       before_mlp_layers, activate_final=True, name='before_mlp'
     )
     self._core = core(**core_kwargs)
+    self._gradient_checkpointing = gradient_checkpointing
     self._after = hk.nets.MLP(
       (*after_mlp_layers, output_size), name='after_mlp'
     )
@@ -103,10 +106,14 @@ class RecurrentNetwork(hk.Module):
 
   def __call__(self, inputs: jax.Array, state: Any) -> tuple[jax.Array, Any]:
     """Returns logits `[B, T, K]` for `[B, T, F]`, and the final state."""
-    outputs, state = hk.dynamic_unroll(
-      self._core, self._before(inputs), state, time_major=False
+    outputs, state = recurrent.unroll(
+      self._core,
+      self._before(inputs.swapaxes(0, 1)),  # [T, B, F]
+      state,
+      self._gradient_checkpointing,
     )
-    return self._after(jax.nn.relu(outputs)), state
+    logits = self._after(jax.nn.relu(outputs))  # [T, B, K]
+    return logits.swapaxes(0, 1), state
 
   def unroll_states(self, inputs: jax.Array, state: Any) -> Any:
     """Returns the states after every symbol, arrays `[B, T, ...]`."""
@@ -125,21 +132,26 @@ def make_rnn(
   core: Callable[..., hk.RNNCore],
   before_mlp_layers: Sequence[int] = (),
   after_mlp_layers: Sequence[int] = (),
+  gradient_checkpointing: bool = False,
   **core_kwargs: Any,
 ) -> Callable[[], RecurrentNetwork]:
   """Returns a builder of recurrent networks, for `RNNPredictor`.
 
   Args:
     output_size: K.
-    core: Haiku class of the core, e.g. `hk.LSTM`.
+    core: Haiku class of the core, e.g. `recurrent.LSTM`.
     before_mlp_layers: Widths of ReLU layers between input and core.
     after_mlp_layers: Widths of ReLU layers between core and logits.
+    gradient_checkpointing: Whether the backward pass keeps the core's state
+      only every sqrt(T) symbols, and computes the rest again: less memory, the
+      same gradient.
     **core_kwargs: For the core, e.g. `hidden_size`.
 
   Raises:
-    ValueError: If a size is not a positive integer.
+    ValueError: If a size is not a positive integer, or a flag not a bool.
   """
   base_config.check_int('output_size', output_size, 1)
+  base_config.check_bool('gradient_checkpointing', gradient_checkpointing)
   for name, layers in (
     ('before_mlp_layers', before_mlp_layers),
     ('after_mlp_layers', after_mlp_layers),
@@ -151,7 +163,12 @@ def make_rnn(
 
   def build() -> RecurrentNetwork:
     return RecurrentNetwork(
-      output_size, core, core_kwargs, before_mlp_layers, after_mlp_layers
+      output_size,
+      core,
+      core_kwargs,
+      before_mlp_layers,
+      after_mlp_layers,
+      gradient_checkpointing,
     )
 
   return build

@@ -19,9 +19,11 @@ PACKAGE = 'nonstationary_mbml'
 ORDER = (
   ('base_config', 'runtime'),
   (
+    'models.recurrent',
     'models.basic',
     'models.stack_rnn',
     'models.positional_encodings',
+    'models.attention',
     'models.transformer',
   ),
   ('predictors',),

@@ -204,6 +204,7 @@ def test_model_type_in_any_case_of_letters(name):
     ('rnn', {'hidden_size': 0}, 'hidden_size is 0'),
     ('rnn', {'before_mlp_layers': (0,)}, 'before_mlp_layers is 0'),
     ('rnn', {'before_mlp_layers': 3}, 'before_mlp_layers is 3'),
+    ('rnn', {'gradient_checkpointing': 1}, 'gradient_checkpointing is 1'),
     ('lstm', {'stack_size': 3}, "no 'stack_size'"),
     ('lstm', {'core': 'gru'}, "core 'gru' contradicts model_type 'lstm'"),
     ('stack_rnn', {'n_stacks': 0}, 'n_stacks is 0'),

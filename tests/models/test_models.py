@@ -136,7 +136,7 @@ def test_alibi_slopes_are_the_papers(num_heads, slopes):
 
 
 def test_alibi_bias_grows_with_the_distance():
-  bias = positional_encodings.alibi_bias(2, 4, jnp.float32)
+  bias = positional_encodings.alibi_bias(2, range(4), range(4), jnp.float32)
   for head, slope in enumerate((2.0**-4, 2.0**-8)):
     for query in range(4):
       for key in range(query + 1):
@@ -150,10 +150,16 @@ def test_relative_logits_are_the_formula():
     jax.random.normal(r, (1, seq_length, num_heads, size)) for r in rng
   )
   transformed = hk.transform(
-    lambda q, k: positional_encodings.RelativePositions()(q, k)
+    lambda: positional_encodings.RelativePositions()(
+      seq_length, num_heads, size, jnp.float32
+    )
   )
-  params = transformed.init(jax.random.key(0), query, key)
-  logits = transformed.apply(params, None, query, key)
+  params = transformed.init(jax.random.key(0))
+  encoding = transformed.apply(params, None)
+  by_head = query.swapaxes(1, 2)
+  times = range(seq_length)
+  logits = jnp.einsum('bhtd,bshd->bhts', encoding.content_query(by_head), key)
+  logits += np.sqrt(size) * encoding.bias(by_head, times, times)
   own = params['relative_positions']
   u, v = np.asarray(own['content_bias']), np.asarray(own['position_bias'])
   w = np.asarray(params['relative_positions/position_key']['w'])
