@@ -268,6 +268,9 @@ class TrainConfig(Config):
     seq_length_fixed: If False, each step draws its length uniformly from
       2, 4, 8, ..., the largest power of two up to `seq_length`.
     batch_size: B, sequences per step.
+    microbatch_size: Sequences whose gradient is computed at a time, on each
+      device; the batch's is the mean. Fewer take less memory. None is all of a
+      device's, but for a Transformer on a CPU as many as its cache holds.
     clip_grad_norm: Largest global norm of a gradient; None does not clip.
     reset_predictor_init_state: If False, each batch starts from the final
       state of the one before it (networks with a state only).
@@ -281,6 +284,7 @@ class TrainConfig(Config):
   seq_length: int = 32
   seq_length_fixed: bool = True
   batch_size: int = 128
+  microbatch_size: int | None = None
   clip_grad_norm: float | None = 1.0
   reset_predictor_init_state: bool = True
   gradient_chunk_length: int | None = None
@@ -299,6 +303,8 @@ class TrainConfig(Config):
     check_int('train.seq_length', self.seq_length, 2, MAX_SEQ_LENGTH)
     check_bool('train.seq_length_fixed', self.seq_length_fixed)
     check_int('train.batch_size', self.batch_size, 1)
+    if self.microbatch_size is not None:
+      check_int('train.microbatch_size', self.microbatch_size, 1)
     if self.clip_grad_norm is not None:
       check_float('train.clip_grad_norm', self.clip_grad_norm, 0.0)
       if self.clip_grad_norm == 0:

@@ -8,8 +8,9 @@ runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
 and gradients meet in a mean.
 
 With several seeds as `model_init_seed` an ensemble is trained: one member for
-each, under one `vmap`, as it would be trained alone. Where the devices divide
-the members, each device trains some of them, and nothing has to meet.
+each, as it would be trained alone. Where the devices divide the members, each
+device trains some of them, and nothing has to meet. The members of a device are
+under one `vmap`; on a CPU they run one after another.
 
 Axes: M members of an ensemble, B batch, T time, K alphabet size.
 """
@@ -22,6 +23,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,6 +36,9 @@ from nonstationary_mbml import predictors
 
 _AXIS = 'devices'
 _REPLICATED = jax.sharding.PartitionSpec()
+# Of a network that reads whole sequences, on a CPU: at T = 256, twice and half
+# as many were no quicker.
+_SYMBOLS_PER_MICROBATCH = 2048
 
 
 class TrainState(NamedTuple):
@@ -131,12 +136,14 @@ def loss_and_grads(
   batch: jax.Array,
   init_state: predictors.State,
   chunk_length: int | None = None,
+  microbatch_size: int | None = None,
 ) -> tuple[jax.Array, predictors.Params, predictors.State]:
   """Returns the mean log loss of a batch, its gradient and the final state.
 
   Symbols 2, ..., T of each sequence are predicted, and every one of them counts
   the same. With chunks, the state is carried from each to the next and the
   gradient is cut between them; memory does not grow with their number.
+  Microbatches come one after another, and the gradient is their mean.
 
   Args:
     predictor: Whose loss it is.
@@ -145,12 +152,50 @@ def loss_and_grads(
     batch: One-hot symbols `[B, T, K]`, T >= 2.
     init_state: State before the first symbol.
     chunk_length: Symbols per chunk; None is the whole sequence.
+    microbatch_size: Sequences per microbatch, a divisor of B; None is B.
 
   Raises:
     ValueError: If T < 2.
   """
   batch_size, seq_length, _ = batch.shape
   base_config.check_int('seq_length', seq_length, 2)
+  microbatch_size = microbatch_size or batch_size
+  if microbatch_size == batch_size:
+    return _microbatch_loss_and_grads(
+      predictor, params, rng, batch, init_state, chunk_length
+    )
+  num_microbatches = batch_size // microbatch_size
+
+  def add_microbatch(sums, inputs):
+    index, batch, init_state = inputs
+    microbatch_rng = None if rng is None else jax.random.fold_in(rng, index)
+    *new, state = _microbatch_loss_and_grads(
+      predictor, params, microbatch_rng, batch, init_state, chunk_length
+    )
+    return jax.tree.map(jnp.add, sums, tuple(new)), state
+
+  split = lambda x: x.reshape(num_microbatches, microbatch_size, *x.shape[1:])
+  zeros = jnp.zeros((), batch.dtype), jax.tree.map(jnp.zeros_like, params)
+  sums, states = jax.lax.scan(
+    add_microbatch,
+    zeros,
+    (jnp.arange(num_microbatches), *jax.tree.map(split, (batch, init_state))),
+  )
+  loss, grads = jax.tree.map(lambda x: x / num_microbatches, sums)
+  merge = lambda x: x.reshape(batch_size, *x.shape[2:])
+  return loss, grads, jax.tree.map(merge, states)
+
+
+def _microbatch_loss_and_grads(
+  predictor: predictors.Predictor,
+  params: predictors.Params,
+  rng: jax.Array | None,
+  batch: jax.Array,
+  init_state: predictors.State,
+  chunk_length: int | None,
+) -> tuple[jax.Array, predictors.Params, predictors.State]:
+  """`loss_and_grads` of a single microbatch."""
+  batch_size, seq_length, _ = batch.shape
   num_targets = batch_size * (seq_length - 1)
   # Nothing is asked of the last prediction.
   targets = jnp.pad(batch[:, 1:], ((0, 0), (0, 1), (0, 0)))
@@ -192,6 +237,32 @@ def loss_and_grads(
   return loss, grads, state
 
 
+def microbatch_size(
+  config: base_config.TrainConfig,
+  predictor: predictors.Predictor,
+  share: int,
+  seq_length: int,
+) -> int:
+  """Returns how many sequences' gradient is computed at a time.
+
+  Args:
+    config: Of the training.
+    predictor: To train.
+    share: Sequences of a step, on one device.
+    seq_length: T.
+  """
+  if config.microbatch_size is not None:
+    return config.microbatch_size
+  if predictor.has_state or jax.default_backend() != 'cpu':
+    return share
+  # The activations of so many symbols stay in the cache. Recurrent networks
+  # have large products only with large batches.
+  limit = max(1, _SYMBOLS_PER_MICROBATCH // seq_length)
+  return max(
+    size for size in range(1, share + 1) if share % size == 0 and size <= limit
+  )
+
+
 def make_optimizer(
   config: base_config.TrainConfig,
 ) -> optax.GradientTransformation:
@@ -207,36 +278,33 @@ def make_update(
   generator: base_constants.DataGenerator,
   predictor: predictors.Predictor,
   num_devices: int = 1,
-) -> Callable[[TrainState], tuple[TrainState, jax.Array]]:
-  """Returns the function that does one step: state -> (state, loss).
+) -> Callable[[TrainState, int | jax.Array], tuple[TrainState, jax.Array]]:
+  """Returns the function that does one step of one member.
 
   Args:
     config: Of the experiment.
     generator: Of the batches.
     predictor: To train.
     num_devices: If above 1, the function is for the inside of a `shard_map`
-      over that many, and takes and returns a device's share of the state: its
-      members, or its part of the predictor state.
+      over that many. Where they split the batch, it takes and returns a
+      device's share of the predictor state.
 
   Returns:
-    The function. The loss of an ensemble is `[M]`.
+    (state, the member's `model_init_seed`) -> (state, loss).
   """
   train_config = config.train
   optimizer = make_optimizer(train_config)
   lengths = sequence_lengths(train_config)
-  splits_members = _splits_members(train_config, num_devices)
-  splits_batch = num_devices > 1 and not splits_members
+  splits_batch = num_devices > 1 and not _splits_members(
+    train_config, num_devices
+  )
   share = train_config.batch_size // (num_devices if splits_batch else 1)
 
-  def update_member(
-    seed: int | jax.Array,
-    params: predictors.Params,
-    opt_state: optax.OptState,
-    predictor_state: predictors.State,
-    step: jax.Array,
-    length_index: jax.Array | int,
-  ) -> tuple[Any, ...]:
-    keys = step_keys(config.seed, seed, step)
+  def update(
+    state: TrainState, model_init_seed: int | jax.Array
+  ) -> tuple[TrainState, jax.Array]:
+    step = state.step + 1
+    keys = step_keys(config.seed, model_init_seed, step)
     data_keys = jax.random.split(keys.data, train_config.batch_size)
     if splits_batch:
       device = jax.lax.axis_index(_AXIS)
@@ -245,62 +313,45 @@ def make_update(
         state=jax.random.fold_in(keys.state, device),
         predictor=jax.random.fold_in(keys.predictor, device),
       )
-    init_state = predictor_state
+    init_state = state.predictor_state
     if train_config.reset_predictor_init_state:
-      init_state = predictor.initial_state(params, keys.state, share)
+      init_state = predictor.initial_state(state.params, keys.state, share)
 
     def at_length(seq_length: int) -> Callable[[], Any]:
       def run():
         batch, _ = generator.sample_from_keys(data_keys, seq_length)
         return loss_and_grads(
           predictor,
-          params,
+          state.params,
           keys.predictor,
           batch,
           init_state,
           train_config.gradient_chunk_length,
+          microbatch_size(train_config, predictor, share, seq_length),
         )
 
       return run
 
-    loss, grads, final_state = jax.lax.switch(
-      length_index, [at_length(seq_length) for seq_length in lengths]
+    index = _length_index(config.seed, step, len(lengths))
+    loss, grads, predictor_state = jax.lax.switch(
+      index, [at_length(seq_length) for seq_length in lengths]
     )
     if splits_batch:
-      loss, grads = jax.lax.pmean((loss, grads), _AXIS)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
+      # As one vector: the devices meet once, not once for every array.
+      flat, unravel = jax.flatten_util.ravel_pytree((loss, grads))
+      loss, grads = unravel(jax.lax.pmean(flat, _AXIS))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     if train_config.reset_predictor_init_state:
-      final_state = None
-    return optax.apply_updates(params, updates), opt_state, final_state, loss
-
-  def update(state: TrainState) -> tuple[TrainState, jax.Array]:
-    step = state.step + 1
-    # The same length for all members: only one is computed.
-    length_index = _length_index(config.seed, step, len(lengths))
-    seeds = train_config.model_init_seed
-    run = update_member
-    if _is_ensemble(train_config):
-      seeds = jnp.asarray(seeds, jnp.uint32)
-      if splits_members:
-        device = jax.lax.axis_index(_AXIS)
-        seeds = seeds.reshape(num_devices, -1)[device]
-      run = jax.vmap(update_member, in_axes=(0, 0, 0, 0, None, None))
-    *parts, loss = run(
-      seeds,
-      state.params,
-      state.opt_state,
-      state.predictor_state,
-      step,
-      length_index,
-    )
-    return TrainState(step, *parts), loss
+      predictor_state = None
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(step, params, opt_state, predictor_state), loss
 
   return update
 
 
 def make_run_steps(
   config: base_config.ExperimentConfig,
-  update: Callable[[TrainState], tuple[TrainState, jax.Array]],
+  update: Callable[[TrainState, int | jax.Array], tuple[TrainState, jax.Array]],
   devices: Sequence[jax.Device],
 ) -> Callable[[TrainState, int], tuple[TrainState, jax.Array]]:
   """Returns the compiled loop: (state, number of steps) -> (state, mean loss).
@@ -313,26 +364,45 @@ def make_run_steps(
     config: Of the experiment.
     update: From `make_update`, for as many devices.
     devices: To run on.
+
+  Returns:
+    The function. The mean loss over the steps is `[M]` for an ensemble.
   """
+  splits_members = _splits_members(config.train, len(devices))
 
   def run_steps(
     state: TrainState, num_steps: jax.Array
   ) -> tuple[TrainState, jax.Array]:
-    def add_step(_, carry):
-      state, total = carry
-      state, loss = update(state)
-      return state, total + loss
+    def run_member(member: tuple[Any, ...]) -> tuple[Any, ...]:
+      seed, *parts = member
 
-    loss = jax.eval_shape(update, state)[1]
-    state, total = jax.lax.fori_loop(
-      0, num_steps, add_step, (state, jnp.zeros_like(loss))
-    )
-    return state, total / num_steps
+      def add_step(_, carry):
+        state, total = carry
+        state, loss = update(state, seed)
+        return state, total + loss
+
+      init = TrainState(state.step, *parts)
+      loss = jax.eval_shape(lambda: update(init, seed)[1])
+      last, total = jax.lax.fori_loop(
+        0, num_steps, add_step, (init, jnp.zeros_like(loss))
+      )
+      return *last[1:], total / num_steps
+
+    seeds = config.train.model_init_seed
+    if _is_ensemble(config.train):
+      seeds = jnp.asarray(seeds, jnp.uint32)
+      if splits_members:
+        device = jax.lax.axis_index(_AXIS)
+        seeds = seeds.reshape(len(devices), -1)[device]
+      *parts, losses = _map_members(run_member, (seeds, *state[1:]))
+    else:
+      *parts, losses = run_member((seeds, *state[1:]))
+    return TrainState(state.step + num_steps, *parts), losses
 
   if len(devices) > 1:
     spec = _state_spec(config.train, len(devices))
     loss_spec = _REPLICATED
-    if _splits_members(config.train, len(devices)):
+    if splits_members:
       loss_spec = jax.sharding.PartitionSpec(_AXIS)
     run_steps = jax.shard_map(
       run_steps,
@@ -344,6 +414,15 @@ def make_run_steps(
       check_vma=False,
     )
   return jax.jit(run_steps, donate_argnums=0)
+
+
+def _map_members(function: Callable[[Any], Any], members: Any) -> Any:
+  """Maps over the leading axis of all arrays."""
+  # One member's activations stay in the cache of a CPU; those of all do not,
+  # and a batched product of small matrices is no quicker than one by one.
+  if jax.default_backend() == 'cpu':
+    return jax.lax.map(function, members)
+  return jax.vmap(function)(members)
 
 
 def init_state(
@@ -427,12 +506,19 @@ def build_parts(
   config.validate()
   devices = jax.local_devices()
   train_config = config.train
-  if train_config.batch_size % len(devices) and not _splits_members(
-    train_config, len(devices)
-  ):
+  num_shares = len(devices)
+  if _splits_members(train_config, len(devices)):
+    num_shares = 1
+  if train_config.batch_size % num_shares:
     raise ValueError(
       f'train.batch_size {train_config.batch_size} does not divide over '
       f'{len(devices)} devices'
+    )
+  share = train_config.batch_size // num_shares
+  if share % (train_config.microbatch_size or share):
+    raise ValueError(
+      f'train.microbatch_size {train_config.microbatch_size} does not divide '
+      f'the {share} sequences of a device'
     )
   generator = build_data_generator(config.data)
   for seq_length in sequence_lengths(train_config):

@@ -94,9 +94,10 @@ def training(job: timing.Job) -> timing.Work:
       keep_states=job.network == 'keep_states',
     )
     predictor = predictors.InContextPredictor(network)
-  train_on, temp_bytes = project_step(
-    make_config(job), num_devices, job.steps, predictor
-  )
+  config = make_config(job)
+  if job.whole_batches:
+    config.train.microbatch_size = job.batch_size // num_devices
+  train_on, temp_bytes = project_step(config, num_devices, job.steps, predictor)
 
   def run() -> list[jax.Array]:
     return [train_on() for _ in range(job.runs)]

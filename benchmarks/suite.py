@@ -103,7 +103,8 @@ def cpu_groups(sizes: Sizes) -> Iterator[Group]:
   for name in ('LSTM-128', 'Transformer SIN_COS'):
     model_type, kwargs = named[name]
     ours = _ours(model_type, kwargs, sizes, length)
-    plain_name = 'hk.LSTM' if model_type == 'lstm' else 'plain attention'
+    is_lstm = model_type == 'lstm'
+    plain_name = 'hk.LSTM' if is_lstm else 'plain attention'
     change = lambda ours=ours, **changes: dataclasses.replace(ours, **changes)
     yield Group(
       part='one by one',
@@ -115,7 +116,10 @@ def cpu_groups(sizes: Sizes) -> Iterator[Group]:
         'one device, default allocator': change(
           all_cores=False, huge_pages=False
         ),
-        f'{plain_name} in our loop': change(network='plain'),
+        f'{plain_name} in our loop': change(
+          network='plain', whole_batches=is_lstm
+        ),
+        **({} if is_lstm else {'whole batches': change(whole_batches=True)}),
       },
       is_slow=_is_slow(ours),
     )
@@ -127,7 +131,9 @@ def cpu_groups(sizes: Sizes) -> Iterator[Group]:
     name=_row_name('Stack-RNN', length),
     jobs={
       'ours': ours,
-      'all states kept': dataclasses.replace(ours, network='keep_states'),
+      'all states kept': dataclasses.replace(
+        ours, network='keep_states', whole_batches=True
+      ),
     },
   )
 

@@ -54,6 +54,8 @@ class Job:
     seeds: Networks trained at once.
     network: `project`, or `plain` or `keep_states` for that of plain_jax.py; in
       PyTorch, `pytorch_defaults` has dropout in more places than ours.
+    whole_batches: Each device's share of a batch at once, else in microbatches
+      as the project chooses.
     num_sequences: Of an evaluation.
     size: Of a matrix or a vector.
     all_cores: As many CPU devices as `make run` takes, else one.
@@ -71,6 +73,7 @@ class Job:
   runs: int = 1
   seeds: int = 1
   network: str = 'project'
+  whole_batches: bool = False
   num_sequences: int = 0
   size: int = 0
   all_cores: bool = False

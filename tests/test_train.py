@@ -459,6 +459,62 @@ def test_chunks_change_the_gradient_but_not_the_loss(chunk_length):
   _assert_trees_close(grads, truncated, atol=1e-6)
 
 
+@pytest.mark.parametrize('chunk_length', [None, 4])
+def test_microbatches_change_neither_loss_nor_gradient(chunk_length):
+  predictor, params, batch = _predictor_and_batch(batch_size=6)
+  state = predictor.initial_state(params, None, 6)
+  # Sequences start from states of their own.
+  state = jax.tree.map(lambda x: x + jnp.arange(6.0)[:, None] / 10, state)
+  whole, split = (
+    jax.jit(
+      lambda params, batch, state, size=size: train.loss_and_grads(
+        predictor, params, None, batch, state, chunk_length, size
+      )
+    )(params, batch, state)
+    for size in (6, 2)
+  )
+  _assert_trees_close(split, whole, atol=1e-6)
+
+
+def test_every_microbatch_has_dropout_masks_of_its_own():
+  kwargs = {
+    'embedding_dim': 8,
+    'num_heads': 2,
+    'num_layers': 1,
+    'dropout_prob': 0.5,
+  }
+  predictor = _predictor(_config('transformer', kwargs))
+  key = jax.random.key(3)
+  batch, _ = _SameSequence().sample_from_keys(jax.random.split(key, 2), 8)
+  params = jax.jit(predictor.init_params)(key, batch, None)
+  loss = jax.jit(
+    lambda rng, batch, size: train.loss_and_grads(
+      predictor, params, rng, batch, None, None, size
+    )[0],
+    static_argnums=2,
+  )
+  single = [
+    float(loss(jax.random.fold_in(key, index), batch[:1], 1))
+    for index in (0, 1)
+  ]
+  assert single[0] != pytest.approx(single[1], rel=1e-4)
+  assert float(loss(key, batch, 1)) == pytest.approx(np.mean(single), rel=1e-5)
+
+
+def test_microbatches_of_a_transformer_are_what_the_cache_holds():
+  config = base_config.TrainConfig()
+  lstm, transformer = (
+    _predictor(_config('lstm')),
+    _predictor(_config('transformer', {'num_layers': 1})),
+  )
+  assert train.microbatch_size(config, lstm, 128, 256) == 128
+  assert train.microbatch_size(config, transformer, 128, 256) == 8
+  assert train.microbatch_size(config, transformer, 12, 256) == 6
+  assert train.microbatch_size(config, transformer, 7, 10_000) == 1
+  config.microbatch_size = 4
+  assert train.microbatch_size(config, lstm, 128, 256) == 4
+
+
 def test_memory_of_the_gradient_does_not_grow_with_the_number_of_chunks():
   def temporary_bytes(seq_length):
     predictor, params, batch = _predictor_and_batch(seq_length, 16)
@@ -504,6 +560,11 @@ def test_training_leaves_its_config_as_it_is():
     ({'train.seq_length': 0}, 'train.seq_length is 0'),
     ({'train.batch_size': 0}, 'train.batch_size is 0'),
     ({'train.batch_size': 3}, 'batch_size 3 does not divide over 2 devices'),
+    ({'train.microbatch_size': 0}, 'train.microbatch_size is 0'),
+    (
+      {'train.batch_size': 8, 'train.microbatch_size': 3},
+      'train.microbatch_size 3 does not divide the 4 sequences of a device',
+    ),
     ({'train.learning_rate': -1.0}, 'train.learning_rate is -1.0'),
     ({'train.clip_grad_norm': 0.0}, 'train.clip_grad_norm is 0'),
     ({'train.seq_length_fixed': 1}, 'train.seq_length_fixed is 1'),
