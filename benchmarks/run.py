@@ -49,15 +49,12 @@ _SLOW_REPEATS = 3
 Row = dict[str, Any]
 
 
-def measure(
-  group: suite.Group, repeats: int, peak_flops: float
-) -> tuple[list[Row], list[str]]:
+def measure(group: suite.Group, repeats: int) -> tuple[list[Row], list[str]]:
   """Returns a row for every side, and notes on those left out.
 
   Args:
     group: Whose sides take turns.
     repeats: Turns of each.
-    peak_flops: Of a large matrix product, per second.
   """
   if group.is_slow:
     repeats = min(repeats, _SLOW_REPEATS)
@@ -81,7 +78,6 @@ def measure(
         'steps_per_second': per_second,
         'sequences_per_second': _num_sequences(job) / steps * per_second,
         'flops_per_step': flops,
-        'share_of_peak': flops and flops * per_second / peak_flops,
         'temp_bytes': answer['temp_bytes'],
         'peak_bytes': answer['peak_bytes'],
         'devices': answer['devices'],
@@ -114,20 +110,43 @@ def _flops(job: timing.Job) -> int | None:
   )
 
 
-def machine(sizes: suite.Sizes) -> dict[str, Any]:
-  """Returns versions, processor, and what matrix products and memory allow."""
+def limits(sizes: suite.Sizes) -> dict[str, Any]:
+  """Returns what matrix products and memory allow, at their best."""
   jobs = {
     'matmul': timing.Job(kind='matmul', size=sizes.matmul_size),
     'copy': timing.Job(kind='copy', size=sizes.copy_size),
   }
-  answers, failures = timing.take_turns(jobs, repeats=5)
+  answers, failures = timing.take_turns(jobs, repeats=10)
   if failures:
     raise timing.ChildError('; '.join(failures.values()))
-  answer = answers['matmul']
-  # Read and written once, in float32.
-  bandwidth = 2 * 4 * sizes.copy_size / min(answers['copy']['times'])
-  # The best of it: this is what the machine can do.
-  peak_flops = 2 * sizes.matmul_size**3 / min(answer['times'])
+  seconds = {name: min(answer['times']) for name, answer in answers.items()}
+  return {
+    'device': answers['matmul']['device'],
+    'matmul_size': sizes.matmul_size,
+    'matmul_peak_gflops': 2 * sizes.matmul_size**3 / seconds['matmul'] / 1e9,
+    # Read and written once, in float32.
+    'bandwidth_gbytes': 2 * 4 * sizes.copy_size / seconds['copy'] / 1e9,
+  }
+
+
+def set_shares(results: dict[str, Any], found: dict[str, Any]) -> None:
+  """Keeps the best limits so far, and sets each row's share of the peak.
+
+  The machine is not always at its best, so they are measured more than once.
+  """
+  about = results['machine']
+  for name in ('matmul_peak_gflops', 'bandwidth_gbytes'):
+    about[name] = max(about[name], found[name])
+  for row in results['rows']:
+    if row.get('flops_per_step'):
+      flops_per_second = row['flops_per_step'] * row['steps_per_second']
+      row['share_of_peak'] = (
+        flops_per_second / 1e9 / about['matmul_peak_gflops']
+      )
+
+
+def machine() -> dict[str, Any]:
+  """Returns versions and processor."""
   versions = {'python': platform.python_version()}
   for package in _PACKAGES:
     try:
@@ -141,10 +160,6 @@ def machine(sizes: suite.Sizes) -> dict[str, Any]:
     'huge_pages': _HUGE_PAGES.read_text().strip()
     if _HUGE_PAGES.exists()
     else None,
-    'device': answer['device'],
-    'matmul_size': sizes.matmul_size,
-    'matmul_peak_gflops': peak_flops / 1e9,
-    'bandwidth_gbytes': bandwidth / 1e9,
   }
 
 
@@ -209,6 +224,39 @@ def markdown(results: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
+def training_markdown(results: dict[str, Any]) -> str:
+  """Returns the table of training steps, ours beside the others.
+
+  Args:
+    results: As in the JSON file.
+  """
+  lines = [
+    '| network | step (ms) | sequences / s | share of peak | temporary memory | '
+    'plain JAX | PyTorch |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  sides: dict[str, dict[str, Row]] = {}
+  for row in results['rows']:
+    if row['part'] == 'training':
+      sides.setdefault(row['name'], {})[row['side']] = row
+  for name, rows in sides.items():
+    ours = rows['ours']
+    cells = [
+      name,
+      f'{ours["value"]:.4g} ({ours["min"]:.4g} to {ours["max"]:.4g})',
+      f'{ours["sequences_per_second"]:.0f}',
+      f'{ours["share_of_peak"]:.0%}',
+      _quantity(ours['temp_bytes'], 'bytes'),
+    ]
+    for side in ('plain', 'pytorch'):
+      other = rows.get(side)
+      cells.append(
+        f'{other["value"] / ours["value"]:.1f} times' if other else ''
+      )
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
 def _quantity(value: float, unit: str) -> str:
   if unit == 'bytes':
     return f'{value / 2**20:.0f} MiB'
@@ -222,7 +270,7 @@ def print_rows(rows: list[Row]) -> None:
   ours = [row['value'] for row in rows if row['side'] == 'ours']
   for row in rows:
     ratio = f'x {row["value"] / ours[0]:.2f}' if ours else ''
-    share, temporary = row['share_of_peak'], row['temp_bytes']
+    share, temporary = row.get('share_of_peak'), row['temp_bytes']
     print(
       f'  {row["side"]:<30} {row["value"]:>9.2f} ms'
       f' ({row["min"]:.2f}..{row["max"]:.2f})'
@@ -278,14 +326,13 @@ def run(
   results = {
     'command': shlex.join(['python', *sys.argv]),
     'quick': is_quick,
-    'machine': machine(sizes),
+    'machine': {**machine(), **limits(sizes)},
     'sizes': dataclasses.asdict(sizes),
     'to_reach': [],
     'rows': [],
     'notes': [],
   }
   about = results['machine']
-  peak_flops = 1e9 * about['matmul_peak_gflops']
   is_cpu = about['device'] == 'cpu'
   groups = suite.cpu_groups if is_cpu else suite.gpu_groups
   print(
@@ -297,15 +344,17 @@ def run(
     if not re.search(only, f'{group.part}: {group.name}'):
       continue
     print(f'\n{group.part}: {group.name}', flush=True)
-    rows, notes = measure(group, repeats, peak_flops)
+    rows, notes = measure(group, repeats)
+    results['rows'] += rows
+    results['notes'] += notes
+    set_shares(results, about)
     print_rows(rows)
     for note in notes:
       print(f'  {note}')
-    results['rows'] += rows
-    results['notes'] += notes
     results['to_reach'] = reached(results['rows'], sizes)
     results['seconds'] = time.perf_counter() - start
     write(output, results)
+  set_shares(results, limits(sizes))
   if is_cpu:
     print('\nexact predictors and sources, on one device')
     try:
@@ -338,14 +387,15 @@ def main() -> None:
   parser.add_argument(
     '--markdown',
     action='store_true',
-    help='Print the table of what is there already; measure nothing.',
+    help='Print tables of what is there already; measure nothing.',
   )
   args = parser.parse_args()
   if args.repeats < 1:
     parser.error(f'--repeats is {args.repeats}; it must be at least 1')
   output = args.output
   if args.markdown:
-    print(markdown(json.loads((output or _OUTPUT).read_text())))
+    results = json.loads((output or _OUTPUT).read_text())
+    print(f'{markdown(results)}\n\n{training_markdown(results)}')
     return
   if output is None and not (args.quick or args.only):
     output = _OUTPUT
