@@ -231,8 +231,8 @@ def training_markdown(results: dict[str, Any]) -> str:
     results: As in the JSON file.
   """
   lines = [
-    '| network | step (ms) | sequences / s | share of peak | temporary memory | '
-    'plain JAX | PyTorch |',
+    '| network | step (ms) | sequences / s | share of peak | temporary memory '
+    '| plain JAX | PyTorch |',
     '|---|---|---|---|---|---|---|',
   ]
   sides: dict[str, dict[str, Row]] = {}
