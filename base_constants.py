@@ -53,7 +53,8 @@ class Evaluator(Protocol):
     """Returns metrics over one batch of fresh sequences.
 
     Args:
-      predictor_params: Of the predictor the evaluator was built with.
+      predictor_params: Of the predictor the evaluator was built with. Training
+        overwrites them after the call: to keep them, copy them.
       predictor_state: To start from; None is the predictor's initial state.
       rng: Key of the batch.
     """

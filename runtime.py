@@ -32,9 +32,17 @@ def num_cpu_devices(batch_size: int) -> int:
   return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 
-def cache_folder() -> pathlib.Path:
-  """Where a user's compiled programs are kept (XDG base directories)."""
-  base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+def cache_folder() -> pathlib.Path | None:
+  """Where a user's compiled programs are kept (XDG base directories).
+
+  None for a user without a home.
+  """
+  base = os.environ.get('XDG_CACHE_HOME')
+  if not base:
+    try:
+      base = pathlib.Path.home() / '.cache'
+    except RuntimeError:
+      return None
   return pathlib.Path(base) / 'nonstationary_mbml' / 'jax'
 
 
@@ -57,10 +65,12 @@ def start(cpu_devices: int = 1, use_compilation_cache: bool = True) -> None:
     raise ValueError(
       f'cpu_devices {cpu_devices} comes too late: JAX has started'
     ) from error
+  folder = jax.config.jax_compilation_cache_dir or cache_folder()
+  if folder is None:
+    use_compilation_cache = False
   jax.config.update('jax_enable_compilation_cache', use_compilation_cache)
   if use_compilation_cache:
-    if not jax.config.jax_compilation_cache_dir:
-      jax.config.update('jax_compilation_cache_dir', str(cache_folder()))
+    jax.config.update('jax_compilation_cache_dir', str(folder))
     # Small programs, too: there are many of them, and each takes its time.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

@@ -8,7 +8,8 @@ runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
 and gradients meet in a mean.
 
 With several seeds as `model_init_seed` an ensemble is trained: one member for
-each, as it would be trained alone. Where the devices divide the members, each
+each, as it would be trained alone (dropout masks aside, which differ with the
+number of devices that share a batch). Where the devices divide the members, each
 device trains some of them, and nothing has to meet. The members of a device are
 under one `vmap`; on a CPU they run one after another.
 
@@ -71,9 +72,9 @@ class TrainResult:
     history: One dict per log: `step`, `loss` (mean since the last log, nats per
       symbol) and the evaluator's metrics. For an ensemble, means over its
       members, and under `seeds_stderr/<name>` their standard errors.
-    evaluator: The evaluator, compiled.
+    evaluator: The evaluator that was used.
     member_histories: For every member of an ensemble, the history that it would
-      have alone; () without an ensemble.
+      have alone, dropout masks aside; () without an ensemble.
   """
 
   predictor: predictors.Predictor
@@ -155,7 +156,7 @@ def loss_and_grads(
     microbatch_size: Sequences per microbatch, a divisor of B; None is B.
 
   Raises:
-    ValueError: If T < 2.
+    ValueError: If T < 2, or the microbatches do not divide the batch.
   """
   batch_size, seq_length, _ = batch.shape
   base_config.check_int('seq_length', seq_length, 2)
@@ -164,7 +165,12 @@ def loss_and_grads(
     return _microbatch_loss_and_grads(
       predictor, params, rng, batch, init_state, chunk_length
     )
-  num_microbatches = batch_size // microbatch_size
+  num_microbatches, rest = divmod(batch_size, microbatch_size)
+  if rest:
+    raise ValueError(
+      f'microbatch_size {microbatch_size} does not divide a batch of '
+      f'{batch_size}'
+    )
 
   def add_microbatch(sums, inputs):
     index, batch, init_state = inputs
@@ -250,6 +256,9 @@ def microbatch_size(
     predictor: To train.
     share: Sequences of a step, on one device.
     seq_length: T.
+
+  Returns:
+    A divisor of the share.
   """
   if config.microbatch_size is not None:
     return config.microbatch_size
@@ -257,7 +266,8 @@ def microbatch_size(
     return share
   # The activations of so many symbols stay in the cache. Recurrent networks
   # have large products only with large batches.
-  limit = max(1, _SYMBOLS_PER_MICROBATCH // seq_length)
+  length = min(seq_length, config.gradient_chunk_length or seq_length)
+  limit = max(1, _SYMBOLS_PER_MICROBATCH // length)
   return max(
     size for size in range(1, share + 1) if share % size == 0 and size <= limit
   )

@@ -106,6 +106,8 @@ def make_step(
       output_size, seq_length, drops_inside=drops_inside, **kwargs
     )
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  # As JAX does by default.
+  torch.backends.cuda.matmul.allow_tf32 = True
   network.to(device)
   optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
 

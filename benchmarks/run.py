@@ -36,6 +36,7 @@ import networks
 import suite
 import timing
 
+from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import files
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -240,6 +241,8 @@ def training_markdown(results: dict[str, Any]) -> str:
     if row['part'] == 'training':
       sides.setdefault(row['name'], {})[row['side']] = row
   for name, rows in sides.items():
+    if 'ours' not in rows:
+      continue  # Left out: the notes say why.
     ours = rows['ours']
     cells = [
       name,
@@ -302,6 +305,41 @@ def exact_rows(only: str, is_quick: bool) -> Iterator[Row]:
     raise timing.ChildError(f'{script.name} ended with {process.returncode}')
 
 
+def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+  """Returns old results, to be continued; new limits count if they are better.
+
+  Args:
+    old: As in the JSON file.
+    new: Of the run that begins, without rows.
+
+  Raises:
+    ValueError: If they are of another machine, or of other versions or sizes.
+  """
+  same = ('quick', 'sizes')
+  about = ('versions', 'cpu', 'cores')
+  differences = base_config.differences(
+    {name: old[name] for name in same}
+    | {name: old['machine'][name] for name in about},
+    {name: new[name] for name in same}
+    | {name: new['machine'][name] for name in about},
+  )
+  if differences:
+    raise ValueError(
+      f'what is there was measured otherwise ({"; ".join(differences)}); '
+      'choose another --output'
+    )
+  set_shares(old, new['machine'])
+  return old
+
+
+def add_rows(results: dict[str, Any], rows: list[Row]) -> None:
+  """Adds rows, in place of those of the same name."""
+  key = lambda row: (row.get('part'), row['name'], row.get('side'))
+  added = {key(row) for row in rows}
+  kept = [row for row in results['rows'] if key(row) not in added]
+  results['rows'] = kept + rows
+
+
 def write(path: pathlib.Path | None, results: dict[str, Any]) -> None:
   """Writes the results, unless there is no path."""
   if path is not None:
@@ -324,14 +362,19 @@ def run(
   start = time.perf_counter()
   sizes = suite.QUICK if is_quick else suite.Sizes()
   results = {
-    'command': shlex.join(['python', *sys.argv]),
+    'commands': [],
     'quick': is_quick,
     'machine': {**machine(), **limits(sizes)},
-    'sizes': dataclasses.asdict(sizes),
+    # As it is read back.
+    'sizes': json.loads(json.dumps(dataclasses.asdict(sizes))),
     'to_reach': [],
     'rows': [],
     'notes': [],
+    'seconds': 0,
   }
+  if only and output is not None and output.exists():
+    results = continued(json.loads(output.read_text()), results)
+  results['commands'].append(shlex.join(['python', *sys.argv]))
   about = results['machine']
   is_cpu = about['device'] == 'cpu'
   groups = suite.cpu_groups if is_cpu else suite.gpu_groups
@@ -345,14 +388,13 @@ def run(
       continue
     print(f'\n{group.part}: {group.name}', flush=True)
     rows, notes = measure(group, repeats)
-    results['rows'] += rows
+    add_rows(results, rows)
     results['notes'] += notes
     set_shares(results, about)
     print_rows(rows)
     for note in notes:
       print(f'  {note}')
     results['to_reach'] = reached(results['rows'], sizes)
-    results['seconds'] = time.perf_counter() - start
     write(output, results)
   set_shares(results, limits(sizes))
   if is_cpu:
@@ -360,14 +402,15 @@ def run(
     try:
       for row in exact_rows(only, is_quick):
         print(f'  {timing.format_row(row)}', flush=True)
-        results['rows'].append(row)
+        add_rows(results, [row])
         write(output, results)
     except timing.ChildError as error:
       results['notes'].append(str(error))
       print(f'  {error}')
-  results['seconds'] = time.perf_counter() - start
+  seconds = time.perf_counter() - start
+  results['seconds'] += seconds
   write(output, results)
-  print(f'\n{results["seconds"] / 60:.1f} minutes\n\n{markdown(results)}')
+  print(f'\n{seconds / 60:.1f} minutes\n\n{markdown(results)}')
 
 
 def main() -> None:
@@ -379,7 +422,8 @@ def main() -> None:
     '--output',
     type=pathlib.Path,
     help='results/benchmarks.json if unset; nothing is written if unset with '
-    '--quick or --only',
+    '--quick or --only. With --only, rows that are there are replaced, and the '
+    'others kept.',
   )
   parser.add_argument('--only', default='', help='Pattern of what to run.')
   parser.add_argument('--quick', action='store_true', help='At tiny sizes.')
@@ -399,7 +443,10 @@ def main() -> None:
     return
   if output is None and not (args.quick or args.only):
     output = _OUTPUT
-  run(args.only, args.quick, args.repeats, output)
+  try:
+    run(args.only, args.quick, args.repeats, output)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ def define_flags() -> None:
     'compilation_cache',
     True,
     'Keep compiled programs for the next start, in '
-    f'{runtime.cache_folder()} or $JAX_COMPILATION_CACHE_DIR.',
+    '~/.cache/nonstationary_mbml/jax or $JAX_COMPILATION_CACHE_DIR.',
   )
 
 

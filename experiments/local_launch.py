@@ -71,7 +71,7 @@ def make_config(
     model_type: A key of `PREDICTOR_FACTORIES`.
     steps: Of training.
     seed: Of everything.
-    name: Of the run; if None, made of network, source and seed.
+    name: Of the run; if None, made of network, source and seeds.
     seq_length: T.
     batch_size: B.
     learning_rate: Adam's.
@@ -82,8 +82,9 @@ def make_config(
   """
   source, model_type = source.lower(), model_type.lower()
   base_config.check_choice('model_type', model_type, _ARCHITECTURES)
+  seeds = f'_{num_seeds}seeds' if num_seeds > 1 else ''
   return config_lib.ExperimentConfig(
-    name=name or f'{model_type}_{source}_seed{seed}',
+    name=name or f'{model_type}_{source}_seed{seed}{seeds}',
     seed=seed,
     data=config_lib.DataConfig(
       iid_distribution='categorical',
@@ -187,6 +188,13 @@ def open_folder(
         present = base_config.plain(json.loads(path.read_text()))
       except json.JSONDecodeError:
         present = {}
+      try:
+        # Fields that are newer than the run have their defaults.
+        present = base_config.to_dict(
+          base_config.from_dict(config_lib.ExperimentConfig, present)
+        )
+      except ValueError:
+        pass  # The differences say what is wrong.
       differences = base_config.differences(present, values)
       if differences:
         raise ValueError(
@@ -401,7 +409,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'name',
     None,
-    'Folder of this run; <model_type>_<source>_seed<seed> if unset.',
+    'Folder of this run; if unset, <model_type>_<source>_seed<seed>, with '
+    '_<num_seeds>seeds after it for more than one.',
   )
   flags.DEFINE_bool(
     'overwrite', False, 'Replace a run of the same name with another config.'
@@ -409,8 +418,9 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'cpu_devices',
     None,
-    'Devices that the CPU is split into, each with its share of the batch; if '
-    'unset, as many as cores (up to 8) as long as they divide the batch.',
+    'Devices that the CPU is split into, each with its share of the batch or '
+    'of the networks; if unset, as many as cores (up to 8) as long as they '
+    'divide the batch.',
     lower_bound=1,
   )
 

@@ -104,7 +104,7 @@ def fused_attention(
   times = range(seq_length)
   bias = encoding.bias(by_head, times, times)
   has_cudnn = (
-    jax.default_backend() == 'gpu'
+    _is_ampere_or_newer()
     and query.dtype in (jnp.float16, jnp.bfloat16)
     and bias is None
     and size % 8 == 0
@@ -119,6 +119,16 @@ def fused_attention(
     local_window_size=None if window is None else (window - 1, 0),
     implementation='cudnn' if has_cudnn else 'xla',
   )
+
+
+def _is_ampere_or_newer() -> bool:
+  """Whether the device is a GPU of NVIDIA that cuDNN has attention for."""
+  if jax.default_backend() != 'gpu':
+    return False
+  try:
+    return float(jax.local_devices()[0].compute_capability) >= 8
+  except (AttributeError, ValueError):  # A GPU of another maker.
+    return False
 
 
 def blocked_attention(

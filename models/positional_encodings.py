@@ -84,9 +84,11 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   return np.concatenate([slopes, extra[: num_heads - power]])
 
 
-def distances(queries: range, keys: range) -> np.ndarray:
-  """Returns query - key, int64 `[queries, keys]`."""
-  return np.asarray(queries)[:, None] - np.asarray(keys)
+def distances(queries: range, keys: range) -> jax.Array:
+  """Returns query - key, int32 `[queries, keys]`."""
+  # Computed where it is used: as constants they would outgrow a program.
+  query = jnp.arange(queries.start, queries.stop)
+  return query[:, None] - jnp.arange(keys.start, keys.stop)
 
 
 def alibi_bias(
@@ -94,7 +96,7 @@ def alibi_bias(
 ) -> jax.Array:
   """Returns -slope * (query - key) where key <= query, `[heads, t, s]`."""
   slopes = jnp.asarray(alibi_slopes(num_heads), dtype)
-  past = jnp.asarray(np.maximum(distances(queries, keys), 0), dtype)
+  past = jnp.maximum(distances(queries, keys), 0).astype(dtype)
   return -slopes[:, None, None] * past
 
 

@@ -225,6 +225,9 @@ def unroll(
 ) -> tuple[jax.Array, Any]:
   """Unrolls a core: by its own method `unroll` if it has one, else by Haiku.
 
+  A subclass with a step of its own is unrolled by Haiku, unless it has an
+  `unroll` to go with it.
+
   Args:
     core: Any core.
     inputs: `[T, B, F]`.
@@ -235,7 +238,12 @@ def unroll(
   Returns:
     Outputs `[T, B, H]` and the state after them.
   """
-  whole = getattr(core, 'unroll', functools.partial(hk.dynamic_unroll, core))
+  whole = functools.partial(hk.dynamic_unroll, core)
+  for base in type(core).__mro__:
+    if 'unroll' in vars(base):
+      whole = core.unroll
+    if 'unroll' in vars(base) or '__call__' in vars(base):
+      break
   if not gradient_checkpointing or hk.running_init():
     return whole(inputs, state)
   return unroll_segments(whole, inputs, state)

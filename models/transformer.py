@@ -6,6 +6,7 @@ T time, F features of a symbol, D embedding_dim, H heads, K outputs.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -37,8 +38,8 @@ class TransformerConfig:
     attention_window: Each position sees this many most recent ones, itself
       included; None is all of them.
     widening_factor: Hidden units of the MLPs, in units of D.
-    gradient_checkpointing: Compute every layer again in the backward pass, so
-      that the memory of a layer is one [B, T, D].
+    gradient_checkpointing: Keep only the inputs of the layers for the backward
+      pass, and compute the rest again.
     positional_encodings: NONE, SIN_COS, ALIBI or RELATIVE.
     positional_encodings_params: `max_timescale` of the sinusoids in SIN_COS and
       RELATIVE, 10,000 by default.
@@ -158,12 +159,48 @@ class TransformerEncoder(hk.Module):
     hidden = self._embed(inputs)
     keep, _ = _keep_masks(rngs[0], config.dropout_prob, hidden)
     hidden = _dropout(keep, config.dropout_prob, hidden)
-    block = _block
-    if config.gradient_checkpointing:
-      block = hk.remat(_block, static_argnums=(0, 1))
     for layer in range(config.num_layers):
-      hidden = block(config, layer, rngs[layer + 1], hidden)
+      block = functools.partial(_block, config, layer)
+      if config.gradient_checkpointing and not hk.running_init():
+        block = self._recomputed(block, f'_{layer}')
+      hidden = block(rngs[layer + 1], hidden)
     return hidden
+
+  def _recomputed(
+    self, block: Callable[[jax.Array | None, jax.Array], jax.Array], suffix: str
+  ) -> Callable[[jax.Array | None, jax.Array], jax.Array]:
+    """A block that keeps its input only, and is computed again for a gradient.
+
+    The names of its modules end in `suffix`.
+
+    `jax.checkpoint` does not serve: XLA for CPUs computes all layers again
+    before the first gradient, and so keeps all of them.
+    """
+    pure = hk.transform(block).apply
+    prefix = f'{self.module_name}/'
+    params = {}
+    for path, value in self.params_dict().items():
+      module, name = path.removeprefix(prefix).rsplit('/', 1)
+      if module.split('/')[0].endswith(suffix):
+        params.setdefault(module, {})[name] = value
+
+    @jax.custom_vjp
+    def run(params: hk.Params, rng: Any, hidden: jax.Array) -> jax.Array:
+      return pure(params, None, rng, hidden)
+
+    def forward(*args: Any) -> tuple[jax.Array, Any]:
+      return run(*args), args
+
+    def backward(args: Any, grad: jax.Array) -> tuple[Any, None, jax.Array]:
+      params, rng, hidden = args
+      # Adds nothing, but cannot be computed before the gradient is there.
+      hidden = hidden + 0 * grad
+      _, vjp = jax.vjp(lambda p, h: pure(p, None, rng, h), params, hidden)
+      params_grad, hidden_grad = vjp(grad)
+      return params_grad, None, hidden_grad
+
+    run.defvjp(forward, backward)
+    return functools.partial(run, params)
 
   def _embed(self, inputs: jax.Array) -> jax.Array:
     config = self._config

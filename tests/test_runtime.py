@@ -67,6 +67,15 @@ def test_programs_are_kept_in_the_users_cache(tmp_path):
   assert _start(tmp_path, True) == (2, 0, compiled)
 
 
+def test_user_without_a_home_has_no_cache(monkeypatch):
+  def no_home():
+    raise RuntimeError('Could not determine home directory.')
+
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setattr(runtime.pathlib.Path, 'home', no_home)
+  assert runtime.cache_folder() is None
+
+
 def test_cache_can_be_turned_off(tmp_path):
   assert _start(tmp_path, False)[2] == 0
   assert not (tmp_path / 'nonstationary_mbml').exists()

@@ -501,6 +501,34 @@ def test_every_microbatch_has_dropout_masks_of_its_own():
   assert float(loss(key, batch, 1)) == pytest.approx(np.mean(single), rel=1e-5)
 
 
+def test_microbatches_that_do_not_divide_the_batch_are_refused():
+  predictor, params, batch = _predictor_and_batch(batch_size=6)
+  with pytest.raises(ValueError, match='4 does not divide a batch of 6'):
+    train.loss_and_grads(predictor, params, None, batch, None, None, 4)
+
+
+def test_state_is_donated():
+  config = _config()
+  devices = jax.local_devices()[:1]
+  generator = constants.build_data_generator(config.data)
+  predictor = _predictor(config)
+  state = train.init_state(config, predictor, 2, devices)
+  update = train.make_update(config, generator, predictor)
+  train.make_run_steps(config, update, devices)(state, 1)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_members_under_one_vmap_train_as_one_after_another(monkeypatch):
+  config = _config(model_init_seed=(3, 7))
+  losses, state = _run_steps(config, 5, 1)
+  monkeypatch.setattr(
+    train, '_map_members', lambda function, members: jax.vmap(function)(members)
+  )
+  vmapped_losses, vmapped_state = _run_steps(config, 5, 1)
+  np.testing.assert_allclose(vmapped_losses, losses, atol=1e-5)
+  _assert_trees_close(vmapped_state.params, state.params, atol=1e-5)
+
+
 def test_microbatches_of_a_transformer_are_what_the_cache_holds():
   config = base_config.TrainConfig()
   lstm, transformer = (
@@ -511,6 +539,9 @@ def test_microbatches_of_a_transformer_are_what_the_cache_holds():
   assert train.microbatch_size(config, transformer, 128, 256) == 8
   assert train.microbatch_size(config, transformer, 12, 256) == 6
   assert train.microbatch_size(config, transformer, 7, 10_000) == 1
+  # Only the activations of a chunk are there at a time.
+  config.gradient_chunk_length = 64
+  assert train.microbatch_size(config, transformer, 128, 4096) == 32
   config.microbatch_size = 4
   assert train.microbatch_size(config, lstm, 128, 256) == 4
 

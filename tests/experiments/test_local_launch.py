@@ -20,7 +20,7 @@ def _launch(tmp_path, *flags, env=None):
     [sys.executable, SCRIPT, '--output_dir=runs', *flags],
     cwd=tmp_path,
     env={
-      **os.environ,
+      **{k: v for k, v in os.environ.items() if not k.startswith('JAX_COMP')},
       **(env or {'JAX_COMPILATION_CACHE_DIR': str(cache)}),
     },
     capture_output=True,
@@ -173,6 +173,26 @@ def test_made_config_can_still_be_changed():
   assert config.eval.data.trajectory_generator == 'lin'
   assert config.eval.seq_length == 64
   assert config.eval.optimal_predictors_kwargs['ptw']['depth'] == 6
+
+
+def test_run_of_an_older_config_has_the_defaults_of_newer_fields(tmp_path):
+  config = local_launch.make_config()
+  local_launch.open_folder(tmp_path, config, overwrite=False)
+  (tmp_path / 'metrics.json').write_text('{}')
+  path = tmp_path / 'config.json'
+  values = json.loads(path.read_text())
+  del values['train']['microbatch_size']
+  path.write_text(json.dumps(values))
+  local_launch.open_folder(tmp_path, config, overwrite=False)
+
+
+def test_name_tells_an_ensemble_from_a_single_run():
+  names = {local_launch.make_config(num_seeds=n).name for n in (1, 2, 8)}
+  assert names == {
+    'lstm_ptw_seed0',
+    'lstm_ptw_seed0_2seeds',
+    'lstm_ptw_seed0_8seeds',
+  }
 
 
 def test_overwritten_run_leaves_no_stale_results(tmp_path):

@@ -1,6 +1,7 @@
 """Blocked attention against plain attention, value and gradient."""
 
 import functools
+import types
 
 import haiku as hk
 import jax
@@ -112,6 +113,40 @@ def test_fused_attention_is_plain_attention(encoding, window):
   _assert_same(attend, args, weights, window)
 
 
+@pytest.mark.parametrize(
+  ('capability', 'dtype', 'implementation'),
+  [
+    ('9.0', jnp.bfloat16, 'cudnn'),
+    ('9.0', jnp.float32, 'xla'),
+    ('7.0', jnp.bfloat16, 'xla'),
+    ('gfx90a', jnp.bfloat16, 'xla'),
+  ],
+)
+def test_gpus_take_fused_attention(
+  monkeypatch, capability, dtype, implementation
+):
+  seen = {}
+
+  def spy(query, key, value, **kwargs):
+    seen.update(kwargs)
+    return value
+
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', spy)
+  array = jnp.zeros((1, 4, 2, 8), dtype)
+  attention.causal_attention(
+    array, array, array, positional_encodings.Content(), window=3
+  )
+  assert seen == {
+    'bias': None,
+    'is_causal': True,
+    'local_window_size': (2, 0),
+    'implementation': implementation,
+  }
+
+
 def test_fused_attention_lowers_for_a_gpu():
   args, weights = _inputs('ALIBI', 7)
   step = _with_grads(attention.fused_attention, weights)
@@ -188,6 +223,33 @@ def test_gradient_checkpointing_changes_no_value():
     _loss_and_grads(gradient_checkpointing=True),
     _loss_and_grads(),
   )
+
+
+def test_gradient_checkpointing_keeps_less_than_half_of_a_layer():
+  def temporary_bytes(num_layers, gradient_checkpointing):
+    model = hk.transform(
+      transformer.make_transformer_encoder(
+        2,
+        embedding_dim=16,
+        num_heads=2,
+        num_layers=num_layers,
+        gradient_checkpointing=gradient_checkpointing,
+      )
+    )
+    inputs = jnp.zeros((8, 64, 2))
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    loss = lambda params, rng: model.apply(params, rng, inputs).sum()
+    compiled = (
+      jax.jit(jax.grad(loss)).lower(params, jax.random.key(0)).compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  of_a_layer = {
+    checkpointing: temporary_bytes(4, checkpointing)
+    - temporary_bytes(2, checkpointing)
+    for checkpointing in (False, True)
+  }
+  assert of_a_layer[True] < of_a_layer[False] / 2
 
 
 def test_gradient_checkpointing_is_checked():
