@@ -8,10 +8,10 @@ runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
 and gradients meet in a mean.
 
 With several seeds as `model_init_seed` an ensemble is trained: one member for
-each, as it would be trained alone (dropout masks aside, which differ with the
-number of devices that share a batch). Where the devices divide the members, each
-device trains some of them, and nothing has to meet. The members of a device are
-under one `vmap`; on a CPU they run one after another.
+each, as it would be trained alone (but for dropout masks, which differ with the
+number of devices that share a batch). Where the devices divide the members,
+each device trains some of them, and nothing has to meet. The members of a
+device are under one `vmap`; on a CPU they run one after another.
 
 Axes: M members of an ensemble, B batch, T time, K alphabet size.
 """

@@ -237,7 +237,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
         Scaled(*(array[:, : room + 1] for array in starts)),
         weights[:, : room + 1],
         prior,
-        _tables(self.hazard, room)[1],
+        _tables(self.hazard, room, np.dtype(dtype))[1],
       )
       posteriors.append(posterior)
     posterior = jnp.concatenate(posteriors[::-1], axis=1)  # t = 1, ..., T
@@ -275,7 +275,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
         batch[:, begin:end].astype(dtype),
         state,
         prior,
-        _tables(self.hazard, room),
+        _tables(self.hazard, room, np.dtype(dtype)),
         with_weights,
       )
       # Concrete if it was.
@@ -304,7 +304,8 @@ class RunLengthPredictor(predictors.OptimalPredictor):
         f'the state has room for {room} symbols, but its time is '
         f'{int(state.time)}'
       )
-    return _start_weights(state, _tables(self.hazard, room)[0])
+    dtype = state.mantissas.dtype
+    return _start_weights(state, _tables(self.hazard, room, dtype)[0])
 
   def _check_room(self, room: int, time: int, seq_length: int) -> int:
     """Returns the time, unless `max_length` is too short for what follows."""
@@ -422,7 +423,9 @@ def _next_room(room: int) -> int:
 
 
 @functools.lru_cache(maxsize=128)
-def _tables(hazard: hazards_lib.Hazard, room: int) -> tuple[Scaled, Scaled]:
+def _tables(
+  hazard: hazards_lib.Hazard, room: int, dtype: np.dtype
+) -> tuple[Scaled, Scaled]:
   """S(n) and f(n + 1) for n = room, ..., 0, and zeros for as many n < 0."""
   log_pmf, log_survival = hazard.log_probs(room + 1)
 
@@ -430,7 +433,8 @@ def _tables(hazard: hazards_lib.Hazard, room: int) -> tuple[Scaled, Scaled]:
     logs = np.pad(logs[::-1], (0, len(logs)), constant_values=-np.inf)
     powers = np.maximum(logs / np.log(2), _ZERO_EXPONENT)
     exponents = np.floor(powers)
-    return Scaled(np.exp2(powers - exponents), exponents.astype(np.int32))
+    mantissas = np.exp2(powers - exponents).astype(dtype)
+    return Scaled(mantissas, exponents.astype(np.int32))
 
   return scaled(log_survival), scaled(log_pmf)
 

@@ -93,20 +93,6 @@ def _assert_equal(actual, expected, **tolerance):
 
 
 @pytest.mark.parametrize('name', CORES)
-def test_subclass_with_a_step_of_its_own_is_unrolled_by_it():
-  class Silent(recurrent.LSTM):
-    def __call__(self, inputs, state):
-      outputs, state = super().__call__(inputs, state)
-      return 0 * outputs, state
-
-  transformed = hk.transform(
-    lambda x: recurrent.unroll(Silent(3), x, Silent(3).initial_state(2))[0]
-  )
-  inputs = jnp.ones((4, 2, 2))
-  params = transformed.init(jax.random.key(0), inputs)
-  assert not np.any(transformed.apply(params, None, inputs))
-
-
 def test_unroll_is_haikus_in_value_and_gradient(name):
   ours, haikus = (functools.partial(core, H) for core in CORES[name])
   problem = _problem(ours)
@@ -250,3 +236,17 @@ def test_an_ensemble_is_its_members(name):
   together = jax.jit(jax.vmap(grads))(params)
   alone = jax.jit(lambda params: jax.lax.map(grads, params))(params)
   _assert_equal(together, alone)
+
+
+def test_subclass_with_a_step_of_its_own_is_unrolled_by_it():
+  class Silent(recurrent.LSTM):
+    def __call__(self, inputs, state):
+      outputs, state = super().__call__(inputs, state)
+      return 0 * outputs, state
+
+  transformed = hk.transform(
+    lambda x: recurrent.unroll(Silent(3), x, Silent(3).initial_state(2))[0]
+  )
+  inputs = jnp.ones((4, 2, 2))
+  params = transformed.init(jax.random.key(0), inputs)
+  assert not np.any(transformed.apply(params, None, inputs))
