@@ -335,9 +335,9 @@ def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def add_rows(results: dict[str, Any], rows: list[Row]) -> None:
   """Adds rows, in place of those of the same name."""
   key = lambda row: (row.get('part'), row['name'], row.get('side'))
-  added = {key(row) for row in rows}
-  kept = [row for row in results['rows'] if key(row) not in added]
-  results['rows'] = kept + rows
+  merged = {key(row): row for row in results['rows']}
+  merged |= {key(row): row for row in rows}
+  results['rows'] = list(merged.values())
 
 
 def write(path: pathlib.Path | None, results: dict[str, Any]) -> None:
