@@ -1,4 +1,6 @@
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -79,3 +81,31 @@ def test_user_without_a_home_has_no_cache(monkeypatch):
 def test_cache_can_be_turned_off(tmp_path):
   assert _start(tmp_path, False)[2] == 0
   assert not (tmp_path / 'nonstationary_mbml').exists()
+
+
+def test_make_run_asks_for_huge_pages_and_leaves_a_users_choice(tmp_path):
+  root = pathlib.Path(runtime.__file__).parent
+  shutil.copy(root / 'Makefile', tmp_path)
+  for name in ('requirements.txt', 'pyproject.toml'):
+    (tmp_path / name).touch()
+  python = tmp_path / '.venv' / 'bin' / 'python'
+  python.parent.mkdir(parents=True)
+  python.write_text('#!/bin/sh\necho "$GLIBC_TUNABLES"\n')
+  python.chmod(0o755)
+  (tmp_path / '.venv' / '.installed').touch()
+
+  def tunables(**env):
+    inherited = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'}
+    result = subprocess.run(
+      ['make', '-s', 'run'],
+      cwd=tmp_path,
+      env={**inherited, **env},
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    return result.stdout.strip()
+
+  assert tunables() == 'glibc.malloc.hugetlb=1'
+  own = 'glibc.malloc.hugetlb=0'
+  assert tunables(GLIBC_TUNABLES=own) == own
