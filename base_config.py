@@ -29,6 +29,7 @@ import numpy as np
 # the random lengths of the steps, which all of them share.
 SEQ_LENGTH_STREAM = 2**32 - 1
 _MAX_SEED = SEQ_LENGTH_STREAM - 1
+SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
 
@@ -339,17 +340,40 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(kw_only=True)
 class ScheduleConfig(Config):
-  """How long the network is trained.
+  """How long the network is trained, and what is kept of it.
 
   Attributes:
     training_steps: Number of gradient updates.
+    num_saves: Snapshots of the parameters that are kept for good, to study
+      learning after the fact; 0 keeps none, and no step is saved twice.
+    first_save: Step of the first snapshot; the last one is of the last step.
+      0 is before training.
+    saving_schedule_type: 'linear' or 'log': whether the steps of the snapshots
+      grow by equal amounts or by equal factors.
+    ckpt_frequency: The most steps that a killed run loses. Checkpoints are
+      begun at every half of it: training goes on while the disk is written,
+      and one is on disk before the next begins.
   """
 
   training_steps: int = 10_000
+  num_saves: int = 10
+  first_save: int = 1
+  saving_schedule_type: str = 'log'
+  ckpt_frequency: int = 1_000
 
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value is out of range."""
     check_int('schedule.training_steps', self.training_steps, 0)
+    check_int('schedule.num_saves', self.num_saves, 0)
+    check_choice(
+      'schedule.saving_schedule_type',
+      self.saving_schedule_type,
+      SAVING_SCHEDULES,
+    )
+    is_log = self.saving_schedule_type == 'log'
+    last = max(self.training_steps, 1)
+    check_int('schedule.first_save', self.first_save, int(is_log), last)
+    check_int('schedule.ckpt_frequency', self.ckpt_frequency, 1)
 
 
 @dataclasses.dataclass(kw_only=True)

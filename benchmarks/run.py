@@ -37,7 +37,7 @@ import suite
 import timing
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml.experiments import files
+from nonstationary_mbml import files
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _OUTPUT = _ROOT / 'results' / 'benchmarks.json'

@@ -19,13 +19,13 @@ from absl import flags
 import jax
 import numpy as np
 
+from nonstationary_mbml import files
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import bounds
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
-from nonstationary_mbml.experiments import files
 from nonstationary_mbml.experiments import plotting
 
 # The rows; constants.py has what they need besides their names.

@@ -24,6 +24,7 @@ from matplotlib import figure
 import numpy as np
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import files
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import runtime
 from nonstationary_mbml import train
@@ -31,7 +32,6 @@ from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
-from nonstationary_mbml.experiments import files
 from nonstationary_mbml.experiments import plotting
 
 # What a network needs, or is better off with, besides its name.

@@ -14,10 +14,10 @@ import jax
 from matplotlib import figure as figure_lib
 import numpy as np
 
+from nonstationary_mbml import files
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
-from nonstationary_mbml.experiments import files
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import ptw_predictors

@@ -17,7 +17,7 @@ PACKAGE = 'nonstationary_mbml'
 # Every module may import from the groups before its own, and inside its group
 # from the modules before itself.
 ORDER = (
-  ('base_config', 'runtime'),
+  ('base_config', 'runtime', 'files'),
   (
     'models.recurrent',
     'models.basic',
@@ -30,7 +30,6 @@ ORDER = (
   ('predictor_factories', 'base_constants'),
   ('train',),
   (
-    'experiments.files',
     'experiments.command_line',
     'experiments.distributions',
     'experiments.hazards',

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from nonstationary_mbml.experiments import files
+from nonstationary_mbml import files
 
 
 def test_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
