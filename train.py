@@ -13,13 +13,21 @@ number of devices that share a batch). Where the devices divide the members,
 each device trains some of them, and nothing has to meet. The members of a
 device are under one `vmap`; on a CPU they run one after another.
 
+With a folder, a run can be killed at any time and goes on by itself when it is
+started again: what a step does depends on the state and the config alone, so
+that it ends with the same bits.
+
 Axes: M members of an ensemble, B batch, T time, K alphabet size.
 """
 
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
+import pathlib
+import sys
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -28,18 +36,23 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
+from nonstationary_mbml import checkpointing
+from nonstationary_mbml import interrupts as interrupting
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml import progress
+from nonstationary_mbml import run_folder
 
 _AXIS = 'devices'
 _REPLICATED = jax.sharding.PartitionSpec()
 # Of a network that reads whole sequences, on a CPU: at T = 256, twice and half
 # as many were no quicker.
 _SYMBOLS_PER_MICROBATCH = 2048
+# A signal waits until a call has ended.
+_MAX_CALL_SECONDS = 1.0
 
 
 class TrainState(NamedTuple):
@@ -69,9 +82,10 @@ class TrainResult:
     predictor: The predictor that was trained.
     params: Its trained parameters; those of an ensemble have a leading axis of
       M members.
-    history: One dict per log: `step`, `loss` (mean since the last log, nats per
-      symbol) and the evaluator's metrics. For an ensemble, means over its
-      members, and under `seeds_stderr/<name>` their standard errors.
+    history: One dict per log: `step`; `loss` (nats per symbol) and `grad_norm`
+      (before clipping), means since the last log; `param_norm`; and the
+      evaluator's metrics. For an ensemble, means over its members, and under
+      `seeds_stderr/<name>` their standard errors.
     evaluator: The evaluator that was used.
     member_histories: For every member of an ensemble, the history that it would
       have alone, dropout masks aside; () without an ensemble.
@@ -82,6 +96,38 @@ class TrainResult:
   history: list[dict[str, float]]
   evaluator: base_constants.Evaluator
   member_histories: tuple[list[dict[str, float]], ...] = ()
+
+
+class StepSums(NamedTuple):
+  """What steps report, summed over them; `[M]` for an ensemble.
+
+  Attributes:
+    loss: Mean log loss of the batch, nats per symbol.
+    grad_norm: Global norm of the gradient, before clipping.
+  """
+
+  loss: Any
+  grad_norm: Any
+
+
+class RunState(NamedTuple):
+  """All that a run needs to go on: what a checkpoint holds.
+
+  Attributes:
+    train: The state.
+    sums: Over the steps since the last log.
+  """
+
+  train: TrainState
+  sums: StepSums
+
+
+class NonFiniteError(ArithmeticError):
+  """A loss, gradient or parameter that is infinite or not a number."""
+
+
+class StoppedError(Exception):
+  """Training was asked to stop, and saved its state first."""
 
 
 def sequence_lengths(config: base_config.TrainConfig) -> tuple[int, ...]:
@@ -288,7 +334,7 @@ def make_update(
   generator: base_constants.DataGenerator,
   predictor: predictors.Predictor,
   num_devices: int = 1,
-) -> Callable[[TrainState, int | jax.Array], tuple[TrainState, jax.Array]]:
+) -> Callable[[TrainState, int | jax.Array], tuple[TrainState, StepSums]]:
   """Returns the function that does one step of one member.
 
   Args:
@@ -300,7 +346,7 @@ def make_update(
       device's share of the predictor state.
 
   Returns:
-    (state, the member's `model_init_seed`) -> (state, loss).
+    (state, the member's `model_init_seed`) -> (state, what the step reports).
   """
   train_config = config.train
   optimizer = make_optimizer(train_config)
@@ -312,7 +358,7 @@ def make_update(
 
   def update(
     state: TrainState, model_init_seed: int | jax.Array
-  ) -> tuple[TrainState, jax.Array]:
+  ) -> tuple[TrainState, StepSums]:
     step = state.step + 1
     keys = step_keys(config.seed, model_init_seed, step)
     data_keys = jax.random.split(keys.data, train_config.batch_size)
@@ -354,49 +400,59 @@ def make_update(
     if train_config.reset_predictor_init_state:
       predictor_state = None
     params = optax.apply_updates(state.params, updates)
-    return TrainState(step, params, opt_state, predictor_state), loss
+    state = TrainState(step, params, opt_state, predictor_state)
+    return state, StepSums(loss, optax.tree.norm(grads))
 
   return update
 
 
 def make_run_steps(
   config: base_config.ExperimentConfig,
-  update: Callable[[TrainState, int | jax.Array], tuple[TrainState, jax.Array]],
+  update: Callable[[TrainState, int | jax.Array], tuple[TrainState, StepSums]],
   devices: Sequence[jax.Device],
-) -> Callable[[TrainState, int], tuple[TrainState, jax.Array]]:
-  """Returns the compiled loop: (state, number of steps) -> (state, mean loss).
+) -> Callable[
+  [TrainState, StepSums, int], tuple[TrainState, StepSums, jax.Array]
+]:
+  """Returns the compiled loop over steps.
 
-  It is compiled once, for any number of steps. The state is donated: it cannot
-  be used after the call. On several devices, wait for a call to end before the
-  next one: collectives of two calls in flight can deadlock the CPU backend.
+    (state, sums, number of steps) -> (state, sums, number of steps done)
+
+  A step whose loss or gradient is not finite is the last one, and is not
+  counted; the state after it is of no use. In an ensemble only its member
+  stops; sums and counts are `[M]`.
+
+  It is compiled once, for any number of steps, and many steps in one call are
+  bit for bit as many calls. The state is donated: it cannot be used after the
+  call. On several devices, wait for a call to end before the next one:
+  collectives of two calls in flight can deadlock the CPU backend.
 
   Args:
     config: Of the experiment.
     update: From `make_update`, for as many devices.
     devices: To run on.
-
-  Returns:
-    The function. The mean loss over the steps is `[M]` for an ensemble.
   """
   splits_members = _splits_members(config.train, len(devices))
 
   def run_steps(
-    state: TrainState, num_steps: jax.Array
-  ) -> tuple[TrainState, jax.Array]:
+    state: TrainState, sums: StepSums, num_steps: jax.Array
+  ) -> tuple[TrainState, StepSums, jax.Array]:
     def run_member(member: tuple[Any, ...]) -> tuple[Any, ...]:
-      seed, *parts = member
+      seed, sums, *parts = member
 
-      def add_step(_, carry):
-        state, total = carry
-        state, loss = update(state, seed)
-        return state, total + loss
+      def goes_on(carry):
+        num_done, is_finite, *_ = carry
+        return is_finite & (num_done < num_steps)
 
-      init = TrainState(state.step, *parts)
-      loss = jax.eval_shape(lambda: update(init, seed)[1])
-      last, total = jax.lax.fori_loop(
-        0, num_steps, add_step, (init, jnp.zeros_like(loss))
-      )
-      return *last[1:], total / num_steps
+      def add_step(carry):
+        num_done, _, state, sums = carry
+        state, new = update(state, seed)
+        sums = jax.tree.map(jnp.add, sums, new)
+        is_finite = jnp.isfinite(new.loss) & jnp.isfinite(new.grad_norm)
+        return num_done + is_finite, is_finite, state, sums
+
+      init = jnp.int32(0), jnp.bool(True), TrainState(state.step, *parts), sums
+      num_done, _, last, sums = jax.lax.while_loop(goes_on, add_step, init)
+      return num_done, sums, *last[1:]
 
     seeds = config.train.model_init_seed
     if _is_ensemble(config.train):
@@ -404,21 +460,22 @@ def make_run_steps(
       if splits_members:
         device = jax.lax.axis_index(_AXIS)
         seeds = seeds.reshape(len(devices), -1)[device]
-      *parts, losses = _map_members(run_member, (seeds, *state[1:]))
+      done = _map_members(run_member, (seeds, sums, *state[1:]))
     else:
-      *parts, losses = run_member((seeds, *state[1:]))
-    return TrainState(state.step + num_steps, *parts), losses
+      done = run_member((seeds, sums, *state[1:]))
+    num_done, sums, *parts = done
+    return TrainState(state.step + num_steps, *parts), sums, num_done
 
   if len(devices) > 1:
     spec = _state_spec(config.train, len(devices))
-    loss_spec = _REPLICATED
+    sums_spec = _REPLICATED
     if splits_members:
-      loss_spec = jax.sharding.PartitionSpec(_AXIS)
+      sums_spec = jax.sharding.PartitionSpec(_AXIS)
     run_steps = jax.shard_map(
       run_steps,
       mesh=_mesh(devices),
-      in_specs=(spec, _REPLICATED),
-      out_specs=(spec, loss_spec),
+      in_specs=(spec, sums_spec, _REPLICATED),
+      out_specs=(spec, sums_spec, sums_spec),
       # Replication is ours to keep: all that is replicated follows from means
       # over the devices.
       check_vma=False,
@@ -480,6 +537,20 @@ def _init(
   else:
     parts = init_member(seeds)
   return TrainState(jnp.int32(0), *parts)
+
+
+def abstract_state(
+  config: base_config.ExperimentConfig,
+  predictor: predictors.Predictor,
+  alphabet_size: int,
+) -> RunState:
+  """Returns the form of what a checkpoint holds, to be loaded on one device."""
+  state = jax.eval_shape(lambda: _init(config, predictor, alphabet_size))
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    RunState(state, zero_sums(config.train, state)),
+  )
 
 
 class Parts(NamedTuple):
@@ -562,6 +633,7 @@ def train(
   build_data_generator: base_constants.DataGeneratorBuilder,
   build_evaluator: base_constants.EvaluatorBuilder,
   use_tqdm: bool = False,
+  folder: str | pathlib.Path | None = None,
 ) -> TrainResult:
   """Trains a predictor as configured, on all devices of the process.
 
@@ -570,65 +642,274 @@ def train(
     build_data_generator: Makes the source from `config.data`.
     build_evaluator: Makes the evaluator, run at every log, from the predictor
       and `config.eval`.
-    use_tqdm: Show a progress bar with step, loss and regret.
+    use_tqdm: Show step, loss and regret: a progress bar on a terminal, else a
+      line for every log.
+    folder: Of the run, where `run_folder` says what is kept. If it holds a
+      checkpoint of the same config, training goes on from there. None keeps
+      nothing.
 
   Returns:
     The trained parameters and the log history.
 
   Raises:
-    ValueError: If the config is not valid, before anything is compiled.
+    ValueError: If the config is not valid, before anything is compiled; or if
+      the folder holds a run of another config, or one that cannot go on.
+    NonFiniteError: If a loss or gradient is not finite.
+    StoppedError: If a SIGTERM or Ctrl-C came, after the state was saved;
+      only with a folder.
+    run_folder.SaveError: If the folder cannot be written to.
   """
-  generator, predictor, evaluator, devices = build_parts(
-    config, build_data_generator, build_evaluator
-  )
-  state = init_state(config, predictor, generator.alphabet_size, devices)
-  run_steps = make_run_steps(
-    config,
-    make_update(config, generator, predictor, len(devices)),
-    devices,
-  )
-  # Of every member; the only one if there is no ensemble.
-  seeds = member_seeds(config.train)
-  histories = [[] for _ in seeds]
-  history = []
-  total = config.schedule.training_steps
-  progress = tqdm.tqdm(
-    total=total, desc='training', unit='step', disable=not use_tqdm
-  )
-  with progress:
-    done = 0
-    while done < total:
-      num_steps = min(config.logger.log_frequency, total - done)
-      state, losses = run_steps(state, num_steps)
-      losses = np.atleast_1d(jax.device_get(losses))
-      done += num_steps
-      params = jax.device_put(state.params, devices[0])
-      for member, seed in enumerate(seeds):
-        metrics = evaluator.step(
-          member_params(config.train, params, member),
-          None,
-          step_keys(config.seed, seed, done).evaluation,
-        )
-        metrics = jax.device_get({'loss': losses[member], **metrics})
-        histories[member].append(
-          {
-            'step': done,
-            **{name: float(value) for name, value in metrics.items()},
-          }
-        )
-      entries = [own[-1] for own in histories]
-      history.append(
-        _over_seeds(entries) if _is_ensemble(config.train) else entries[0]
+  parts = build_parts(config, build_data_generator, build_evaluator)
+  run = None if folder is None else run_folder.RunFolder(folder)
+  with contextlib.ExitStack() as stack:
+    interrupts = stack.enter_context(interrupting.catch(run is not None))
+    if run is not None:
+      stack.enter_context(run.open(config))
+    return _Training(config, parts, run, interrupts, use_tqdm).run()
+
+
+class _Training:
+  """One run of the loop: steps, and what is logged and saved between them."""
+
+  def __init__(
+    self,
+    config: base_config.ExperimentConfig,
+    parts: Parts,
+    run: run_folder.RunFolder | None,
+    interrupts: interrupting.Interrupts,
+    use_tqdm: bool,
+  ):
+    self._config = config
+    self._parts = parts
+    self._run = run
+    self._interrupts = interrupts
+    self._use_tqdm = use_tqdm
+    self._seeds = member_seeds(config.train)
+    schedule = config.schedule
+    self._log_steps = _multiples(
+      config.logger.log_frequency, schedule.training_steps
+    )
+    self._checkpoint_steps = self._snapshot_steps = ()
+    if run is not None:
+      # A kill loses two intervals: the one that goes on, and the one whose
+      # checkpoint is on its way to the disk.
+      self._checkpoint_steps = _multiples(
+        max(1, schedule.ckpt_frequency // 2), schedule.training_steps
       )
-      progress.set_postfix(_summary(history[-1]), refresh=False)
-      progress.update(num_steps)
-  return TrainResult(
-    predictor,
-    jax.device_put(state.params, devices[0]),
-    history,
-    evaluator,
-    tuple(histories) if _is_ensemble(config.train) else (),
-  )
+      self._snapshot_steps = checkpointing.snapshot_steps(schedule)
+    # Of every member; the only one if there is no ensemble.
+    self._histories = [[] for _ in self._seeds]
+    self._history = []
+
+  def run(self) -> TrainResult:
+    """Trains from where the folder stands to the last step."""
+    config, devices = self._config, self._parts.devices
+    _, predictor, evaluator, _ = self._parts
+    step, state, sums = self._start()
+    run_steps = make_run_steps(
+      config,
+      make_update(config, self._parts.generator, predictor, len(devices)),
+      devices,
+    )
+    stops = sorted(
+      {*self._log_steps, *self._checkpoint_steps, *self._snapshot_steps}
+    )
+    total = config.schedule.training_steps
+    max_steps = 1
+    with progress.bar(total, 'training', 'step', self._use_tqdm, step) as bar:
+      for stop in stops:
+        while step < stop:
+          num_steps = min(max_steps, stop - step)
+          began = time.monotonic()
+          state, sums, num_done = run_steps(state, sums, num_steps)
+          sums, num_done = jax.device_get((sums, num_done))
+          self._check_steps(step, num_steps, num_done, sums)
+          max_steps = _next_max_steps(
+            max_steps, num_steps, time.monotonic() - began
+          )
+          step += num_steps
+          bar.update(num_steps)
+          if step == stop:
+            sums = self._stop(step, state, sums, bar)
+          self._check_interrupts(step, state, sums)
+    if self._run is not None:
+      self._run.finish(step, 'finished')
+      self._check_interrupts(step, state, sums)
+    is_ensemble = _is_ensemble(config.train)
+    return TrainResult(
+      predictor,
+      jax.device_put(state.params, devices[0]),
+      self._history,
+      evaluator,
+      tuple(self._histories) if is_ensemble else (),
+    )
+
+  def _start(self) -> tuple[int, TrainState, StepSums]:
+    """The state before the first step, or that of the newest checkpoint."""
+    config, parts = self._config, self._parts
+    state = init_state(
+      config, parts.predictor, parts.generator.alphabet_size, parts.devices
+    )
+    sums = zero_sums(config.train, state)
+    if self._run is None:
+      return 0, state, sums
+    everywhere = state.step.sharding
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=getattr(x, 'sharding', everywhere)
+      ),
+      RunState(state, sums),
+    )
+    step, saved, messages = self._run.restore(
+      abstract, self._log_steps, config.schedule.ckpt_frequency
+    )
+    for message in messages:
+      print(message, file=sys.stderr, flush=True)
+    self._history, histories = run_folder.split_entries(self._run.entries)
+    if not _is_ensemble(config.train):
+      histories = [self._history]
+    self._histories = [list(own) for own in histories] or self._histories
+    if saved is not None:
+      return step, saved.train, jax.device_get(saved.sums)
+    if 0 in self._snapshot_steps:
+      self._run.save_snapshot(0, state.params)
+    self._run.save_checkpoint(0, RunState(state, sums))
+    return 0, state, sums
+
+  def _stop(
+    self,
+    step: int,
+    state: TrainState,
+    sums: StepSums,
+    bar: progress.Progress,
+  ) -> StepSums:
+    """Logs and saves what is due; returns the sums to go on with."""
+    norms = np.atleast_1d(jax.device_get(self._param_norms(state.params)))
+    if not np.all(np.isfinite(norms)):
+      self._fail(step, f'the norm of the parameters is {norms.max()}')
+    if step in self._log_steps:
+      self._log(step, state, sums, norms)
+      bar.report(_summary(self._history[-1]))
+      sums = zero_sums(self._config.train, state)
+    if step in self._snapshot_steps:
+      self._run.save_snapshot(step, state.params)
+    if step in self._checkpoint_steps:
+      self._run.save_checkpoint(
+        step,
+        RunState(state, sums),
+        # Then a single interval may be lost.
+        wait=self._config.schedule.ckpt_frequency == 1,
+      )
+    return sums
+
+  def _log(
+    self, step: int, state: TrainState, sums: StepSums, norms: np.ndarray
+  ) -> None:
+    """Evaluates every member, and adds to the histories."""
+    config = self._config
+    index = self._log_steps.index(step)
+    num_steps = step - (self._log_steps[index - 1] if index else 0)
+    means = jax.tree.map(lambda x: np.atleast_1d(x) / num_steps, sums)
+    params = jax.device_put(state.params, self._parts.devices[0])
+    entries = []
+    for member, seed in enumerate(self._seeds):
+      metrics = self._parts.evaluator.step(
+        member_params(config.train, params, member),
+        None,
+        step_keys(config.seed, seed, step).evaluation,
+      )
+      metrics = {
+        'loss': means.loss[member],
+        'grad_norm': means.grad_norm[member],
+        'param_norm': norms[member],
+        **jax.device_get(metrics),
+      }
+      floats = {name: float(value) for name, value in metrics.items()}
+      entries.append({'step': step, **floats})
+    for own, entry in zip(self._histories, entries, strict=True):
+      own.append(entry)
+    is_ensemble = _is_ensemble(config.train)
+    entry = _over_seeds(entries) if is_ensemble else entries[0]
+    self._history.append(entry)
+    if self._run is not None:
+      self._run.log(entry, entries if is_ensemble else ())
+
+  def _check_steps(
+    self, step: int, num_steps: int, num_done: np.ndarray, sums: StepSums
+  ) -> None:
+    """Raises NonFiniteError if a member stopped early."""
+    num_done = np.atleast_1d(num_done)
+    first = int(num_done.argmin())
+    if num_done[first] < num_steps:
+      member = f' of seed {self._seeds[first]}' if len(self._seeds) > 1 else ''
+      values = {
+        name: float(np.atleast_1d(value)[first])
+        for name, value in sums._asdict().items()
+      }
+      bad = [
+        f'{shown}{member} is {values[name]}'
+        for name, shown in (('loss', 'loss'), ('grad_norm', 'gradient norm'))
+        if not np.isfinite(values[name])
+      ]
+      self._fail(step + int(num_done[first]) + 1, ', '.join(bad))
+
+  def _fail(self, step: int, problem: str) -> None:
+    """Ends a run that cannot go on."""
+    kept = ''
+    if self._run is not None:
+      self._run.finish(step, f'{problem} at step {step}')
+      last = self._run.last_checkpoint
+      kept = f'; the last good checkpoint is that of step {last}'
+    raise NonFiniteError(
+      f'step {step}: {problem}, with train.learning_rate '
+      f'{self._config.train.learning_rate}{kept}'
+    )
+
+  def _check_interrupts(
+    self, step: int, state: TrainState, sums: StepSums
+  ) -> None:
+    """Raises StoppedError, with all saved, if somebody asked to stop."""
+    if self._run is None or self._interrupts.received is None:
+      return
+    self._run.save_checkpoint(step, RunState(state, sums), wait=True)
+    name = self._interrupts.received.name
+    self._run.finish(step, f'stopped by {name}')
+    raise StoppedError(
+      f'stopped by {name} after step {step} of '
+      f'{self._config.schedule.training_steps}, which is saved in '
+      f'{self._run.path}; started again, it goes on from there'
+    )
+
+  def _param_norms(self, params: predictors.Params) -> jax.Array:
+    """Global norm of the parameters, `[M]` for an ensemble."""
+    if _is_ensemble(self._config.train):
+      return _member_norms(params)
+    return _norm(params)
+
+
+_norm = jax.jit(optax.tree.norm)
+_member_norms = jax.jit(jax.vmap(optax.tree.norm))
+
+
+def zero_sums(config: base_config.TrainConfig, state: TrainState) -> StepSums:
+  """Returns the sums over no step."""
+  shape = (len(config.model_init_seed),) if _is_ensemble(config) else ()
+  dtype = jax.tree.leaves(state.params)[0].dtype
+  return StepSums(np.zeros(shape, dtype), np.zeros(shape, dtype))
+
+
+def _multiples(every: int, last: int) -> tuple[int, ...]:
+  """The multiples of `every` up to the last step, and that step."""
+  return (*range(every, last, every), last) if last else ()
+
+
+def _next_max_steps(max_steps: int, num_steps: int, seconds: float) -> int:
+  """How many steps to do in a call, so that none keeps a signal waiting."""
+  if seconds > _MAX_CALL_SECONDS:
+    return max(1, num_steps // 2)
+  if num_steps == max_steps and seconds < _MAX_CALL_SECONDS / 2:
+    return 2 * max_steps
+  return max_steps
 
 
 def member_seeds(config: base_config.TrainConfig) -> tuple[int, ...]:

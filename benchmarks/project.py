@@ -69,15 +69,15 @@ def project_step(
     )
   update = train.make_update(config, generator, predictor, num_devices)
   state = train.init_state(config, predictor, generator.alphabet_size, devices)
-  run_steps = (
-    train.make_run_steps(config, update, devices).lower(state, steps).compile()
-  )
+  zeros = train.zero_sums(config.train, state)
+  run_steps = train.make_run_steps(config, update, devices)
+  run_steps = run_steps.lower(state, zeros, steps).compile()
 
   def run() -> jax.Array:
     nonlocal state
-    state, loss = run_steps(state, steps)
+    state, sums, _ = run_steps(state, zeros, steps)
     # The state, too: two calls in flight can deadlock.
-    return jax.block_until_ready((state, loss))[1]
+    return jax.block_until_ready((state, sums))[1].loss / steps
 
   return run, num_devices * run_steps.memory_analysis().temp_size_in_bytes
 

@@ -17,7 +17,7 @@ PACKAGE = 'nonstationary_mbml'
 # Every module may import from the groups before its own, and inside its group
 # from the modules before itself.
 ORDER = (
-  ('base_config', 'runtime', 'files'),
+  ('base_config', 'runtime', 'files', 'interrupts', 'progress'),
   (
     'models.recurrent',
     'models.basic',
@@ -28,6 +28,7 @@ ORDER = (
   ),
   ('predictors',),
   ('predictor_factories', 'base_constants'),
+  ('checkpointing', 'run_folder'),
   ('train',),
   (
     'experiments.command_line',
@@ -42,6 +43,7 @@ ORDER = (
     'experiments.config',
     'experiments.constants',
     'experiments.evaluator',
+    'experiments.runs',
     'experiments.plotting',
     'experiments.bayes_table',
     'experiments.switch_posteriors',

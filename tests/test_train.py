@@ -47,10 +47,11 @@ def _run_steps(config, num_steps, num_devices):
   state = train.init_state(config, predictor, 2, devices)
   update = train.make_update(config, generator, predictor, num_devices)
   run_steps = train.make_run_steps(config, update, devices)
+  zeros = train.zero_sums(config.train, state)
   losses = []
   for _ in range(num_steps):
-    state, loss = run_steps(state, 1)
-    losses.append(np.asarray(loss))
+    state, sums, _ = run_steps(state, zeros, 1)
+    losses.append(np.asarray(sums.loss))
   return np.stack(losses), jax.device_get(state)
 
 
@@ -171,7 +172,8 @@ def test_every_device_has_dropout_masks_of_its_own():
   devices = jax.local_devices()
   state = train.init_state(config, _predictor(config), 2, devices)
   params = jax.device_get(state.params)
-  _, losses = train.make_run_steps(config, update, devices)(state, 1)
+  zeros = train.zero_sums(config.train, state)
+  _, sums, _ = train.make_run_steps(config, update, devices)(state, zeros, 1)
   # Both devices have the same sequence: with the same masks, the mean of their
   # losses would be that of one mask.
   key = train.step_keys(config.seed, 0, 1).predictor
@@ -185,7 +187,7 @@ def test_every_device_has_dropout_masks_of_its_own():
     for device in (0, 1)
   ]
   assert single[0] != pytest.approx(single[1], rel=1e-4)
-  assert float(losses) == pytest.approx(np.mean(single), rel=1e-5)
+  assert float(sums.loss) == pytest.approx(np.mean(single), rel=1e-5)
 
 
 def _predictor(config):
@@ -394,9 +396,9 @@ def test_random_lengths_follow_from_the_seed_alone():
     devices = jax.local_devices()[:1]
     state = train.init_state(config, predictor, 2, devices)
     update = train.make_update(config, Spy(), predictor)
-    jax.block_until_ready(
-      train.make_run_steps(config, update, devices)(state, 12)
-    )
+    zeros = train.zero_sums(config.train, state)
+    run_steps = train.make_run_steps(config, update, devices)
+    jax.block_until_ready(run_steps(state, zeros, 12))
     jax.effects_barrier()
     return shapes
 
@@ -514,7 +516,8 @@ def test_state_is_donated():
   predictor = _predictor(config)
   state = train.init_state(config, predictor, 2, devices)
   update = train.make_update(config, generator, predictor)
-  train.make_run_steps(config, update, devices)(state, 1)
+  zeros = train.zero_sums(config.train, state)
+  train.make_run_steps(config, update, devices)(state, zeros, 1)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 

@@ -1,0 +1,186 @@
+"""Runs that were saved: loaded in one call, and evaluated on any source.
+
+run = load_run('runs/lstm_ptw_seed0')
+logits, _ = run.predictor.unroll(run.params, None, batch)
+"""
+
+import copy
+import dataclasses
+import pathlib
+import warnings
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import checkpointing
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
+from nonstationary_mbml import run_folder
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run, as it was at one of its steps.
+
+  Attributes:
+    folder: Of the run.
+    config: Complete, as it was trained.
+    predictor: The network.
+    params: Its parameters; those of an ensemble have a leading axis of members.
+    history: The log, as in `train.TrainResult`, up to the newest entry.
+    member_histories: Those of an ensemble's members.
+    step: Training steps that the parameters have seen.
+  """
+
+  folder: pathlib.Path
+  config: config_lib.ExperimentConfig
+  predictor: predictors.Predictor
+  params: predictors.Params
+  history: list[dict[str, float]]
+  member_histories: tuple[list[dict[str, float]], ...]
+  step: int
+
+
+def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
+  """Returns a run, with the parameters it had after a step.
+
+  Changes nothing in the folder; the run may still be training. A checkpoint or
+  a last line of the log that cannot be read is left out with a warning.
+
+  Args:
+    folder: Of the run.
+    step: One of `saved_steps`; None is the newest one.
+
+  Raises:
+    ValueError: If there is no run, no such step, or nothing that can be read.
+  """
+  folder = pathlib.Path(folder)
+  config = run_folder.read_config(folder, config_lib.ExperimentConfig)
+  entries, torn = run_folder.read_metrics(folder / run_folder.METRICS)
+  if torn:
+    warnings.warn(
+      f'{folder / run_folder.METRICS}: the last line is torn, and left out',
+      stacklevel=2,
+    )
+  alphabet_size = constants.build_data_generator(config.data).alphabet_size
+  predictor = predictor_factories.build_predictor(config.model, alphabet_size)
+  abstract = train.abstract_state(config, predictor, alphabet_size)
+  step, params = _load_params(folder, step, abstract)
+  history, member_histories = run_folder.split_entries(entries)
+  return Run(folder, config, predictor, params, history, member_histories, step)
+
+
+def saved_steps(folder: str | pathlib.Path) -> tuple[int, ...]:
+  """Returns the steps whose parameters a run has kept, in order.
+
+  Raises:
+    ValueError: If there is no run.
+  """
+  checkpoints, snapshots = _open(pathlib.Path(folder))
+  return tuple(sorted({*checkpoints.steps(), *snapshots.steps()}))
+
+
+def _open(
+  folder: pathlib.Path,
+) -> tuple[checkpointing.Checkpoints, checkpointing.Checkpoints]:
+  if not folder.is_dir():
+    raise ValueError(f'{folder} is no folder of a run')
+  return tuple(
+    checkpointing.Checkpoints(folder / name, read_only=True)
+    for name in (run_folder.CHECKPOINTS, run_folder.SNAPSHOTS)
+  )
+
+
+def _load_params(
+  folder: pathlib.Path, step: int | None, abstract: train.RunState
+) -> tuple[int, predictors.Params]:
+  """The parameters of a step, or of the newest that can be read."""
+  checkpoints, snapshots = _open(folder)
+  steps = saved_steps(folder)
+  if step is not None and step not in steps:
+    raise ValueError(
+      f'{folder} has kept nothing of step {step}, only of '
+      f'{", ".join(map(str, steps)) or "none"}'
+    )
+  problems = []
+  for candidate in reversed(steps if step is None else (step,)):
+    try:
+      if candidate in snapshots.steps():
+        params = snapshots.restore(candidate, abstract.train.params)
+      else:
+        params = checkpoints.restore(candidate, abstract).train.params
+    except checkpointing.DamagedError as error:
+      problems.append(str(error))
+      warnings.warn(str(error), stacklevel=3)
+      continue
+    return candidate, params
+  raise ValueError(
+    f'{folder} has no parameters to load: '
+    f'{"; ".join(problems) or "no step was saved"}'
+  )
+
+
+def evaluator_of(
+  run: Run,
+  source: config_lib.DataConfig | None = None,
+  seq_length: int | None = None,
+  batch_size: int | None = None,
+) -> evaluator_lib.MetaLearningEvaluator:
+  """Returns an evaluator of a run's network.
+
+  Args:
+    run: From `load_run`.
+    source: To evaluate on, beside its own Bayes predictor and the references;
+      None is the one of the run's evaluation.
+    seq_length: T; None is that of the run's evaluation.
+    batch_size: Sequences at a time; None is that of the run's evaluation.
+
+  Raises:
+    ValueError: If the network, the source or a predictor cannot be that long,
+      or the source has another alphabet than the run's.
+  """
+  return evaluator_lib.build_evaluator(
+    run.predictor, evaluation_config(run, source, seq_length, batch_size)
+  )
+
+
+def evaluation_config(
+  run: Run,
+  source: config_lib.DataConfig | None = None,
+  seq_length: int | None = None,
+  batch_size: int | None = None,
+) -> config_lib.EvalConfig:
+  """Returns the complete config of `evaluator_of`."""
+  config = copy.deepcopy(run.config)
+  own = config.eval
+  if source is None and seq_length in (None, own.seq_length):
+    # Also with exact predictors that somebody chose.
+    evaluation = own
+  else:
+    evaluation = config_lib.EvalConfig(
+      batch_size=own.batch_size,
+      chunk_length=own.chunk_length,
+      seq_length=seq_length or own.seq_length,
+      data=source or own.data,
+    )
+  if batch_size is not None:
+    evaluation.batch_size = batch_size
+  config.eval = evaluation
+  evaluation = config_lib.post_process_config(config).eval
+  alphabet_size = constants.build_data_generator(config.data).alphabet_size
+  other = constants.build_data_generator(evaluation.data).alphabet_size
+  if other != alphabet_size:
+    raise ValueError(
+      f'the source has an alphabet of {other} symbols, but {run.folder} was '
+      f'trained on {alphabet_size}'
+    )
+  return evaluation
+
+
+def member_params(run: Run, member: int = 0) -> predictors.Params:
+  """Returns the parameters of one network of a run."""
+  num_members = len(train.member_seeds(run.config.train))
+  base_config.check_int('member', member, 0, num_members - 1)
+  return train.member_params(run.config.train, run.params, member)

@@ -1,0 +1,59 @@
+"""SIGTERM and Ctrl-C as a wish to stop, not as the end."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import signal
+import threading
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+  """Which signal asked to stop, if one did.
+
+  Attributes:
+    received: The signal; None as long as nobody asked.
+  """
+
+  def __init__(self):
+    self.received: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def catch(enabled: bool = True) -> Iterator[Interrupts]:
+  """Notes, inside a `with`, the first SIGTERM or Ctrl-C instead of dying of it.
+
+  A second one does what it would have done before.
+
+  Args:
+    enabled: If False, or outside of the main thread, nothing changes: Python
+      lets no other thread handle signals.
+  """
+  interrupts = Interrupts()
+  if not enabled or threading.current_thread() is not threading.main_thread():
+    yield interrupts
+    return
+
+  def on_signal(number: int, frame: Any) -> None:
+    interrupts.received = signal.Signals(number)
+    restore()
+    # Not through sys.stderr, which may be in the middle of a line.
+    os.write(
+      2,
+      f'\n{interrupts.received.name}: finishing the step, then saving; once '
+      'more stops at once\n'.encode(),
+    )
+
+  before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
+
+  def restore() -> None:
+    for number, handler in before.items():
+      # None is a handler that Python did not install.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+  try:
+    yield interrupts
+  finally:
+    restore()

@@ -1,0 +1,46 @@
+import signal
+import threading
+
+import pytest
+
+from nonstationary_mbml import interrupts
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_noted_and_the_second_kills_as_before(number, capfd):
+  before = []
+  old = signal.signal(number, lambda *args: before.append(args[0]))
+  try:
+    with interrupts.catch() as caught:
+      assert caught.received is None
+      signal.raise_signal(number)
+      assert caught.received == number
+      assert not before
+      signal.raise_signal(number)
+    assert before == [number]
+    signal.raise_signal(number)
+    assert before == [number, number]
+  finally:
+    signal.signal(number, old)
+  assert f'{number.name}: finishing the step' in capfd.readouterr().err
+
+
+def test_without_being_enabled_signals_stay_as_they_are():
+  handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  with interrupts.catch(enabled=False):
+    assert handlers == [
+      signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)
+    ]
+
+
+def test_other_threads_train_without_handlers():
+  received = []
+
+  def work():
+    with interrupts.catch() as caught:
+      received.append(caught.received)
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert received == [None]

@@ -1,0 +1,277 @@
+"""Runs that are stopped anywhere end as if they had not been."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import checkpointing
+from nonstationary_mbml import run_folder
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+
+
+def _config(**train_kwargs):
+  return config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      train=base_config.TrainConfig(
+        **{'seq_length': 8, 'batch_size': 4, **train_kwargs}
+      ),
+      model=base_config.ModelConfig(
+        model_type='lstm', architecture_kwargs={'hidden_size': 3}
+      ),
+      schedule=base_config.ScheduleConfig(
+        training_steps=14, num_saves=3, ckpt_frequency=8
+      ),
+      logger=base_config.LoggerConfig(log_frequency=3),
+      eval=config_lib.EvalConfig(batch_size=4, optimal_predictors=('kt',)),
+    )
+  )
+
+
+class _Evaluator:
+  """Measures nothing, and calls a function at every log."""
+
+  alphabet_size = 2
+
+  def __init__(self, at_log):
+    self.at_log = at_log
+
+  def step(self, predictor_params, predictor_state, rng):
+    self.at_log()
+    return {'key': jax.random.uniform(rng)}
+
+
+def _train(config, folder, at_log=lambda: None):
+  return train.train(
+    config,
+    constants.build_data_generator,
+    lambda predictor, config: _Evaluator(at_log),
+    folder=folder,
+  )
+
+
+class _KilledError(Exception):
+  pass
+
+
+def _at(log, function):
+  """Calls a function at the n-th log, n = 1, 2, ..."""
+  logs = iter(range(1, 100))
+  return lambda: function() if next(logs) == log else None
+
+
+def _kill():
+  raise _KilledError
+
+
+def _assert_same(first, second):
+  assert first.history == second.history
+  assert first.member_histories == second.member_histories
+  jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+@pytest.mark.parametrize(
+  'train_kwargs',
+  [
+    {},
+    {'model_init_seed': (0, 1), 'reset_predictor_init_state': False},
+    {'model_init_seed': (0, 1, 2)},
+    {'reset_predictor_init_state': False, 'seq_length_fixed': False},
+  ],
+  ids=['one', 'members on devices', 'ensemble', 'carried state'],
+)
+def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
+  """On two devices: killed, then asked to stop, then left to finish."""
+  config = _config(**train_kwargs)
+  whole = _train(config, tmp_path / 'whole')
+  assert [entry['step'] for entry in whole.history] == [3, 6, 9, 12, 14]
+  folder = tmp_path / 'stopped'
+  num_members = len(train.member_seeds(config.train))
+  with pytest.raises(_KilledError):
+    _train(config, folder, _at(3 * num_members, _kill))
+  stop = lambda: signal.raise_signal(signal.SIGTERM)
+  with pytest.raises(train.StoppedError, match='SIGTERM after step'):
+    _train(config, folder, _at(1, stop))
+  resumed = _train(config, folder)
+  _assert_same(resumed, whole)
+  for name in ('whole', 'stopped'):
+    folder = tmp_path / name
+    assert checkpointing.Checkpoints(folder / 'snapshots').steps() == (1, 4, 14)
+    assert 14 in checkpointing.Checkpoints(folder / 'checkpoints').steps()
+  metrics = [
+    (tmp_path / name / 'metrics.jsonl').read_bytes()
+    for name in ('whole', 'stopped')
+  ]
+  assert metrics[0] == metrics[1]
+  # A finished run has nothing left to do.
+  _assert_same(_train(config, tmp_path / 'whole', _kill), whole)
+
+
+def test_folder_changes_nothing_about_training(tmp_path):
+  _assert_same(_train(_config(), tmp_path), _train(_config(), None))
+
+
+def test_stop_between_two_logs_keeps_the_sums(tmp_path):
+  """The mean loss of a log is over the steps before and after the stop."""
+  config = _config()
+  whole = _train(config, None)
+  begun = []
+
+  def stop_after_the_next_call():
+    begun.append(True)
+
+  # The signal comes while a call runs: after step 4, since calls double.
+  run_steps = train.make_run_steps
+
+  def make_run_steps(*args):
+    function = run_steps(*args)
+
+    def run(state, sums, num_steps):
+      if begun:
+        signal.raise_signal(signal.SIGINT)
+      return function(state, sums, min(num_steps, 1))
+
+    return run
+
+  patch = pytest.MonkeyPatch()
+  with patch.context() as patched:
+    patched.setattr(train, 'make_run_steps', make_run_steps)
+    patched.setattr(train, '_next_max_steps', lambda *args: 1)
+    with pytest.raises(train.StoppedError, match='SIGINT after step 4 of 14'):
+      _train(config, tmp_path, _at(1, stop_after_the_next_call))
+  _assert_same(_train(config, tmp_path), whole)
+
+
+def test_many_steps_in_a_call_are_bit_for_bit_as_many_calls():
+  config = _config()
+  parts = train.build_parts(
+    config, constants.build_data_generator, evaluator_lib.build_evaluator
+  )
+  update = train.make_update(config, parts.generator, parts.predictor, 2)
+  run_steps = train.make_run_steps(config, update, parts.devices)
+
+  def run(*calls):
+    state = train.init_state(config, parts.predictor, 2, parts.devices)
+    sums = train.zero_sums(config.train, state)
+    for num_steps in calls:
+      state, sums, _ = run_steps(state, sums, num_steps)
+    return jax.device_get((state, sums))
+
+  jax.tree.map(np.testing.assert_array_equal, run(9), run(1, 5, 2, 1))
+
+
+def _failing_update(seed_that_fails, failing_step, value):
+  """An update that does nothing, but for one member's broken step."""
+
+  def update(state, seed):
+    step = state.step + 1
+    fails = (seed == seed_that_fails) & (step == failing_step)
+    loss = jax.numpy.where(fails, value, 1.0)
+    return state._replace(step=step), train.StepSums(loss, loss + 1.0)
+
+  return update
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_steps_stop_at_the_first_that_is_not_finite(value):
+  config = _config(model_init_seed=(3, 7))
+  parts = train.build_parts(
+    config, constants.build_data_generator, evaluator_lib.build_evaluator
+  )
+  devices = parts.devices[:1]
+  state = train.init_state(config, parts.predictor, 2, devices)
+  sums = train.zero_sums(config.train, state)
+  run_steps = train.make_run_steps(
+    config, _failing_update(7, 5, value), devices
+  )
+  _, sums, num_done = run_steps(state, sums, 10)
+  assert list(num_done) == [10, 4]
+  np.testing.assert_array_equal(sums.loss, [10.0, value])
+
+
+def test_diverging_run_says_where_and_keeps_the_last_good_state(tmp_path):
+  config = _config()
+  with pytest.raises(train.StoppedError):
+    stop = lambda: signal.raise_signal(signal.SIGTERM)
+    _train(config, tmp_path, _at(2, stop))
+  patch = pytest.MonkeyPatch()
+  with patch.context() as patched:
+    patched.setattr(
+      train, 'make_update', lambda *args: _failing_update(0, 11, np.nan)
+    )
+    with pytest.raises(
+      train.NonFiniteError,
+      match='step 11: loss is nan, gradient norm is nan, with '
+      'train.learning_rate 0.002; the last good checkpoint is that of step 8',
+    ):
+      _train(config, tmp_path)
+  # Mended, it goes on from there.
+  resumed = _train(config, tmp_path)
+  assert [entry['step'] for entry in resumed.history] == [3, 6, 9, 12, 14]
+  starts = json.loads((tmp_path / 'environment.json').read_text())['starts']
+  assert starts[1]['end'].endswith('at step 11')
+  assert starts[2]['first_step'] == 8
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+  config = _config(learning_rate=3e38, clip_grad_norm=None)
+  with pytest.raises(train.NonFiniteError, match='step 1: the norm of'):
+    _train(config, tmp_path)
+  assert checkpointing.Checkpoints(tmp_path / 'checkpoints').steps() == (0,)
+
+
+def test_norms_are_logged():
+  config = _config(clip_grad_norm=1e-3)
+  result = _train(config, None)
+  norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(result.params)))
+  assert result.history[-1]['param_norm'] == pytest.approx(norm, rel=1e-5)
+  # Before clipping.
+  assert result.history[-1]['grad_norm'] > 1e-2
+
+
+def test_other_config_is_refused_before_anything_is_computed(tmp_path):
+  _train(_config(), tmp_path)
+  with pytest.raises(ValueError, match='train.learning_rate: 0.002 -> 0.1'):
+    _train(_config(learning_rate=0.1), tmp_path)
+
+
+def test_kill_loses_at_most_the_checkpoint_frequency(tmp_path):
+  """Whenever a step is done, one not much older is on disk."""
+  config = _config()
+  config.schedule.ckpt_frequency = 3
+  config.logger.log_frequency = 1
+  lost = []
+  steps = iter(range(1, 100))
+
+  def measure():
+    on_disk = checkpointing.Checkpoints(tmp_path / 'checkpoints').steps()
+    lost.append(next(steps) - max(on_disk, default=0))
+
+  _train(config, tmp_path, measure)
+  assert len(lost) == 14
+  assert max(lost) <= 3
+
+
+def test_unwritable_disk_ends_the_run_with_the_checkpoint_before(
+  tmp_path, monkeypatch
+):
+  config = _config()
+  save = checkpointing.Checkpoints.save
+
+  def fail(self, step, tree):
+    if step == 8:
+      self.wait()
+      raise OSError(28, 'No space left on device')
+    save(self, step, tree)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(checkpointing.Checkpoints, 'save', fail)
+    with pytest.raises(run_folder.SaveError, match='No space left.*step 4'):
+      _train(config, tmp_path)
+  _assert_same(_train(config, tmp_path), _train(config, None))
