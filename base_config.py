@@ -12,7 +12,9 @@ tuples on the way in.
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -32,6 +34,7 @@ _MAX_SEED = SEQ_LENGTH_STREAM - 1
 SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
+_MAX_INT32 = 2**31 - 1
 
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
@@ -55,6 +58,15 @@ def check_choice(field: str, value: Any, choices: Iterable[str]) -> None:
       f'{field} {value!r} is not one of {", ".join(choices)}'
       f'{did_you_mean(value, choices)}'
     )
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+  """Inside a `with`, names the field before the message of any ValueError."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'{field}: {error}') from error
 
 
 class Registry(dict):
@@ -125,8 +137,13 @@ def check_constructor(
 def check_int(
   field: str, value: Any, minimum: int, maximum: int | None = None
 ) -> None:
-  """Raises ValueError unless `value` is an integer in [minimum, maximum]."""
+  """Raises ValueError unless `value` is an integer in [minimum, maximum].
+
+  Without a maximum it is that of int32, since sizes and counts are.
+  """
   is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if maximum is None and is_int and value > _MAX_INT32:
+    maximum = _MAX_INT32
   if not is_int or value < minimum or (maximum is not None and value > maximum):
     limit = f' and <= {maximum}' if maximum is not None else ''
     raise ValueError(
@@ -183,11 +200,13 @@ def check_instance(field: str, value: Any, wanted: type) -> None:
 def check_vector(field: str, value: Any) -> tuple[float, ...]:
   """Returns a flat sequence of numbers as floats, or raises ValueError."""
   try:
-    return tuple(float(item) for item in value)
-  except (TypeError, ValueError) as error:
-    raise ValueError(
-      f'{field} is {value!r}; it must be a sequence of numbers'
-    ) from error
+    items = tuple(value)
+    # float() takes text, too.
+    if not any(isinstance(item, (bool, str)) for item in items):
+      return tuple(float(item) for item in items)
+  except (OverflowError, TypeError, ValueError):
+    pass
+  raise ValueError(f'{field} is {value!r}; it must be a sequence of numbers')
 
 
 def check_dirichlet(
@@ -206,7 +225,10 @@ def check_dirichlet(
   Raises:
     ValueError: If an entry is not positive, or their number is not K.
   """
-  values = np.asarray(concentration)
+  try:
+    values = np.asarray(concentration)
+  except ValueError:  # Rows of unequal length.
+    values = np.asarray(None)
   if not (
     values.ndim <= 1
     and values.size
@@ -431,11 +453,16 @@ class ExperimentConfig(Config):
 
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value is out of range."""
-    if not isinstance(self.name, str) or not self.name:
-      raise ValueError(f'name is {self.name!r}; it must be a non-empty string')
+    # Of a folder, too.
+    if not (
+      isinstance(self.name, str) and self.name and self.name.isprintable()
+    ):
+      raise ValueError(
+        f'name is {self.name!r}; it must be a non-empty, printable string'
+      )
     check_int('seed', self.seed, 0, _MAX_SEED)
     for field, annotation in typing.get_type_hints(type(self)).items():
-      wanted = _config_class(annotation)
+      wanted = nested_class(annotation)
       if wanted is not None:
         check_instance(field, getattr(self, field), wanted)
         getattr(self, field).validate()
@@ -447,7 +474,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(
-  config_class: type[_ConfigT], values: Mapping[str, Any]
+  config_class: type[_ConfigT], values: Mapping[str, Any], field: str = ''
 ) -> _ConfigT:
   """Returns the config that `to_dict` made the values of.
 
@@ -455,19 +482,19 @@ def from_dict(
     config_class: The dataclass to build.
     values: Nested dicts, as from `to_dict` or `json.load`. Fields left out
       keep their defaults.
+    field: Path of the config inside the one it is part of, for messages.
 
   Raises:
-    ValueError: If a field is unknown, or a nested config is not a dict.
+    ValueError: If a field is unknown, or a config is not a dict.
   """
-  fields = {field.name for field in dataclasses.fields(config_class)}
-  check_kwargs(config_class.__name__, values, fields)
   types_by_field = typing.get_type_hints(config_class)
+  check_mapping(field or config_class.__name__, values)
+  check_kwargs(field or config_class.__name__, values, types_by_field)
   kwargs = {}
   for name, value in values.items():
-    nested = _config_class(types_by_field[name])
+    nested = nested_class(types_by_field[name])
     if nested is not None and value is not None:
-      check_mapping(f'{config_class.__name__}.{name}', value)
-      value = from_dict(nested, value)
+      value = from_dict(nested, value, f'{field}.{name}' if field else name)
     kwargs[name] = value
   return config_class(**kwargs)
 
@@ -489,8 +516,8 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
   return [] if old == new else [f'{path}: {old!r} -> {new!r}']
 
 
-def _config_class(annotation: Any) -> type[Config] | None:
-  """The Config class in `X` or `X | None`, if there is one."""
+def nested_class(annotation: Any) -> type[Config] | None:
+  """Returns the Config class in `X` or `X | None`, if there is one."""
   options = (
     typing.get_args(annotation)
     if isinstance(annotation, types.UnionType)

@@ -88,7 +88,7 @@ def make_rnn_predictor(
   else:
     defaults = _RNN_DEFAULTS
   if core in CORES.values():
-    base_config.check_kwargs('architecture_kwargs', kwargs, defaults)
+    base_config.check_kwargs(core.__name__, kwargs, defaults)
     base_config.check_int('hidden_size', kwargs['hidden_size'], 1)
   else:
     hidden_size = inspect.signature(core).parameters.get('hidden_size')
@@ -141,6 +141,11 @@ def make_sliding_window_transformer_predictor(
       'sliding_window_transformer needs context_length, the symbols per window'
     )
   context_length = kwargs.pop('context_length')
+  base_config.check_kwargs(
+    'sliding_window_transformer',
+    kwargs,
+    ('context_length', *transformer.FIELDS),
+  )
   base_config.check_int('context_length', context_length, 1)
   model = transformer.make_transformer_encoder(output_size, **kwargs)
 
@@ -204,7 +209,8 @@ def build_predictor(
   """
   config.validate()
   factory = PREDICTOR_FACTORIES.lookup('model.model_type', config.model_type)
-  return factory(output_size, config.architecture_kwargs)
+  with base_config.naming('model.architecture_kwargs'):
+    return factory(output_size, config.architecture_kwargs)
 
 
 def _with_defaults(

@@ -605,8 +605,7 @@ def build_parts(
   for seq_length in sequence_lengths(train_config):
     # Traced but not compiled, to find out whether the source can be that long.
     jax.eval_shape(
-      lambda rng, length=seq_length: generator.sample(rng, 1, length),
-      jax.random.key(0),
+      lambda length=seq_length: generator.sample(jax.random.key(0), 1, length)
     )
   predictor = predictor_factories.build_predictor(
     config.model, generator.alphabet_size

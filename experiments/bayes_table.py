@@ -14,7 +14,6 @@ import dataclasses
 import io
 from typing import Any
 
-from absl import app
 from absl import flags
 import jax
 import numpy as np
@@ -288,4 +287,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  command_line.run(main)

@@ -1,36 +1,83 @@
-"""What the scripts share: how they start, and the folders they write to."""
+"""What the scripts share: how they start, and the folders they write to.
 
+  if __name__ == '__main__':
+    define_flags()
+    command_line.run(main)
+
+Whatever is wrong on the command line is one line on stderr.
+"""
+
+from collections.abc import Callable
 import pathlib
 import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 
+from nonstationary_mbml import base_config
 from nonstationary_mbml import runtime
 
+# Of a script that was asked to stop, and goes on when it is started again:
+# EX_TEMPFAIL of sysexits.h.
+EXIT_STOPPED = 75
 
-def define_flags() -> None:
+# So that --help of a script shows the flags that are defined here.
+flags.disclaim_key_flags()
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags of every script; not at import, so that none meet."""
   flags.DEFINE_bool(
     'compilation_cache',
     True,
     'Keep compiled programs for the next start, in '
     '~/.cache/nonstationary_mbml/jax or $JAX_COMPILATION_CACHE_DIR.',
+    flag_values=values,
   )
 
 
+def define_choice(
+  values: flags.FlagValues,
+  flag: str,
+  default: str | None,
+  registry: base_config.Registry,
+  doc: str,
+) -> None:
+  """A flag that names an entry of a registry, in any case of letters."""
+  flags.DEFINE_string(
+    flag, default, f'{doc}: {", ".join(sorted(registry))}', flag_values=values
+  )
+
+  def is_known(value: str | None) -> bool:
+    if value is None:
+      return True
+    try:
+      registry.lookup(f'--{flag}', value)
+    except ValueError as error:
+      raise flags.ValidationError(str(error)) from None
+    return True
+
+  flags.register_validator(flag, is_known, flag_values=values)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs a script: `main` is called with what is no flag, then it exits."""
+  app.run(main, flags_parser=_parse_flags)
+
+
 def start(argv: list[str], cpu_devices: int = 1) -> None:
-  """Starts JAX as the flags say.
+  """Starts JAX as the flags say; exits if there are arguments but flags.
 
   Args:
     argv: What absl left of the command line.
     cpu_devices: As in `runtime.start`.
-
-  Raises:
-    UsageError: If there are arguments that are no flags.
   """
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+    sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
+  if not flags.FLAGS['verbosity'].present:
+    # Orbax says much of what it does.
+    logging.set_verbosity(logging.WARNING)
   runtime.start(cpu_devices, flags.FLAGS.compilation_cache)
 
 
@@ -42,3 +89,10 @@ def make_folder(path: str) -> pathlib.Path:
   except OSError as error:
     sys.exit(f'error: cannot write to {folder}: {error.strerror}')
   return folder
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(f'error: {" ".join(str(error).split())}')

@@ -3,16 +3,32 @@
   config = post_process_config(ExperimentConfig(name='my_run'))
 
 Field names and values are checked by `validate`, which `post_process_config`
-calls; names are looked up in experiments/constants.py.
+calls; names are looked up in experiments/constants.py. To start from a run that
+was saved, and let what followed from its fields follow again:
+
+  config = without_derived(load('runs/my_run'))
+  overrides = parse_overrides(config, ['train.seq_length=64'])
+  config = post_process_config(with_overrides(config, overrides))
 """
 
+import ast
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 import copy
 import dataclasses
+import functools
 import itertools
+import json
+import os
+import pathlib
+import types
+import typing
 from typing import Any
+from typing import NamedTuple
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import run_folder
 from nonstationary_mbml.experiments import ptw_predictors
 
 # The source's own Bayes predictor, and the references.
@@ -30,6 +46,7 @@ _OWN_PREDICTORS = {
 _REFERENCES = ('ptw', 'lad', 'kt')
 _PTW_SOURCES = ('ptw', 'iid_ptw_cat')
 _OF_A_DEPTH = (*_PTW_SOURCES, 'forget_me_not')
+_EVAL_DATA = 'eval.data.'
 # Predictors that take the arguments of the source of their name.
 _LIKE_THEIR_SOURCE = ('random_shift', 'regular_shift')
 
@@ -68,20 +85,26 @@ class DataConfig(base_config.Config):
     default_factory=dict
   )
 
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value has the wrong type."""
-    for field in (
-      'iid_distribution_kwargs',
-      'parameter_distribution_kwargs',
-      'trajectory_generator_kwargs',
-    ):
-      base_config.check_mapping(f'data.{field}', getattr(self, field))
+  def validate(self, path: str = 'data') -> None:
+    """Raises ValueError, naming the field, if a value has the wrong type.
+
+    Args:
+      path: Of this config, for the message: `data` or `eval.data`.
+    """
     for field in (
       'iid_distribution',
       'parameter_distribution',
       'trajectory_generator',
     ):
-      base_config.check_instance(f'data.{field}', getattr(self, field), str)
+      value = getattr(self, field)
+      if not isinstance(value, str):
+        raise ValueError(f'{path}.{field} is {value!r}; it must be a name')
+      kwargs = f'{field}_kwargs'
+      base_config.check_mapping(f'{path}.{kwargs}', getattr(self, kwargs))
+    base_config.check_vector(
+      f'{path}.parameter_distribution_params',
+      self.parameter_distribution_params,
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -132,14 +155,18 @@ class EvalConfig(base_config.EvalConfig):
     kwargs = self.optimal_predictors_kwargs
     base_config.check_mapping('eval.optimal_predictors_kwargs', kwargs)
     if not is_auto:
-      base_config.check_kwargs('eval.optimal_predictors_kwargs', kwargs, names)
+      base_config.check_kwargs(
+        'eval.optimal_predictors_kwargs',
+        {name.lower(): value for name, value in kwargs.items()},
+        [name.lower() for name in names],
+      )
     for name, value in kwargs.items():
       base_config.check_mapping(
         f'eval.optimal_predictors_kwargs[{name}]', value
       )
     if self.data is not None:
       base_config.check_instance('eval.data', self.data, DataConfig)
-      self.data.validate()
+      self.data.validate('eval.data')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -215,33 +242,215 @@ def with_overrides(
   Args:
     config: Stays as it is.
     overrides: Values by path, e.g. `train.batch_size` or
-      `model.architecture_kwargs.hidden_size`.
+      `model.architecture_kwargs.hidden_size`. Those inside `eval.data` come
+      last; where it is None, they change a copy of `data`.
 
   Raises:
     ValueError: If a path leads to no field.
   """
   config = copy.deepcopy(config)
-  for path, value in overrides.items():
-    *parents, last = path.split('.')
-    target = config
-    for name in parents:
-      target = _get_field(path, target, name)
-    if isinstance(target, dict):
-      target[last] = base_config.plain(value)
-    else:
-      _get_field(path, target, last)
-      setattr(target, last, value)
+  # The source of the evaluation may start as that of training is in the end.
+  for path in sorted(overrides, key=lambda path: path.startswith(_EVAL_DATA)):
+    with base_config.naming(path):
+      _annotation_at(type(config), path)
+      if path.startswith(_EVAL_DATA) and config.eval.data is None:
+        config.eval.data = copy.deepcopy(config.data)
+      *parents, last = path.split('.')
+      target = config
+      for name in parents:
+        target = _inside(target, name)
+      if isinstance(target, dict):
+        target[last] = base_config.plain(overrides[path])
+      else:
+        _inside(target, last)
+        setattr(target, last, overrides[path])
   return config
 
 
-def _get_field(path: str, target: Any, name: str) -> Any:
+def _inside(target: Any, name: str) -> Any:
   if isinstance(target, base_config.Config):
-    fields = [field.name for field in dataclasses.fields(target)]
-    base_config.check_choice(f'{path}: field', name, fields)
     return getattr(target, name)
   if isinstance(target, dict):
     return target.setdefault(name, {})
-  raise ValueError(f'{path}: {target!r} has no fields')
+  raise ValueError(f'{target!r} has no fields')
+
+
+def parse_overrides(
+  config: ExperimentConfig, items: Iterable[str]
+) -> dict[str, Any]:
+  """Returns the overrides that texts stand for, for `with_overrides`.
+
+    ['train.learning_rate=3e-4', 'model.architecture_kwargs.core=gru']
+    {'train.learning_rate': 3e-4, 'model.architecture_kwargs.core': 'gru'}
+
+  A value is read as the type of its field: `1e4` is an int where the field is
+  one, `none` is None where that is allowed, and `0.5,0.5` a tuple. Tuples and
+  dicts, and all that is inside of a dict, are Python or JSON; there, what is
+  neither is a string.
+
+  Args:
+    config: To be overridden.
+    items: `path=value` each. Of two for the same path, the last wins.
+
+  Raises:
+    ValueError: If a path leads to no field, or a value is not of its type.
+  """
+  overrides = {}
+  for item in items:
+    with base_config.naming(f'--set {item!r}'):
+      path, equals, text = item.partition('=')
+      if not path or not equals:
+        raise ValueError('it must be path=value, as in train.batch_size=64')
+      value = _parse(text, _annotation_at(type(config), path))
+      overrides.pop(path, None)  # Its place is that of the last.
+      overrides[path] = value
+  return overrides
+
+
+def _annotation_at(config_class: type[base_config.Config], path: str) -> Any:
+  """The type of the field at a path; `Any` inside of a dict."""
+  annotation = config_class
+  for name in path.split('.'):
+    nested = base_config.nested_class(annotation)
+    if nested is not None:
+      fields = typing.get_type_hints(nested)
+      base_config.check_choice('field', name, fields)
+      annotation = fields[name]
+    elif annotation is not Any and typing.get_origin(annotation) is not dict:
+      raise ValueError(f'a value has no fields, and so no {name!r}')
+    elif not name:
+      raise ValueError('a name in the path is empty')
+    else:
+      annotation = Any
+  return annotation
+
+
+def _parse(text: str, annotation: Any) -> Any:
+  """The value of an annotated type that a text stands for."""
+  is_union = isinstance(annotation, types.UnionType)
+  options = typing.get_args(annotation) if is_union else (annotation,)
+  nested = base_config.nested_class(annotation)
+  for option in options:
+    if option is not nested:
+      try:
+        return _READERS[option].read(text)
+      except ValueError:
+        pass
+  if nested is not None:
+    fields = ', '.join(sorted(typing.get_type_hints(nested)))
+    raise ValueError(f'it is a config; set one of its fields {fields}')
+  allowed = ' or '.join(_READERS[option].allowed for option in options)
+  raise ValueError(f'the value must be {allowed}')
+
+
+def _read_int(text: str) -> int:
+  try:
+    return int(text)
+  except ValueError:
+    number = float(text)  # 1e4
+    if number.is_integer():
+      return int(number)
+    raise
+
+
+def _read_bool(text: str) -> bool:
+  if text.lower() not in ('true', 'false'):
+    raise ValueError
+  return text.lower() == 'true'
+
+
+def _read_none(text: str) -> None:
+  if text.lower() not in ('none', 'null'):
+    raise ValueError
+
+
+def _read_literal(text: str) -> Any:
+  for read in (ast.literal_eval, json.loads):
+    try:
+      return base_config.plain(read(text))
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+      pass
+  raise ValueError
+
+
+def _read_any(text: str) -> Any:
+  try:
+    return _read_literal(text)
+  except ValueError:
+    return text
+
+
+def _read_dict(text: str) -> dict[str, Any]:
+  value = _read_literal(text)
+  if not isinstance(value, dict):
+    raise ValueError
+  return value
+
+
+def _read_tuple(text: str, read_item: Callable[[str], Any]) -> tuple[Any, ...]:
+  try:
+    items = _read_literal(text)
+  except ValueError:
+    if ',' not in text:
+      raise
+    # Names without quotes.
+    items = tuple(item.strip() for item in text.split(',') if item.strip())
+  if not isinstance(items, tuple):
+    raise ValueError
+  return tuple(read_item(str(item)) for item in items)
+
+
+class _Reader(NamedTuple):
+  """How a text is read as a type.
+
+  Attributes:
+    allowed: What the text must be, for messages.
+    read: From the text to the value; raises ValueError.
+  """
+
+  allowed: str
+  read: Callable[[str], Any]
+
+
+_READERS = {
+  Any: _Reader('a value', _read_any),
+  bool: _Reader('true or false', _read_bool),
+  dict[str, Any]: _Reader('a dict such as {"depth": 7}', _read_dict),
+  float: _Reader('a number', float),
+  int: _Reader('an int', _read_int),
+  str: _Reader('a string', str),
+  tuple[float, ...]: _Reader(
+    'a tuple of numbers such as 0.5,0.5',
+    functools.partial(_read_tuple, read_item=float),
+  ),
+  tuple[int, ...]: _Reader(
+    'a tuple of ints such as 0,1',
+    functools.partial(_read_tuple, read_item=_read_int),
+  ),
+  tuple[str, ...]: _Reader(
+    'a tuple of names such as ptw,kt',
+    functools.partial(_read_tuple, read_item=str),
+  ),
+  type(None): _Reader('None', _read_none),
+}
+
+
+def load(path: str | pathlib.Path) -> ExperimentConfig:
+  """Returns a config that was saved as JSON.
+
+  Args:
+    path: Of the file, or of the folder of a run. Fields that the file lacks,
+      since they are newer, have their defaults.
+
+  Raises:
+    ValueError: If it cannot be read, or is not a valid config.
+  """
+  is_folder = os.path.isdir(path)  # Of no name is it an error to ask.
+  path = pathlib.Path(path, run_folder.CONFIG if is_folder else '')
+  config = run_folder.config_from_file(path, ExperimentConfig)
+  with base_config.naming(str(path)):
+    config.validate()
+  return config
 
 
 def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
@@ -310,6 +519,57 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
     _fill(architecture, 'stack_size', config.train.seq_length)
   config.model.architecture_kwargs = architecture
   return config
+
+
+def without_derived(config: ExperimentConfig) -> ExperimentConfig:
+  """Returns a copy without what `post_process_config` would fill in again.
+
+    post_process_config(without_derived(config)) == post_process_config(config)
+
+  So what followed from a field follows again after the field has changed. What
+  was given, but is what would be filled in, goes too.
+
+  Args:
+    config: Complete or not.
+
+  Raises:
+    ValueError: If a value is out of range.
+  """
+  complete = post_process_config(config)
+  reduced = complete
+
+  def attempt(forget: Callable[[ExperimentConfig], None]) -> None:
+    nonlocal reduced
+    candidate = copy.deepcopy(reduced)
+    forget(candidate)
+    try:
+      if post_process_config(candidate) == complete:
+        reduced = candidate
+    except ValueError:
+      pass  # What is left does not fit the defaults.
+
+  for field, default in (
+    ('seq_length', None),
+    ('data', None),
+    ('optimal_predictors', AUTO),
+  ):
+    attempt(lambda c, f=field, d=default: setattr(c.eval, f, d))
+  law = tuple(complete.eval.data.trajectory_generator_kwargs)
+  for name in complete.eval.optimal_predictors:
+    for keys in (('depth',), ('concentration',), law):
+      attempt(
+        lambda c, n=name, k=keys: _drop(c.eval.optimal_predictors_kwargs[n], k)
+      )
+    if not reduced.eval.optimal_predictors_kwargs[name]:
+      attempt(lambda c, n=name: _drop(c.eval.optimal_predictors_kwargs, (n,)))
+  for key in ('context_length', 'stack_size'):
+    attempt(lambda c, k=key: _drop(c.model.architecture_kwargs, (k,)))
+  return reduced
+
+
+def _drop(values: dict[str, Any], keys: Iterable[str]) -> None:
+  for key in keys:
+    values.pop(key, None)
 
 
 def _fill(kwargs: dict[str, Any], key: str, value: Any) -> None:

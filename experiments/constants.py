@@ -3,6 +3,7 @@
 import numpy as np
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import distributions
@@ -62,34 +63,83 @@ def label(optimal_predictor: str) -> str:
   return _LABELS.get(optimal_predictor, optimal_predictor)
 
 
+def check(config: config_lib.ExperimentConfig) -> None:
+  """Raises ValueError, naming the field, if the parts do not fit together.
+
+  JAX is not started, so that a script can still say how; what depends on its
+  devices is left to `train.build_parts`.
+
+  Args:
+    config: As `post_process_config` leaves it.
+  """
+  config.validate()
+  alphabet_sizes = []
+  for path, data, seq_length in (
+    ('data', config.data, config.train.seq_length),
+    ('eval.data', config.eval.data, config.eval.seq_length),
+  ):
+    generator = build_data_generator(data, path)
+    with base_config.naming(f'{path}.trajectory_generator_kwargs'):
+      generator.check_seq_length(seq_length)
+    with base_config.naming(path):
+      alphabet_sizes.append(generator.alphabet_size)
+  alphabet_size, eval_alphabet_size = alphabet_sizes
+  if eval_alphabet_size != alphabet_size:
+    raise ValueError(
+      f'eval.data has an alphabet of {eval_alphabet_size} symbols, but data, '
+      f'to train on, of {alphabet_size}'
+    )
+  predictor = predictor_factories.build_predictor(config.model, alphabet_size)
+  if not (config.train.reset_predictor_init_state or predictor.has_state):
+    raise ValueError(
+      'train.reset_predictor_init_state is False, but model.model_type '
+      f'{config.model.model_type!r} has no state to carry over'
+    )
+  optimal_predictors = build_optimal_predictors(config.eval, alphabet_size)
+  for name, optimal_predictor in optimal_predictors.items():
+    if hasattr(optimal_predictor, 'depth'):
+      with base_config.naming(f'eval.optimal_predictors_kwargs[{name}]'):
+        ptw_predictors.check_horizon(
+          optimal_predictor.depth, config.eval.seq_length
+        )
+
+
 def build_data_generator(
-  config: config_lib.DataConfig,
+  config: config_lib.DataConfig, path: str = 'data'
 ) -> trajectory_generators.TrajectoryGenerator:
   """Returns the source that a data config describes.
+
+  Args:
+    config: Of the data.
+    path: Of that config, for messages: `data` or `eval.data`.
 
   Raises:
     ValueError: If a name is unknown, an argument is wrong, or the two
       distributions do not fit each other.
   """
-  config.validate()
+  config.validate(path)
   iid = _build_distribution(
-    'data.iid_distribution',
+    f'{path}.iid_distribution',
     config.iid_distribution,
     config.iid_distribution_kwargs,
   )
   prior = _build_distribution(
-    'data.parameter_distribution',
+    f'{path}.parameter_distribution',
     config.parameter_distribution,
     {
       'feature_size': iid.parameter_size,
       **config.parameter_distribution_kwargs,
     },
   )
-  generator = TRAJECTORY_GENERATORS.lookup(
-    'data.trajectory_generator', config.trajectory_generator
+  params = trajectory_generators.check_prior(
+    f'{path}.', iid, prior, config.parameter_distribution_params
   )
+  generator = TRAJECTORY_GENERATORS.lookup(
+    f'{path}.trajectory_generator', config.trajectory_generator
+  )
+  kwargs_path = f'{path}.trajectory_generator_kwargs'
   base_config.check_constructor(
-    f'data.trajectory_generator_kwargs of {config.trajectory_generator}',
+    f'{kwargs_path} of {config.trajectory_generator}',
     generator,
     config.trajectory_generator_kwargs,
     given=(
@@ -98,12 +148,8 @@ def build_data_generator(
       'parameter_distribution_params',
     ),
   )
-  return generator(
-    iid,
-    prior,
-    config.parameter_distribution_params,
-    **config.trajectory_generator_kwargs,
-  )
+  with base_config.naming(kwargs_path):
+    return generator(iid, prior, params, **config.trajectory_generator_kwargs)
 
 
 def build_optimal_predictors(
@@ -132,10 +178,10 @@ def build_optimal_predictors(
       'alphabet_size': alphabet_size,
       **config.optimal_predictors_kwargs.get(name, {}),
     }
-    base_config.check_constructor(
-      f'eval.optimal_predictors_kwargs[{name}]', optimal_predictor, kwargs
-    )
-    built[name] = optimal_predictor(**kwargs)
+    path = f'eval.optimal_predictors_kwargs[{name}]'
+    base_config.check_constructor(path, optimal_predictor, kwargs)
+    with base_config.naming(path):
+      built[name] = optimal_predictor(**kwargs)
   return built
 
 
@@ -223,4 +269,5 @@ def _build_distribution(
 ) -> distributions.Distribution:
   distribution = DISTRIBUTIONS.lookup(field, name)
   base_config.check_constructor(f'{field}_kwargs', distribution, kwargs)
-  return distribution(**kwargs)
+  with base_config.naming(f'{field}_kwargs'):
+    return distribution(**kwargs)

@@ -7,21 +7,25 @@ is left out, since networks do not predict it.
 Axes: B batch, T time, K alphabet size.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
 from nonstationary_mbml import predictors
+from nonstationary_mbml import progress
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 
 # Name of the evaluated predictor among the regrets; the others have their own.
 NETWORK = 'network'
+# Sequences among which that of a figure is chosen.
+_DRAWN_BATCH = 64
 
 
 def instantaneous_regret(
@@ -87,13 +91,13 @@ class MetaLearningEvaluator:
     self.chunk_length = chunk_length
     # Traced but not compiled, so that wrong lengths are found out here.
     batch, _ = jax.eval_shape(
-      lambda rng: generator.sample(rng, batch_size, seq_length),
-      jax.random.key(0),
+      lambda: generator.sample(jax.random.key(0), batch_size, seq_length)
     )
     for optimal in self.optimal_predictors.values():
       jax.eval_shape(lambda batch, p=optimal: p.unroll({}, None, batch), batch)
     # Compiled once, for `step` and `evaluate` alike.
     self._regrets = jax.jit(self._sequence_regrets)
+    self._regrets_over_time = jax.jit(self._symbol_regrets)
     self._metrics = jax.jit(self.metrics)
 
   def step(
@@ -165,20 +169,34 @@ class MetaLearningEvaluator:
       Cumulative regret of every sequence `[N]` by name, the predictor's own
       under `NETWORK`; `metrics` sums them up.
     """
-    base_config.check_int('num_sequences', num_sequences, 1)
-    batches = [
-      jax.device_get(self._regrets(predictor_params, None, key))
-      for key in tqdm.tqdm(
-        self.batch_keys(rng, num_sequences),
-        desc='evaluation',
-        unit='batch',
-        disable=not use_tqdm,
-      )
-    ]
-    return {
-      name: np.concatenate([batch[name] for batch in batches])[:num_sequences]
-      for name in batches[0]
-    }
+    return self._collect(
+      self._regrets, predictor_params, rng, num_sequences, use_tqdm
+    )
+
+  def regrets_over_time(
+    self,
+    predictor_params: predictors.Params,
+    rng: jax.Array,
+    num_sequences: int,
+    use_tqdm: bool = False,
+  ) -> dict[str, np.ndarray]:
+    """Returns the regret of every symbol of many fresh sequences.
+
+    They are the sequences that `evaluate` sums up for the same key.
+
+    Args:
+      predictor_params: Of the predictor.
+      rng: Key of all batches.
+      num_sequences: N.
+      use_tqdm: Show a progress bar.
+
+    Returns:
+      Regret of symbols 2, ..., T of every sequence `[N, T - 1]` by name, the
+      predictor's own under `NETWORK`.
+    """
+    return self._collect(
+      self._regrets_over_time, predictor_params, rng, num_sequences, use_tqdm
+    )
 
   def batch_keys(self, rng: jax.Array, num_sequences: int) -> jax.Array:
     """Returns the key of every batch of `evaluate`."""
@@ -205,6 +223,31 @@ class MetaLearningEvaluator:
       )
     return metrics
 
+  def _collect(
+    self,
+    batch_regrets: Callable[..., dict[str, jax.Array]],
+    predictor_params: predictors.Params,
+    rng: jax.Array,
+    num_sequences: int,
+    use_tqdm: bool,
+  ) -> dict[str, np.ndarray]:
+    """Regrets of the first N sequences `[N, ...]`, batch by batch."""
+    base_config.check_int('num_sequences', num_sequences, 1)
+    keys = self.batch_keys(rng, num_sequences)
+    batches = []
+    with progress.bar(
+      total=len(keys), desc='evaluation', unit='batch', enabled=use_tqdm
+    ) as bar:
+      for key in keys:
+        batches.append(
+          jax.device_get(batch_regrets(predictor_params, None, key))
+        )
+        bar.update(1)
+    return {
+      name: np.concatenate([batch[name] for batch in batches])[:num_sequences]
+      for name in batches[0]
+    }
+
   def _sequence_regrets(
     self,
     predictor_params: predictors.Params,
@@ -212,14 +255,81 @@ class MetaLearningEvaluator:
     rng: jax.Array,
   ) -> dict[str, jax.Array]:
     """Cumulative regret of every sequence of a batch `[B]`, by name."""
+    regrets = self._symbol_regrets(predictor_params, predictor_state, rng)
+    return {name: regret.sum(axis=-1) for name, regret in regrets.items()}
+
+  def _symbol_regrets(
+    self,
+    predictor_params: predictors.Params,
+    predictor_state: predictors.State,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Regret of every symbol but the first of a batch `[B, T - 1]`."""
     batch, parameters = self.generator.sample(
       rng, self.batch_size, self.seq_length
     )
     predictions = self.predict(predictor_params, batch, predictor_state)
     return {
-      name: instantaneous_regret(logits, parameters).sum(axis=-1)
+      name: instantaneous_regret(logits, parameters)
       for name, logits in predictions.items()
     }
+
+
+class DrawnSequence(NamedTuple):
+  """A sequence, and what the predictors make of it.
+
+  Attributes:
+    symbols: `[T, K]`.
+    parameters: True probabilities `[T, K]`.
+    switches: bool `[T]`, True where a new segment starts.
+    probabilities: Of symbols 2, ..., T by predictor, `[T - 1, K]`.
+    regrets: Of predicting them, `[T - 1]`.
+  """
+
+  symbols: np.ndarray
+  parameters: np.ndarray
+  switches: np.ndarray
+  probabilities: dict[str, np.ndarray]
+  regrets: dict[str, np.ndarray]
+
+
+def draw_sequence(
+  evaluator: MetaLearningEvaluator, params: predictors.Params, rng: jax.Array
+) -> DrawnSequence:
+  """Returns a sequence for a figure.
+
+  Of a small batch it is the first sequence with two switching points or more,
+  or else the first one.
+
+  Args:
+    evaluator: Knows source and predictors.
+    params: Of its predictor.
+    rng: Key of the batch.
+  """
+  size = (_DRAWN_BATCH, evaluator.seq_length)
+
+  @jax.jit
+  def draw(params: predictors.Params, rng: jax.Array) -> DrawnSequence:
+    batch, parameters = evaluator.generator.sample(rng, *size)
+    switches = evaluator.generator.switch_points(rng, *size)
+    chosen = jnp.argmax(jnp.sum(switches, axis=1) >= 2)
+    batch, parameters = batch[chosen, None], parameters[chosen, None]
+    predictions = evaluator.predict(params, batch)
+    return DrawnSequence(
+      batch[0],
+      parameters[0],
+      switches[chosen],
+      {
+        name: jax.nn.softmax(logits[0, :-1])
+        for name, logits in predictions.items()
+      },
+      {
+        name: instantaneous_regret(logits, parameters)[0]
+        for name, logits in predictions.items()
+      },
+    )
+
+  return jax.device_get(draw(params, rng))
 
 
 def build_evaluator(

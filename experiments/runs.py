@@ -141,42 +141,43 @@ def evaluator_of(
     ValueError: If the network, the source or a predictor cannot be that long,
       or the source has another alphabet than the run's.
   """
-  return evaluator_lib.build_evaluator(
-    run.predictor, evaluation_config(run, source, seq_length, batch_size)
-  )
-
-
-def evaluation_config(
-  run: Run,
-  source: config_lib.DataConfig | None = None,
-  seq_length: int | None = None,
-  batch_size: int | None = None,
-) -> config_lib.EvalConfig:
-  """Returns the complete config of `evaluator_of`."""
-  config = copy.deepcopy(run.config)
-  own = config.eval
-  if source is None and seq_length in (None, own.seq_length):
-    # Also with exact predictors that somebody chose.
-    evaluation = own
-  else:
+  own = run.config.eval
+  evaluation = copy.deepcopy(own)
+  if source is not None or seq_length not in (None, own.seq_length):
+    # The exact predictors of the run's evaluation are for another sequence.
     evaluation = config_lib.EvalConfig(
       batch_size=own.batch_size,
       chunk_length=own.chunk_length,
       seq_length=seq_length or own.seq_length,
-      data=source or own.data,
+      data=copy.deepcopy(source or own.data),
     )
   if batch_size is not None:
     evaluation.batch_size = batch_size
-  config.eval = evaluation
-  evaluation = config_lib.post_process_config(config).eval
-  alphabet_size = constants.build_data_generator(config.data).alphabet_size
-  other = constants.build_data_generator(evaluation.data).alphabet_size
-  if other != alphabet_size:
+  config = dataclasses.replace(run.config, eval=evaluation)
+  return build_evaluator(run, config_lib.post_process_config(config).eval)
+
+
+def build_evaluator(
+  run: Run, evaluation: config_lib.EvalConfig
+) -> evaluator_lib.MetaLearningEvaluator:
+  """Returns the evaluator of a run's network that a config describes.
+
+  Args:
+    run: From `load_run`.
+    evaluation: Complete, as `post_process_config` leaves it.
+
+  Raises:
+    ValueError: If it is not valid, or its source has another alphabet than the
+      run's.
+  """
+  evaluator = evaluator_lib.build_evaluator(run.predictor, evaluation)
+  own = constants.build_data_generator(run.config.data).alphabet_size
+  if evaluator.alphabet_size != own:
     raise ValueError(
-      f'the source has an alphabet of {other} symbols, but {run.folder} was '
-      f'trained on {alphabet_size}'
+      f'eval.data has an alphabet of {evaluator.alphabet_size} symbols, but '
+      f'{run.folder} was trained on {own}'
     )
-  return evaluation
+  return evaluator
 
 
 def member_params(run: Run, member: int = 0) -> predictors.Params:

@@ -8,7 +8,6 @@ Writes figure.png into <output_dir>.
 
 import io
 
-from absl import app
 from absl import flags
 import jax
 from matplotlib import figure as figure_lib
@@ -96,4 +95,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  command_line.run(main)

@@ -19,7 +19,7 @@ the keys gives that slice of the batch.
 import abc
 from collections.abc import Sequence
 import functools
-import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,35 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
+
+
+def check_prior(
+  path: str,
+  iid_distribution: distributions.Distribution,
+  parameter_distribution: distributions.Distribution,
+  parameter_distribution_params: Sequence[float],
+) -> tuple[float, ...]:
+  """Checks that a prior draws what the distribution of the symbols takes.
+
+  Args:
+    path: Comes before the names of the arguments in messages.
+    iid_distribution: As in TrajectoryGenerator.
+    parameter_distribution: Likewise.
+    parameter_distribution_params: Likewise.
+
+  Returns:
+    The parameters of the prior as floats.
+
+  Raises:
+    ValueError: If they do not fit each other, in size or in range.
+  """
+  field = f'{path}parameter_distribution_params'
+  params = base_config.check_vector(field, parameter_distribution_params)
+  parameter_distribution.check_parameters(field, params)
+  iid_distribution.check_fits(
+    f'{path}parameter_distribution', parameter_distribution, params
+  )
+  return params
 
 
 class TrajectoryGenerator(abc.ABC):
@@ -54,20 +83,14 @@ class TrajectoryGenerator(abc.ABC):
     Raises:
       ValueError: If the two do not fit each other, in size or in range.
     """
-    parameter_distribution_params = base_config.check_vector(
-      'parameter_distribution_params', parameter_distribution_params
-    )
-    parameter_distribution.check_parameters(
-      'parameter_distribution_params', parameter_distribution_params
-    )
-    iid_distribution.check_fits(
-      'parameter_distribution',
+    self.iid_distribution = iid_distribution
+    self.parameter_distribution = parameter_distribution
+    self.parameter_distribution_params = check_prior(
+      '',
+      iid_distribution,
       parameter_distribution,
       parameter_distribution_params,
     )
-    self.iid_distribution = iid_distribution
-    self.parameter_distribution = parameter_distribution
-    self.parameter_distribution_params = parameter_distribution_params
 
   @property
   def alphabet_size(self) -> int:
@@ -94,7 +117,7 @@ class TrajectoryGenerator(abc.ABC):
     self, keys: jax.Array, seq_length: int
   ) -> tuple[jax.Array, jax.Array]:
     """Returns one sequence for each of B keys, as `sample` does."""
-    self._check_seq_length(seq_length)
+    self.check_seq_length(seq_length)
     return _sample(self, keys, seq_length)
 
   def switch_points(
@@ -106,7 +129,7 @@ class TrajectoryGenerator(abc.ABC):
       bool `[B, T]`, True where a new segment starts; False at 0.
     """
     base_config.check_int('batch_size', batch_size, 1)
-    self._check_seq_length(seq_length)
+    self.check_seq_length(seq_length)
     keys = jax.random.split(rng, batch_size)
     return _switch_points(self, keys, seq_length)
 
@@ -114,7 +137,8 @@ class TrajectoryGenerator(abc.ABC):
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
     """The switching points of one sequence, bool `[T]`."""
 
-  def _check_seq_length(self, seq_length: int) -> None:
+  def check_seq_length(self, seq_length: int) -> None:
+    """Raises ValueError if the source cannot be that long."""
     base_config.check_int(
       'seq_length', seq_length, 1, base_config.MAX_SEQ_LENGTH
     )
@@ -249,8 +273,8 @@ class PTWGenerator(TrajectoryGenerator):
       return ptw_predictors.min_depth(seq_length)
     return self.depth
 
-  def _check_seq_length(self, seq_length: int) -> None:
-    super()._check_seq_length(seq_length)
+  def check_seq_length(self, seq_length: int) -> None:
+    super().check_seq_length(seq_length)
     ptw_predictors.check_horizon(self.depth_for(seq_length), seq_length)
 
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
@@ -314,13 +338,15 @@ class RecurringGenerator(TrajectoryGenerator):
     super().__init__(*args, **kwargs)
     # So that a sum of two regimes is no more than an int32.
     base_config.check_int('pool_size', pool_size, 2, 2**30)
-    base_config.check_float('switch_probability', switch_probability, -math.inf)
-    if not 0 < switch_probability <= 1:
+    is_number = isinstance(switch_probability, numbers.Real) and not isinstance(
+      switch_probability, bool
+    )
+    if not is_number or not 0 < switch_probability <= 1:
       raise ValueError(
         f'switch_probability is {switch_probability!r}; it must be in (0, 1]'
       )
     self.pool_size = pool_size
-    self.switch_probability = switch_probability
+    self.switch_probability = float(switch_probability)  # JAX takes no 1.
 
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
     ends = jax.random.bernoulli(rng, self.switch_probability, (seq_length - 1,))

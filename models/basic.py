@@ -156,7 +156,7 @@ def make_rnn(
     ('before_mlp_layers', before_mlp_layers),
     ('after_mlp_layers', after_mlp_layers),
   ):
-    if not isinstance(layers, Sequence):
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
       raise ValueError(f'{name} is {layers!r}; it must be a tuple of sizes')
     for size in layers:
       base_config.check_int(name, size, 1)

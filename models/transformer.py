@@ -99,6 +99,9 @@ class TransformerConfig:
       )
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig))
+
+
 class MultiHeadAttention(hk.Module):
   """Causal multi-head self-attention (Vaswani et al., 2017, section 3.2)."""
 
@@ -242,8 +245,7 @@ def make_transformer_encoder(
     ValueError: If a field is unknown or its value not allowed.
   """
   base_config.check_int('output_size', output_size, 1)
-  fields = [field.name for field in dataclasses.fields(TransformerConfig)]
-  base_config.check_kwargs('transformer', config_kwargs, fields)
+  base_config.check_kwargs('transformer', config_kwargs, FIELDS)
   config = TransformerConfig(**config_kwargs)
 
   def transformer(inputs: jax.Array) -> jax.Array:

@@ -1,8 +1,15 @@
+import dataclasses
+import json
+
+from absl import flags
 import haiku as hk
 import pytest
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import predictor_factories
 from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import local_launch
 
 
 def test_post_process_fills_what_is_none():
@@ -268,3 +275,221 @@ def test_sweep_over_nothing_is_the_base():
 def test_sweep_over_what_is_no_sequence_is_refused():
   with pytest.raises(ValueError, match='seed is swept over 3'):
     config_lib.ExperimentSweep(general_sweep={'seed': 3}).expand()
+
+
+def test_overrides_inside_evaluation_data_change_a_copy_of_the_training_data():
+  config = config_lib.with_overrides(
+    config_lib.ExperimentConfig(),
+    # Whatever the order.
+    {
+      'eval.data.trajectory_generator': 'lin',
+      'data.parameter_distribution_params': (2.0, 2.0),
+    },
+  )
+  assert config.data.trajectory_generator == 'ptw'
+  assert config.eval.data == config_lib.DataConfig(
+    trajectory_generator='lin', parameter_distribution_params=(2.0, 2.0)
+  )
+
+
+@pytest.mark.parametrize(
+  ('item', 'value'),
+  [
+    ('train.learning_rate=3e-4', 3e-4),
+    ('train.learning_rate=1', 1.0),
+    ('schedule.training_steps=1e4', 10_000),
+    ('train.seq_length_fixed=False', False),
+    ('train.seq_length_fixed=true', True),
+    ('train.clip_grad_norm=none', None),
+    ('train.microbatch_size=null', None),
+    ('train.microbatch_size=8', 8),
+    ('train.model_init_seed=3', 3),
+    ('train.model_init_seed=3,4', (3, 4)),
+    ('train.model_init_seed=[3, 1e1]', (3, 10)),
+    ('data.parameter_distribution_params=0.5,1', (0.5, 1.0)),
+    ('data.parameter_distribution_params=(0.5, 1)', (0.5, 1.0)),
+    ('name=None', 'None'),
+    ('name=a=b', 'a=b'),
+    ('eval.data=none', None),
+    ('eval.optimal_predictors=auto', 'auto'),
+    ('eval.optimal_predictors=ptw, kt', ('ptw', 'kt')),
+    ('eval.optimal_predictors=["ptw"]', ('ptw',)),
+    ('eval.optimal_predictors=()', ()),
+    ('eval.optimal_predictors_kwargs.kt.concentration=1e-1', 0.1),
+    ("model.architecture_kwargs={'core': 'gru'}", {'core': 'gru'}),
+    ('model.architecture_kwargs={"use": true}', {'use': True}),
+    ('model.architecture_kwargs.core=gru', 'gru'),
+    ("model.architecture_kwargs.core='gru'", 'gru'),
+    ('model.architecture_kwargs.positional_encodings=NONE', 'NONE'),
+    ('model.architecture_kwargs.attention_window=None', None),
+    ('model.architecture_kwargs.use_embeddings=true', True),
+    ('model.architecture_kwargs.before_mlp_layers=[3, 4]', (3, 4)),
+    ('data.trajectory_generator_kwargs.shift_parameters=1,39', (1, 39)),
+  ],
+)
+def test_texts_become_values_of_the_type_of_their_field(item, value):
+  path = item.partition('=')[0]
+  parsed = config_lib.parse_overrides(config_lib.ExperimentConfig(), [item])
+  assert parsed == {path: value}
+  assert type(parsed[path]) is type(value)
+
+
+def test_the_last_of_two_texts_for_a_path_wins():
+  dropout = 'model.architecture_kwargs.dropout_prob'
+  parsed = config_lib.parse_overrides(
+    config_lib.ExperimentConfig(),
+    [f'{dropout}=0.1', 'model.architecture_kwargs={}', f'{dropout}=0.2'],
+  )
+  assert list(parsed) == ['model.architecture_kwargs', dropout]
+  assert parsed[dropout] == 0.2
+
+
+def _leaves(config, prefix=''):
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(value, base_config.Config):
+      yield from _leaves(value, f'{prefix}{field.name}.')
+    else:
+      yield f'{prefix}{field.name}', value
+
+
+def test_every_field_reads_the_text_of_its_value():
+  config = config_lib.post_process_config(config_lib.ExperimentConfig())
+  values = dict(_leaves(config))
+  assert {'eval.data.parameter_distribution_params', 'seed'} <= values.keys()
+  items = [f'{path}={value}' for path, value in values.items()]
+  assert config_lib.parse_overrides(config, items) == values
+
+
+@pytest.mark.parametrize('model_type', predictor_factories.PREDICTOR_FACTORIES)
+@pytest.mark.parametrize('source', constants.TRAJECTORY_GENERATORS)
+def test_what_was_filled_in_goes_and_comes_again(source, model_type):
+  given = local_launch.make_config(source=source, model_type=model_type)
+  complete = config_lib.post_process_config(given)
+  assert config_lib.without_derived(complete) == given
+  assert config_lib.post_process_config(given) == complete
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {'eval.seq_length': 64},
+    {'eval.data.trajectory_generator': 'lin'},
+    {'eval.data.parameter_distribution_params': (1.0, 2.0)},
+    {'eval.optimal_predictors': ('kt',)},
+    {'eval.optimal_predictors': ()},
+    {'eval.optimal_predictors_kwargs.ptw.depth': 9},
+    {'eval.optimal_predictors_kwargs.kt.concentration': 1.0},
+    {
+      'eval.optimal_predictors': ('run_length',),
+      'eval.optimal_predictors_kwargs.run_length.hazard': 0.1,
+    },
+    {
+      'data.trajectory_generator': 'regular_shift',
+      'data.trajectory_generator_kwargs.shift_period': 5,
+      'eval.optimal_predictors_kwargs.regular_shift.shift_period': 6,
+    },
+    {
+      'data.trajectory_generator': 'regular_shift',
+      'data.trajectory_generator_kwargs.shift_period': 5,
+      'eval.optimal_predictors_kwargs.regular_shift.concentration': 1.0,
+    },
+    {
+      'model.model_type': 'stack_rnn',
+      'model.architecture_kwargs.stack_size': 7,
+    },
+  ],
+)
+def test_what_was_given_stays(overrides):
+  given = config_lib.with_overrides(config_lib.ExperimentConfig(), overrides)
+  complete = config_lib.post_process_config(given)
+  reduced = config_lib.without_derived(complete)
+  assert config_lib.post_process_config(reduced) == complete
+  assert reduced == given
+
+
+def _config_from_flags(*given):
+  values = flags.FlagValues()
+  local_launch.define_flags(values)
+  values(['', *given])
+  return local_launch.config_from_flags(values)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """The folder of a run on `random_shift`, and its config."""
+  config = _config_from_flags(
+    '--source=random_shift',
+    '--model_type=stack_rnn',
+    '--seed=3',
+    '--batch_size=64',
+    '--set=logger.log_frequency=7',
+  )
+  values = base_config.to_dict(config)
+  (tmp_path / 'config.json').write_text(json.dumps(values))
+  return tmp_path, config
+
+
+def test_saved_config_is_the_config(saved):
+  folder, config = saved
+  assert _config_from_flags(f'--config={folder}') == config
+  assert _config_from_flags(f'--config={folder}/config.json') == config
+
+
+def test_saved_config_may_be_older_than_its_fields(saved):
+  folder, config = saved
+  values = base_config.to_dict(config)
+  del values['schedule']['num_saves'], values['train']['microbatch_size']
+  (folder / 'config.json').write_text(json.dumps(values))
+  assert _config_from_flags(f'--config={folder}') == config
+
+
+def test_flags_that_are_given_change_a_saved_config(saved):
+  folder, config = saved
+  changed = _config_from_flags(
+    f'--config={folder}',
+    '--steps=50',
+    '--seed=0',  # Given, though it is the default.
+    '--num_seeds=2',
+    '--seq_length=64',
+    '--learning_rate=0.1',
+    '--name=other',
+  )
+  assert changed.schedule.training_steps == 50
+  assert changed.seed == 0
+  assert changed.train.model_init_seed == (0, 1)
+  assert changed.train.learning_rate == 0.1
+  assert changed.name == 'other'
+  # What is not given stays.
+  assert changed.train.batch_size == 64
+  assert changed.logger.log_frequency == 7
+  assert changed.data == config.data
+  # What follows from the length follows again.
+  assert changed.eval.seq_length == 64
+  assert changed.eval.optimal_predictors_kwargs['ptw']['depth'] == 6
+  assert changed.model.architecture_kwargs['stack_size'] == 64
+
+
+def test_source_and_network_bring_their_arguments_to_a_saved_config(saved):
+  folder, _ = saved
+  changed = _config_from_flags(
+    f'--config={folder}', '--source=regular_shift', '--model_type=lstm'
+  )
+  expected = _config_from_flags('--source=regular_shift', '--model_type=lstm')
+  assert changed.data == changed.eval.data == expected.data
+  assert changed.model == expected.model
+  assert changed.eval == expected.eval
+
+
+def test_set_comes_after_all_other_flags(saved):
+  folder, _ = saved
+  changed = _config_from_flags(
+    '--set=train.seq_length=16',
+    f'--config={folder}',
+    '--seq_length=64',
+    '--set=eval.data.trajectory_generator_kwargs.shift_parameters=1,9',
+  )
+  assert changed.train.seq_length == changed.eval.seq_length == 16
+  assert changed.data.trajectory_generator_kwargs['shift_parameters'] == (1, 39)
+  own = changed.eval.optimal_predictors_kwargs['random_shift']
+  assert own['shift_parameters'] == (1, 9)

@@ -171,6 +171,54 @@ def test_many_sequences_are_evaluated_batch_by_batch():
   )
 
 
+def test_regrets_over_time_are_of_the_sequences_that_evaluate_sums_up():
+  evaluator = _evaluator(
+    predictors.OptimalCategoricalPredictor(), optimal_predictors=('ptw',)
+  )
+  rng = jax.random.key(5)
+  regrets = evaluator.regrets_over_time({}, rng, 40)
+  cumulative = evaluator.evaluate({}, rng, 40)
+  assert regrets.keys() == cumulative.keys() == {'network', 'ptw'}
+  for name, values in regrets.items():
+    assert values.shape == (40, 11)
+    np.testing.assert_allclose(
+      values.sum(axis=1), cumulative[name], rtol=1e-5, err_msg=name
+    )
+
+
+def test_progress_is_quiet_without_a_terminal(capsys):
+  evaluator = _evaluator(
+    predictors.OptimalCategoricalPredictor(), optimal_predictors=()
+  )
+  evaluator.evaluate({}, jax.random.key(0), 16, use_tqdm=True)
+  assert capsys.readouterr().err == ''
+
+
+def test_drawn_sequence_switches_twice_and_has_its_predictions_and_regrets():
+  evaluator = _evaluator(
+    predictors.OptimalCategoricalPredictor(), optimal_predictors=('ptw',)
+  )
+  sequence = evaluator_lib.draw_sequence(evaluator, {}, jax.random.key(0))
+  assert sequence.switches.sum() >= 2
+  changes = np.any(np.diff(sequence.parameters, axis=0), axis=1)
+  np.testing.assert_array_equal(
+    np.flatnonzero(sequence.switches) - 1, np.flatnonzero(changes)
+  )
+  predictions = evaluator.predict({}, sequence.symbols[None])
+  assert sequence.probabilities.keys() == predictions.keys()
+  for name, logits in predictions.items():
+    expected = special.softmax(logits[0, :-1], axis=-1)
+    np.testing.assert_allclose(
+      sequence.probabilities[name], expected, rtol=1e-5, err_msg=name
+    )
+    np.testing.assert_allclose(
+      sequence.regrets[name],
+      special.rel_entr(sequence.parameters[1:], expected).sum(axis=-1),
+      atol=1e-5,
+      err_msg=name,
+    )
+
+
 def test_an_exact_predictor_can_be_evaluated():
   evaluator = _evaluator(ptw_predictors.PTWPredictor(4))
   metrics = evaluator.step({}, None, jax.random.key(6))

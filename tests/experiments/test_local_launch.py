@@ -4,7 +4,6 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
@@ -42,33 +41,55 @@ def test_run_writes_config_metrics_and_figure(tmp_path):
   assert result.returncode == 0, result.stderr
   folder = tmp_path / 'runs' / 'short'
   assert sorted(path.name for path in folder.iterdir()) == [
+    '.lock',
+    'checkpoints',
     'config.json',
+    'environment.json',
     'figure.png',
-    'metrics.json',
+    'metrics.jsonl',
+    'snapshots',
+    'table.json',
   ]
   config = base_config.from_dict(
     config_lib.ExperimentConfig,
     json.loads((folder / 'config.json').read_text()),
   )
   assert config.schedule.training_steps == 20
-  metrics = json.loads((folder / 'metrics.json').read_text())
-  assert [row['predictor'] for row in metrics['table']] == [
+  table = json.loads((folder / 'table.json').read_text())
+  assert [row['predictor'] for row in table['table']] == [
     'lstm',
     'PTW',
     'LAD',
     'KT',
   ]
-  assert metrics['exact_predictor'] == 'ptw'
-  assert metrics['history'][-1]['step'] == 20
+  assert table['exact_predictor'] == 'ptw'
+  (entry,) = (folder / 'metrics.jsonl').read_text().splitlines()
+  assert json.loads(entry)['step'] == 20
   assert (folder / 'figure.png').read_bytes().startswith(b'\x89PNG')
-  # Progress and table are shown.
-  assert 'loss=' in result.stderr and 'regret=' in result.stderr
+  # Without a terminal, a line per log and nothing else.
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('training: step 20/20  loss=')
   assert 'PTW' in result.stdout and 'optimum' in result.stdout
 
   again = _launch(tmp_path, *SHORT, '--name=short', '--seed=1')
   assert again.returncode != 0
   assert 'seed: 0 -> 1' in again.stderr and '--overwrite' in again.stderr
-  assert (folder / 'metrics.json').exists()
+  assert (folder / 'table.json').exists()
+
+  evaluated = subprocess.run(
+    [sys.executable, SCRIPT.parent / 'evaluate.py', folder]
+    + ['--num_sequences=600'],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert evaluated.returncode == 0, evaluated.stderr
+  # On the same sequences: the table of the launch script again.
+  assert result.stdout.splitlines()[3:8] == evaluated.stdout.splitlines()[2:7]
+  (path,) = (folder / 'evaluations').iterdir()
+  assert path.name == 'ptw_T8_step_20.json'
+  (of_step,) = json.loads(path.read_text())['steps']
+  assert of_step['table'] == table['table']
 
 
 def test_source_without_exact_predictor_is_measured_from_the_best(tmp_path):
@@ -122,17 +143,6 @@ def test_second_start_compiles_nothing(tmp_path):
   assert second.stdout.splitlines()[3:8] == first.stdout.splitlines()[3:8]
 
 
-def test_ensembles_are_measured_over_their_members():
-  regrets = {'network': np.array([[1.0, 3.0], [2.0, 6.0]]), 'kt': np.ones(2)}
-  names = {'network': 'lstm, 2 seeds', 'kt': 'KT'}
-  network, _ = local_launch.results_table(regrets, names, 'kt')
-  assert network['cumulative_regret'] == 3.0
-  # Means of the members are 2 and 4.
-  assert network['stderr'] == pytest.approx(1.0)
-  assert network['above_optimum'] == 2.0
-  assert network['above_optimum_stderr'] == pytest.approx(1.0)
-
-
 def test_default_config_is_the_documented_run():
   config = local_launch.make_config()
   assert config.model.model_type == 'lstm'
@@ -142,27 +152,6 @@ def test_default_config_is_the_documented_run():
   assert config.train.learning_rate == 2e-3
   assert config.train.batch_size == 128
   assert config.schedule.training_steps == 10_000
-
-
-def test_table_measures_from_the_exact_predictor():
-  ptw = np.array([2.0, 3.0, 4.0, 3.0])
-  regrets = {'network': ptw + [0.0, 1.0, 0.0, 1.0], 'ptw': ptw, 'kt': ptw - 1}
-  names = {'network': 'lstm', 'ptw': 'PTW', 'kt': 'KT'}
-  rows = local_launch.results_table(regrets, names, 'ptw')
-  above = {row['predictor']: row['above_optimum'] for row in rows}
-  assert above == {'lstm': 0.5, 'PTW': 0.0, 'KT': -1.0}
-  # Paired: the spread of the sequences themselves does not count.
-  assert rows[2]['above_optimum_stderr'] == 0
-  assert rows[0]['above_optimum_stderr'] == pytest.approx(np.sqrt(1 / 12))
-  best = local_launch.results_table(regrets, names, None)
-  assert [row['is_optimum'] for row in best] == [False, False, True]
-
-
-def test_table_without_exact_predictors_has_the_network():
-  (row,) = local_launch.results_table(
-    {'network': np.arange(3.0)}, {'network': 'lstm'}, None
-  )
-  assert row['cumulative_regret'] == 1.0
 
 
 def test_made_config_can_still_be_changed():
@@ -175,17 +164,6 @@ def test_made_config_can_still_be_changed():
   assert config.eval.optimal_predictors_kwargs['ptw']['depth'] == 6
 
 
-def test_run_of_an_older_config_has_the_defaults_of_newer_fields(tmp_path):
-  config = local_launch.make_config()
-  local_launch.open_folder(tmp_path, config, overwrite=False)
-  (tmp_path / 'metrics.json').write_text('{}')
-  path = tmp_path / 'config.json'
-  values = json.loads(path.read_text())
-  del values['train']['microbatch_size']
-  path.write_text(json.dumps(values))
-  local_launch.open_folder(tmp_path, config, overwrite=False)
-
-
 def test_name_tells_an_ensemble_from_a_single_run():
   names = {local_launch.make_config(num_seeds=n).name for n in (1, 2, 8)}
   assert names == {
@@ -196,10 +174,13 @@ def test_name_tells_an_ensemble_from_a_single_run():
 
 
 def test_overwritten_run_leaves_no_stale_results(tmp_path):
-  first, second = (local_launch.make_config(seed=seed) for seed in (0, 1))
-  local_launch.open_folder(tmp_path, first, overwrite=False)
-  (tmp_path / 'metrics.json').write_text('{}')
-  with pytest.raises(ValueError, match='seed: 0 -> 1'):
-    local_launch.open_folder(tmp_path, second, overwrite=False)
-  local_launch.open_folder(tmp_path, second, overwrite=True)
-  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+  names = ('config.json', 'metrics.jsonl', 'table.json', 'figure.png')
+  for name in names:
+    (tmp_path / name).write_text('')
+  (tmp_path / 'checkpoints' / '5').mkdir(parents=True)
+  (tmp_path / 'notes.txt').write_text('mine')
+  local_launch.clear(tmp_path)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    '.lock',
+    'notes.txt',
+  ]

@@ -1,7 +1,15 @@
+import pathlib
+
+import jax
+from matplotlib import colors
 import numpy as np
 import pytest
 
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
+from nonstationary_mbml.experiments import regret_curves
+from nonstationary_mbml.experiments import runs
 from nonstationary_mbml.tests import oracles
 
 
@@ -107,3 +115,562 @@ def test_bayes_table_has_a_panel_per_source_and_marks_the_own_predictor():
     assert marked == ([] if expected is None else [expected])
     bounds = [line for line in panel.get_lines() if line.get_marker() == '|']
     assert [line.get_xdata()[0] for line in bounds] == [20.0]
+
+
+def _lines(panel):
+  return {line.get_label(): line for line in panel.get_lines()}
+
+
+def _check_band(panel, index, x, mean, stderr):
+  """The index-th band of a panel is the mean +- 1.96 standard errors."""
+  (path,) = panel.collections[index].get_paths()
+  for position, low, high in zip(
+    x, mean - 1.96 * stderr, mean + 1.96 * stderr, strict=True
+  ):
+    edges = path.vertices[path.vertices[:, 0] == position, 1]
+    np.testing.assert_allclose([edges.min(), edges.max()], [low, high])
+
+
+def _stderr(values):
+  return np.std(values, axis=0, ddof=1) / np.sqrt(len(values))
+
+
+def _legend(figure):
+  return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.fixture
+def run(monkeypatch):
+  """A run in the folder `runs/lstm`; nothing of it is computed."""
+  config = config_lib.ExperimentConfig(name='lstm_ptw')
+  loaded = runs.Run(
+    folder=pathlib.Path('runs/lstm'),
+    config=config_lib.post_process_config(config),
+    predictor=None,
+    params={},
+    history=_history([1.0, 2.0]),
+    member_histories=(),
+    step=2,
+  )
+
+  def load_run(folder):
+    assert str(folder) == 'runs/lstm'
+    return loaded
+
+  monkeypatch.setattr(runs, 'load_run', load_run)
+  return loaded
+
+
+FOLDERS = ('runs/lstm', pathlib.Path('runs/lstm'))
+
+
+# Sequences.
+
+
+def _source(alphabet_size, num_sequences=3, seq_length=10):
+  rng = np.random.default_rng(0)
+  symbols = rng.integers(alphabet_size, size=(num_sequences, seq_length))
+  batch = oracles.one_hot(symbols, alphabet_size)
+  parameters = rng.dirichlet(
+    np.ones(alphabet_size), size=(num_sequences, seq_length)
+  )
+  switches = np.arange(seq_length) == np.arange(4, 4 + num_sequences)[:, None]
+  return batch, parameters, switches
+
+
+def test_source_is_drawn_one_sequence_under_another():
+  batch, parameters, switches = _source(2)
+  figure = plotting.plot_source(
+    batch, parameters, switches, 'Title', num_sequences=2
+  )
+  assert figure.get_suptitle() == 'Title'
+  assert len(figure.axes) == 2
+  for index, panel in enumerate(figure.axes):
+    np.testing.assert_array_equal(
+      _lines(panel)['true parameter'].get_ydata(), parameters[index, :, 1]
+    )
+    edges = [list(line.get_xdata()) for line in panel.get_lines()]
+    assert [4.5 + index, 4.5 + index] in edges
+  assert 'time (symbols)' in figure.axes[-1].get_xlabel()
+
+
+def test_source_of_many_symbols_has_a_line_for_each_and_its_occurrences():
+  batch, parameters, switches = _source(3)
+  figure = plotting.plot_source(batch, parameters, switches)
+  assert len(figure.axes) == 3
+  lines = _lines(figure.axes[0])
+  occurrences = [
+    list(line.get_xdata())
+    for line in figure.axes[0].get_lines()
+    if line.get_marker() == 'o'
+  ]
+  for symbol in range(3):
+    np.testing.assert_array_equal(
+      lines[f'symbol {symbol}'].get_ydata(), parameters[0, :, symbol]
+    )
+    times = list(np.flatnonzero(batch[0, :, symbol]) + 1)
+    assert times in occurrences
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_sequence_of_a_run_is_drawn_with_the_predictors_of_its_source(
+  run, monkeypatch, folder
+):
+  batch, parameters, switches = _source(2)
+  names = ('network', 'ptw', 'lad', 'kt')
+  sequence = evaluator_lib.DrawnSequence(
+    batch[0],
+    parameters[0],
+    switches[0],
+    {name: parameters[0, 1:] for name in names},
+    {name: np.full(9, index) for index, name in enumerate(names)},
+  )
+  keys = []
+
+  def draw_sequence(evaluator, params, rng):
+    keys.append(rng)
+    return sequence
+
+  monkeypatch.setattr(evaluator_lib, 'draw_sequence', draw_sequence)
+  figure = plotting.plot_sequence(folder, title='Title', seed=3)
+  lines = _lines(figure.axes[-1])
+  for label, slope in (('lstm', 0), ('PTW', 1), ('LAD', 2)):
+    np.testing.assert_array_equal(
+      lines[label].get_ydata(), slope * np.arange(1, 10)
+    )
+  # What is of no use on this source would only crowd the figure.
+  assert 'KT' not in lines
+  assert keys == [jax.random.key(3)]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'regrets': None}, 'regrets is None; only a run has its own'),
+    (
+      {'parameters': np.ones((9, 2))},
+      r'parameters has shape \(9, 2\); it must be \[T, K\] = \(10, 2\)',
+    ),
+    (
+      {'switch_points': np.zeros(9, bool)},
+      r'switch_points has shape \(9,\); it must be \[T\] = \(10,\)',
+    ),
+    (
+      {'predictions': {'PTW': np.ones((10, 2))}},
+      r"predictions\['PTW'\] has shape \(10, 2\)",
+    ),
+    (
+      {'regrets': {'PTW': np.ones(10)}},
+      r"regrets\['PTW'\] has shape \(10,\)",
+    ),
+  ],
+)
+def test_arrays_of_a_sequence_must_fit_each_other(changes, message):
+  batch, parameters, switches = _source(2)
+  arrays = {
+    'symbols': batch[0],
+    'parameters': parameters[0],
+    'switch_points': switches[0],
+    'predictions': {},
+    'regrets': {},
+  }
+  with pytest.raises(ValueError, match=message):
+    plotting.plot_sequence(**(arrays | changes))
+
+
+# Regret over time.
+
+
+def test_regret_over_time_shows_means_their_sums_and_bands():
+  rng = np.random.default_rng(0)
+  regrets = {name: rng.gamma(1.0, size=(20, 9)) for name in ('LSTM', 'PTW')}
+  bound = np.arange(9.0)
+  figure = plotting.plot_regret_over_time(regrets, {'bound': bound}, 'Title')
+  top, bottom = figure.axes
+  time = np.arange(2, 11)  # The first symbol is not predicted.
+  for index, (name, values) in enumerate(regrets.items()):
+    for panel, shown in (
+      (top, values),
+      (bottom, np.cumsum(values, axis=1)),
+    ):
+      line = _lines(panel)[name]
+      np.testing.assert_array_equal(line.get_xdata(), time)
+      np.testing.assert_allclose(line.get_ydata(), shown.mean(axis=0))
+      _check_band(panel, index, time, shown.mean(axis=0), _stderr(shown))
+  np.testing.assert_array_equal(_lines(bottom)['bound'].get_ydata(), bound)
+  assert 'nats' in top.get_ylabel() and 'nats' in bottom.get_ylabel()
+  assert 'symbols' in bottom.get_xlabel()
+  assert _legend(figure) == [
+    'LSTM',
+    'PTW',
+    'bound',
+    '95% confidence: mean ± 1.96 standard errors over sequences',
+  ]
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_regret_over_time_of_a_run_or_of_its_network_beside_arrays(
+  run, monkeypatch, folder
+):
+  measured = {'lstm': np.ones((5, 3)), 'PTW': np.zeros((5, 3))}
+  calls = []
+  monkeypatch.setattr(
+    regret_curves,
+    'over_time',
+    lambda *args: calls.append(args) or measured,
+  )
+  alone = plotting.plot_regret_over_time(folder, num_sequences=5, seed=7)
+  assert _legend(alone)[:2] == ['lstm', 'PTW']
+  beside = plotting.plot_regret_over_time(
+    {'mine': folder, 'other': np.full((4, 3), 2.0)}
+  )
+  assert _legend(beside)[:2] == ['mine', 'other']
+  assert list(_lines(beside.axes[0])['mine'].get_ydata()) == [1, 1, 1]
+  assert calls == [(run, 5, 7), (run, 4096, 0)]
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (({},), 'regrets is empty'),
+    (
+      ({'a': np.ones(9)},),
+      r"regrets\['a'\] has shape \(9,\); it must be \[N, T - 1\]",
+    ),
+    (({'a': np.ones((1, 9))},), r"regrets\['a'\] has one sequence"),
+    (({'a': np.ones((0, 9))},), r"regrets\['a'\] has shape \(0, 9\)"),
+    (
+      ({'a': np.ones((3, 9)), 'b': np.ones((4, 8))},),
+      r"regrets\['b'\] has shape \(4, 8\); .* = \(4, 9\)",
+    ),
+    (
+      ({'a': np.ones((3, 9))}, {'b': np.ones(8)}),
+      r"bounds\['b'\] has shape \(8,\); it must be \[T - 1\] = \(9,\)",
+    ),
+  ],
+)
+def test_regret_over_time_refuses(args, message):
+  with pytest.raises(ValueError, match=message):
+    plotting.plot_regret_over_time(*args)
+
+
+# Learning curves.
+
+ABOVE = 'cumulative_regret_above_optimal'
+
+
+def _history(means, **others):
+  return [
+    {
+      'step': 100 * (index + 1),
+      'loss': 0.5,
+      f'{ABOVE}/ptw': mean,
+      f'{ABOVE}/kt': mean - 5,
+      f'{ABOVE}_stderr/ptw': 0.1,
+      f'{ABOVE}_stderr/kt': 0.2,
+      **others,
+    }
+    for index, mean in enumerate(means)
+  ]
+
+
+def test_learning_curve_is_above_the_best_exact_predictor_with_bands():
+  means = np.array([3.0, 1.0, 0.5])
+  figure = plotting.plot_learning_curve({'LSTM': _history(means)})
+  (panel,) = figure.axes
+  line = _lines(panel)['LSTM']
+  np.testing.assert_array_equal(line.get_xdata(), [100, 200, 300])
+  np.testing.assert_array_equal(line.get_ydata(), means)
+  _check_band(panel, 0, [100, 200, 300], means, np.full(3, 0.1))
+  assert panel.get_xscale() == panel.get_yscale() == 'log'
+  assert panel.get_ylabel() == (
+    'cumulative regret above\nPTW (nats, log scale)'
+  )
+  assert 'training step' in panel.get_xlabel()
+
+
+def test_learning_curve_above_a_chosen_predictor_is_linear_near_zero():
+  means = np.array([8.0, 6.0, 5.0])
+  figure = plotting.plot_learning_curve({'LSTM': _history(means)}, 'kt')
+  (panel,) = figure.axes
+  np.testing.assert_array_equal(_lines(panel)['LSTM'].get_ydata(), means - 5)
+  assert panel.get_yscale() == 'symlog'
+  # The half-width of the last band, 0.392, up to the next power of ten.
+  assert 'KT (nats, log scale beyond ±1)' in panel.get_ylabel()
+
+
+def test_learning_curve_of_a_single_log_is_seen():
+  figure = plotting.plot_learning_curve({'LSTM': _history([3.0])})
+  assert _lines(figure.axes[0])['LSTM'].get_marker() == 'o'
+
+
+def test_learning_curve_of_an_ensemble_has_the_spread_over_its_seeds():
+  means = np.array([3.0, 2.0])
+  seeds = {f'seeds_stderr/{ABOVE}/ptw': 0.3}
+  figure = plotting.plot_learning_curve({'LSTMs': _history(means, **seeds)})
+  _check_band(figure.axes[0], 0, [100, 200], means, np.full(2, 0.3))
+  assert _legend(figure)[-1].endswith('standard errors over seeds')
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_learning_curve_of_a_run(run, folder):
+  alone = plotting.plot_learning_curve(folder)
+  assert list(_lines(alone.axes[0])['lstm_ptw'].get_ydata()) == [1, 2]
+  beside = plotting.plot_learning_curve(
+    {'mine': folder, 'other': _history([3.0])}
+  )
+  assert list(_lines(beside.axes[0])['mine'].get_ydata()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (({},), 'histories is empty'),
+    (({'a': []},), r"histories\['a'\] is empty"),
+    (
+      ({'a': [{'step': 1, 'loss': 0.5}]},),
+      rf"histories\['a'\] must have step and {ABOVE}/<name> in all entries; "
+      'it has loss, step',
+    ),
+    (
+      ({'a': [*_history([1.0]), {'step': 200}]},),
+      r"histories\['a'\] must have .* it has step",
+    ),
+    (
+      ({'a': _history([1.0])}, 'ptww'),
+      r"optimal_predictor of histories\['a'\] 'ptww' is not one of kt, ptw; "
+      "did you mean 'ptw'",
+    ),
+  ],
+)
+def test_learning_curve_refuses(args, message):
+  with pytest.raises(ValueError, match=message):
+    plotting.plot_learning_curve(*args)
+
+
+# Other lengths than that of training.
+
+
+def test_length_generalisation_shows_regret_per_predicted_symbol():
+  rng = np.random.default_rng(0)
+  lengths = (4, 8, 16)
+  regrets = {
+    name: {length: rng.gamma(1.0, size=20) for length in lengths}
+    for name in ('LSTM', 'PTW')
+  }
+  figure = plotting.plot_length_generalisation(regrets, training_length=8)
+  (panel,) = figure.axes
+  for index, (name, by_length) in enumerate(regrets.items()):
+    per_symbol = np.stack(
+      [by_length[length] / (length - 1) for length in lengths], axis=1
+    )
+    line = _lines(panel)[name]
+    np.testing.assert_array_equal(line.get_xdata(), lengths)
+    np.testing.assert_allclose(line.get_ydata(), per_symbol.mean(axis=0))
+    _check_band(
+      panel, index, lengths, per_symbol.mean(axis=0), _stderr(per_symbol)
+    )
+  assert list(_lines(panel)['training length'].get_xdata()) == [8, 8]
+  assert [text.get_text() for text in panel.get_xticklabels()] == [
+    '4',
+    '8',
+    '16',
+  ]
+  assert 'nats' in panel.get_ylabel() and 'symbols' in panel.get_xlabel()
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_length_generalisation_of_a_run_marks_its_training_length(
+  run, monkeypatch, folder
+):
+  measured = {'lstm': {4: np.ones(5)}, 'PTW': {4: np.zeros(5)}}
+  calls = []
+  monkeypatch.setattr(
+    regret_curves,
+    'by_length',
+    lambda *args: calls.append(args) or measured,
+  )
+  alone = plotting.plot_length_generalisation(
+    folder, lengths=(4,), num_sequences=5, seed=7
+  )
+  assert _legend(alone)[:3] == ['lstm', 'PTW', 'training length']
+  assert list(_lines(alone.axes[0])['training length'].get_xdata()) == [32, 32]
+  beside = plotting.plot_length_generalisation({'mine': folder})
+  assert _legend(beside)[:2] == ['mine', 'training length']
+  assert calls == [(run, (4,), 5, 7), (run, None, 4096, 0)]
+
+
+@pytest.mark.parametrize(
+  ('regrets', 'message'),
+  [
+    ({}, 'regrets is empty'),
+    ({'a': {}}, r"regrets\['a'\] is empty"),
+    (
+      {'a': {4: np.ones((3, 3))}},
+      r"regrets\['a'\]\[4\] has shape \(3, 3\); it must be \[N\]",
+    ),
+    ({'a': {4: np.ones(1)}}, r"regrets\['a'\]\[4\] has one sequence"),
+    (
+      {'a': {1: np.ones(3)}},
+      r"length of regrets\['a'\]\[1\] is 1; it must be an int >= 2",
+    ),
+  ],
+)
+def test_length_generalisation_refuses(regrets, message):
+  with pytest.raises(ValueError, match=message):
+    plotting.plot_length_generalisation(regrets)
+
+
+# Sources by predictors.
+
+
+def _cells(panel):
+  return {
+    (round(text.get_position()[1]), round(text.get_position()[0])): text
+    for text in panel.texts
+  }
+
+
+def _frames(panel):
+  """Row and column of the framed cells."""
+  return [
+    (round(frame.get_y() + 0.45), round(frame.get_x() + 0.47))
+    for frame in panel.patches
+  ]
+
+
+def test_matrix_prints_numbers_and_frames_the_least_of_each_row():
+  values = 9.0 + np.arange(10.0)
+  figure = plotting.plot_matrix(
+    {
+      'ptw': {'PTW': 1.2345, 'LAD': values},
+      'lin': {'LAD': 150.0, 'KT': 0.012},
+    },
+    unit='regret (nats)',
+  )
+  panel, bar = figure.axes
+  (image,) = panel.get_images()
+  np.testing.assert_allclose(
+    image.get_array().filled(np.nan),
+    [[1.2345, 13.5, np.nan], [np.nan, 150.0, 0.012]],
+  )
+  assert isinstance(image.norm, colors.LogNorm)
+  texts = {cell: text.get_text() for cell, text in _cells(panel).items()}
+  assert texts == {
+    (0, 0): '1.23',
+    # 0.957 is the standard error.
+    (0, 1): '13.50\n± 0.96',
+    (0, 2): '–',
+    (1, 0): '–',
+    (1, 1): '150',
+    (1, 2): '0.0120',
+  }
+  assert _frames(panel) == [(0, 0), (1, 2)]
+  assert _legend(figure) == ['least of the row']
+  assert bar.get_ylabel() == 'regret (nats), log scale'
+  assert [text.get_text() for text in panel.get_yticklabels()] == ['ptw', 'lin']
+  assert [text.get_text() for text in panel.get_xticklabels()] == [
+    'PTW',
+    'LAD',
+    'KT',
+  ]
+
+
+def test_matrix_frames_what_it_is_told():
+  figure = plotting.plot_matrix(
+    {'a': {'x': 0.0, 'y': -1.0}, 'b': {'x': 3.0, 'y': 4.0}},
+    marked={'a': 'x'},
+    mark_label='its own',
+    log_scale=False,
+  )
+  panel, bar = figure.axes
+  assert _frames(panel) == [(0, 0)]
+  assert _legend(figure) == ['its own']
+  assert 'log' not in bar.get_ylabel()
+
+
+def test_numbers_stand_out_from_their_cells():
+  values = dict(zip('abcdefghijk', np.geomspace(1, 100, 11), strict=True))
+  panel = plotting.plot_matrix({'ptw': values}).axes[0]
+  (image,) = panel.get_images()
+  luminance = lambda colour: np.dot(
+    (0.2126, 0.7152, 0.0722), np.power(colors.to_rgb(colour), 2.2)
+  )
+  for (_, column), text in _cells(panel).items():
+    value = list(values.values())[column]
+    shades = sorted(
+      map(luminance, (text.get_color(), image.cmap(image.norm(value))[:3]))
+    )
+    # WCAG 2, level AA.
+    assert (shades[1] + 0.05) / (shades[0] + 0.05) > 4.5
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_matrix_of_a_run_or_with_its_network_in_a_cell(
+  run, monkeypatch, folder
+):
+  calls = []
+
+  def by_source(run, sources, num_sequences, seed):
+    calls.append((run, sources, num_sequences, seed))
+    names = sources or ('ptw',)
+    return {
+      name: {'lstm': np.full(3, 2.0), 'PTW': np.ones(3)} for name in names
+    }
+
+  monkeypatch.setattr(regret_curves, 'by_source', by_source)
+  alone = plotting.plot_matrix(folder, num_sequences=5, seed=7)
+  assert [text.get_text() for text in _cells(alone.axes[0]).values()] == [
+    '2.00',
+    '1.00',
+  ]
+  lin = config_lib.DataConfig(trajectory_generator='lin')
+  plotting.plot_matrix(
+    {'ptw': {'mine': folder}, 'lin': {'mine': folder, 'LAD': 3.0}},
+    sources={'lin': lin},
+  )
+  assert calls == [
+    (run, None, 5, 7),
+    (run, {'ptw': run.config.eval.data}, 4096, 0),
+    (run, {'lin': lin}, 4096, 0),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('regrets', 'kwargs', 'message'),
+  [
+    ({}, {}, 'regrets is empty'),
+    ({'ptw': {}}, {}, r"regrets\['ptw'\] is empty"),
+    (
+      {'ptw': {'KT': np.ones((2, 2))}},
+      {},
+      r"regrets\['ptw'\]\['KT'\] has shape \(2, 2\)",
+    ),
+    (
+      {'ptw': {'KT': 0.0}},
+      {},
+      r"regrets\['ptw'\]\['KT'\] is 0; log_scale=True takes positive",
+    ),
+    (
+      {'ptw': {'KT': 1.0}},
+      {'marked': {'ptv': 'KT'}},
+      "source of marked 'ptv' is not one of ptw",
+    ),
+    (
+      {'ptw': {'KT': 1.0}},
+      {'marked': {'ptw': 'PTW'}},
+      r"marked\['ptw'\] 'PTW' is not one of KT",
+    ),
+  ],
+)
+def test_matrix_refuses(regrets, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    plotting.plot_matrix(regrets, **kwargs)
+
+
+def test_long_names_do_not_make_a_legend_wider_than_the_figure():
+  regrets = {f'a run with a long name {i}': np.ones((3, 4)) for i in range(5)}
+  figure = plotting.plot_regret_over_time(regrets)
+  figure.draw_without_rendering()
+  box = figure.legends[0].get_window_extent()
+  assert box.x0 > 0 and box.x1 < figure.bbox.x1

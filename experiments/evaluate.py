@@ -1,0 +1,282 @@
+"""Evaluates a run: any of its snapshots, on any source and any length.
+
+  python experiments/evaluate.py runs/lstm_ptw_seed0
+  python experiments/evaluate.py runs/lstm_ptw_seed0 --source=lin
+  python experiments/evaluate.py runs/lstm_ptw_seed0 --seq_length=128
+  python experiments/evaluate.py runs/lstm_ptw_seed0 --step=all
+  python experiments/evaluate.py runs/lstm_ptw_seed0 --source=regular_shift \
+    --set eval.data.trajectory_generator_kwargs.shift_period=8
+
+Prints the table and writes it to <run>/evaluations/.
+"""
+
+import pathlib
+import sys
+from typing import Any
+import warnings
+
+from absl import flags
+import jax
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import checkpointing
+from nonstationary_mbml import files
+from nonstationary_mbml import run_folder
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import runs
+from nonstationary_mbml.experiments import tables
+
+_ALL = 'all'
+_NEWEST = 'newest'
+
+
+def make_config(
+  run_config: config_lib.ExperimentConfig,
+  source: str | None = None,
+  seq_length: int | None = None,
+  batch_size: int | None = None,
+  items: tuple[str, ...] = (),
+) -> config_lib.ExperimentConfig:
+  """Returns the config of a run with another evaluation.
+
+  Args:
+    run_config: Of the run.
+    source: A key of `TRAJECTORY_GENERATORS`; None is the evaluation's own.
+    seq_length: T; None is the evaluation's own.
+    batch_size: Sequences at a time; None is the evaluation's own.
+    items: Further settings, `eval.<path>=<value>`.
+
+  Raises:
+    ValueError: If a value is wrong, or a path is not of the evaluation.
+  """
+  overrides = {
+    'eval.seq_length': seq_length,
+    'eval.batch_size': batch_size,
+  }
+  if source is not None:
+    overrides['eval.data.trajectory_generator'] = source
+    overrides['eval.data.trajectory_generator_kwargs'] = (
+      constants.SOURCE_KWARGS.get(source, {})
+    )
+  # What followed from the old source and length follows from the new ones.
+  config = config_lib.without_derived(run_config)
+  config = config_lib.with_overrides(
+    config,
+    {path: value for path, value in overrides.items() if value is not None},
+  )
+  settings = config_lib.parse_overrides(config, items)
+  for path in settings:
+    if not path.startswith('eval.'):
+      raise ValueError(
+        f'--set {path}: an evaluation changes nothing but eval.*; the network '
+        'is as it was trained'
+      )
+  config = config_lib.with_overrides(config, settings)
+  # The network stays: it can be made for the length it was trained with.
+  config.model = run_config.model
+  return config_lib.post_process_config(config)
+
+
+def evaluate(
+  folder: pathlib.Path,
+  config: config_lib.ExperimentConfig,
+  steps: tuple[int | None, ...],
+  num_sequences: int,
+  use_tqdm: bool = False,
+) -> dict[str, Any]:
+  """Returns the tables of a run at some of its steps, ready for JSON.
+
+  All steps are evaluated on the same sequences: those of the table that the
+  launch script made, if source and length are the same.
+
+  Args:
+    folder: Of the run.
+    config: From `make_config`.
+    steps: To evaluate; None is the newest that can be read.
+    num_sequences: N.
+    use_tqdm: Show progress.
+
+  Raises:
+    ValueError: If a step is not there, or the network cannot be evaluated so.
+  """
+  by_step = []
+  evaluator = exact = None
+  for step in steps:
+    run = runs.load_run(folder, step)
+    if evaluator is None:
+      evaluator = runs.build_evaluator(run, config.eval)
+    table = tables.make_table(
+      config,
+      evaluator,
+      run.params,
+      launch_keys(config)[0],
+      num_sequences,
+      use_tqdm,
+    )
+    exact = table.exact
+    by_step.append({'step': run.step, 'table': table.rows})
+  return {
+    'eval': base_config.to_dict(config.eval),
+    'num_sequences': num_sequences,
+    'exact_predictor': exact,
+    'steps': by_step,
+  }
+
+
+def launch_keys(
+  config: config_lib.ExperimentConfig,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the keys of the sequences for a run's table, and for its figure."""
+  seeds = train.member_seeds(config.train)
+  return tuple(
+    jax.random.split(train.step_keys(config.seed, seeds[0], 0).evaluation)
+  )
+
+
+def format_content(content: dict[str, Any]) -> str:
+  """Returns the tables of `evaluate` as text."""
+  steps = content['steps']
+  if len(steps) == 1:
+    return tables.format_table(steps[0]['table'])
+  # The others are the same at every step.
+  network = [{'step': by['step'], **by['table'][0]} for by in steps]
+  others = steps[-1]['table'][1:]
+  blocks = [tables.format_table(network, 'step')]
+  if others:
+    blocks.append(tables.format_table(others))
+  return '\n\n'.join(blocks)
+
+
+def write(folder: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
+  """Writes the tables into the folder of a run, beside those of other settings.
+
+  Returns:
+    The file.
+
+  Raises:
+    ValueError: If it cannot be written.
+  """
+  source = content['eval']['data']['trajectory_generator']
+  steps = [by['step'] for by in content['steps']]
+  shown = _ALL if len(steps) > 1 else str(steps[0])
+  name = f'{source}_T{content["eval"]["seq_length"]}_step_{shown}'
+  folder = folder / 'evaluations'
+  try:
+    folder.mkdir(exist_ok=True)
+    path = folder / f'{name}.json'
+    if path.exists() and not _is_same_evaluation(path, content):
+      path = checkpointing.free_path(folder / name).with_suffix('.json')
+    files.write_json(path, content)
+  except OSError as error:
+    raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
+  return path
+
+
+def _is_same_evaluation(path: pathlib.Path, content: dict[str, Any]) -> bool:
+  """Whether a file has a table of the same settings, made anew now."""
+  try:
+    present = base_config.plain(files.read_json(path))
+    return all(
+      present[name] == base_config.plain(content[name])
+      for name in ('eval', 'num_sequences')
+    )
+  except (ValueError, KeyError, TypeError):
+    return False
+
+
+def define_flags() -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  command_line.define_flags()
+  command_line.define_choice(
+    flags.FLAGS,
+    'source',
+    None,
+    constants.TRAJECTORY_GENERATORS,
+    'Where segments end; if unset, as in the evaluation of the run',
+  )
+  flags.DEFINE_integer(
+    'seq_length', None, 'Symbols per sequence; if unset, as in the run.', 2
+  )
+  flags.DEFINE_integer(
+    'batch_size', None, 'Sequences at a time; if unset, as in the run.', 1
+  )
+  flags.DEFINE_string(
+    'step',
+    _NEWEST,
+    'Step whose parameters are evaluated; several with commas between, '
+    f'{_NEWEST} or {_ALL}.',
+  )
+  flags.DEFINE_integer(
+    'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
+  )
+  flags.DEFINE_multi_string(
+    'set',
+    [],
+    'eval.<path>=<value> of any setting of the evaluation; may be given '
+    'several times.',
+  )
+
+
+def _parse_steps(folder: pathlib.Path, text: str) -> tuple[int | None, ...]:
+  if text.lower() == _NEWEST:
+    return (None,)
+  if text.lower() == _ALL:
+    steps = runs.saved_steps(folder)
+    if not steps:
+      raise ValueError(f'{folder} has kept no step')
+    return steps
+  try:
+    return tuple(int(step) for step in text.split(','))
+  except ValueError as error:
+    raise ValueError(
+      f'--step {text!r} is neither {_NEWEST}, {_ALL} nor steps with commas '
+      'between'
+    ) from error
+
+
+def main(argv: list[str]) -> None:
+  """Loads the run, evaluates, and prints and writes the tables."""
+  if len(argv) != 2:
+    sys.exit('error: give the folder of one run')
+  values = flags.FLAGS
+  folder = pathlib.Path(argv[1])
+  # In a line, not with the place in the code.
+  warnings.showwarning = lambda message, *args, **kwargs: print(
+    f'warning: {message}', file=sys.stderr
+  )
+  command_line.start(argv[:1])
+  try:
+    config = make_config(
+      run_folder.read_config(folder, config_lib.ExperimentConfig),
+      values.source,
+      values.seq_length,
+      values.batch_size,
+      tuple(values['set'].value),
+    )
+    content = evaluate(
+      folder,
+      config,
+      _parse_steps(folder, values.step),
+      values.num_sequences,
+      use_tqdm=True,
+    )
+    path = write(folder, content)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  source = config.eval.data.trajectory_generator
+  print(
+    f'{values.num_sequences} fresh sequences of {config.eval.seq_length} '
+    f'symbols from the {source} source:\n'
+  )
+  print(format_content(content))
+  if content['exact_predictor'] is None:
+    print(f'\n{tables.no_exact_predictor(source)}')
+  print(f'\nWrote {path}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  command_line.run(main)

@@ -1,0 +1,149 @@
+"""Tables of regret: a network, or an ensemble of them, beside exact Bayes."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from nonstationary_mbml import predictors
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+
+
+class Table(NamedTuple):
+  """Regrets of all predictors on the same sequences.
+
+  Attributes:
+    rows: From `results_table`.
+    exact: Name of the source's own Bayes predictor; None if it has none.
+    names: What each predictor is called, by its name in the evaluator.
+  """
+
+  rows: list[dict[str, Any]]
+  exact: str | None
+  names: dict[str, str]
+
+
+def make_table(
+  config: config_lib.ExperimentConfig,
+  evaluator: evaluator_lib.MetaLearningEvaluator,
+  params: predictors.Params,
+  rng: jax.Array,
+  num_sequences: int,
+  use_tqdm: bool = False,
+) -> Table:
+  """Evaluates what was trained on fresh sequences.
+
+  Args:
+    config: Of the training; its `eval` is what the evaluator was built from.
+    evaluator: Of its network.
+    params: As training leaves them: all members of an ensemble.
+    rng: Key of the sequences, which all members read.
+    num_sequences: How many.
+    use_tqdm: Show progress.
+  """
+  seeds = train.member_seeds(config.train)
+  by_member = [
+    evaluator.evaluate(
+      train.member_params(config.train, params, member),
+      rng,
+      num_sequences,
+      use_tqdm,
+    )
+    for member in range(len(seeds))
+  ]
+  regrets = by_member[0]
+  network = config.model.model_type
+  if len(seeds) > 1:
+    network += f', {len(seeds)} seeds'
+    regrets[evaluator_lib.NETWORK] = np.stack(
+      [member[evaluator_lib.NETWORK] for member in by_member]
+    )
+  exact = constants.exact_predictor(
+    config.eval, evaluator.generator, evaluator.optimal_predictors
+  )
+  names = {evaluator_lib.NETWORK: network}
+  names |= {
+    name: constants.label(name) for name in evaluator.optimal_predictors
+  }
+  return Table(results_table(regrets, names, exact), exact, names)
+
+
+def results_table(
+  regrets: Mapping[str, np.ndarray], names: dict[str, str], exact: str | None
+) -> list[dict[str, Any]]:
+  """Returns one row per predictor: its regret, and how far above the optimum.
+
+  Args:
+    regrets: Cumulative regret of every sequence `[N]`, by predictor, as from
+      `MetaLearningEvaluator.evaluate`. For an ensemble of networks `[M, N]`:
+      its standard errors are over the M members.
+    names: What each predictor is called in the table, by its name there.
+    exact: Name of the source's own Bayes predictor, from which the rows are
+      measured; None measures from the best of the exact predictors.
+  """
+  references = [name for name in regrets if name != evaluator_lib.NETWORK]
+  optimum = exact or min(
+    references,
+    key=lambda name: regrets[name].mean(),
+    default=evaluator_lib.NETWORK,
+  )
+
+  def stderr(values: np.ndarray) -> float:
+    spread_over = values.mean(axis=1) if values.ndim == 2 else values
+    return float(spread_over.std(ddof=1) / np.sqrt(len(spread_over)))
+
+  rows = []
+  for name, shown in names.items():
+    values = regrets[name]
+    # Paired: all predictors read the same sequences.
+    above = values - regrets[optimum]
+    rows.append(
+      {
+        'predictor': shown,
+        'cumulative_regret': float(values.mean()),
+        'stderr': stderr(values),
+        'above_optimum': float(above.mean()),
+        'above_optimum_stderr': stderr(above),
+        'is_optimum': name == optimum,
+      }
+    )
+  return rows
+
+
+def format_table(
+  rows: Sequence[Mapping[str, Any]], head: str = 'predictor'
+) -> str:
+  """Returns rows as aligned text.
+
+  Args:
+    rows: As from `results_table`; each has a name under `head`.
+    head: Of the first column.
+  """
+  width = max(len(head), *(len(str(row[head])) for row in rows))
+  lines = [
+    f'{head:<{width}}  {"cumulative regret (nats)":>24}  '
+    f'{"above the optimum":>18}'
+  ]
+  for row in rows:
+    regret = f'{row["cumulative_regret"]:.4f} ± {row["stderr"]:.4f}'
+    above = (
+      f'{row["above_optimum"]:+.4f} ± {row["above_optimum_stderr"]:.4f}'
+      if not row['is_optimum']
+      else 'optimum'
+    )
+    lines.append(f'{row[head]!s:<{width}}  {regret:>24}  {above:>18}')
+  return '\n'.join(lines)
+
+
+def no_exact_predictor(source: str) -> str:
+  """Returns the sentence under a table without a predictor of the source."""
+  return (
+    f'The {source} source has no exact predictor of its own here: measured '
+    'from the best of the references.'
+  )

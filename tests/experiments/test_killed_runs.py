@@ -1,0 +1,147 @@
+"""Runs of the launch script that are killed end as if they had not been."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import local_launch
+from nonstationary_mbml.experiments import runs
+
+SCRIPT = pathlib.Path(local_launch.__file__)
+CKPT_FREQUENCY = 500
+NUM_LOGS = 40
+FLAGS = (
+  '--output_dir=runs',
+  '--name=run',
+  '--seq_length=8',
+  '--batch_size=8',
+  '--cpu_devices=2',
+  '--num_sequences=600',
+  '--steps=8000',
+  f'--set=logger.log_frequency={8000 // NUM_LOGS}',
+  f'--set=schedule.ckpt_frequency={CKPT_FREQUENCY}',
+  '--set=schedule.num_saves=5',
+  '--set=eval.batch_size=64',
+)
+
+
+def _start(folder):
+  cache = SCRIPT.parent.parent / '.cache' / 'jax'
+  folder.mkdir(exist_ok=True)
+  return subprocess.Popen(
+    [sys.executable, SCRIPT, *FLAGS],
+    cwd=folder,
+    env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(cache)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _finish(folder):
+  process = _start(folder)
+  _, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+  return stderr
+
+
+def _logged(folder):
+  """How many lines the log has, a torn one left out."""
+  path = folder / 'runs' / 'run' / 'metrics.jsonl'
+  return path.read_text().count('\n') if path.exists() else 0
+
+
+def _kill(folder, number, when, delay):
+  """Kills a run some time after a number of logs; whether it was running."""
+  process = _start(folder)
+  while process.poll() is None and _logged(folder) < when:
+    time.sleep(0.002)
+  time.sleep(delay)
+  was_running = process.poll() is None
+  process.send_signal(number)
+  _, stderr = process.communicate()
+  return was_running, process.returncode, stderr
+
+
+def _starts(folder):
+  path = folder / 'runs' / 'run' / 'environment.json'
+  return json.loads(path.read_text())['starts']
+
+
+def _last_logged(folder):
+  path = folder / 'runs' / 'run' / 'metrics.jsonl'
+  whole = path.read_text().split('\n')[:-1]
+  return json.loads(whole[-1])['step'] if whole else 0
+
+
+def _assert_same_results(folder, reference):
+  first, second = (path / 'runs' / 'run' for path in (folder, reference))
+  for name in ('metrics.jsonl', 'table.json', 'config.json'):
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+  steps = [
+    {int(path.name) for path in (path / 'snapshots').iterdir()}
+    for path in (first, second)
+  ]
+  assert steps[0] == steps[1] and len(steps[0]) == 5
+  for step in steps[0]:
+    params = [runs.load_run(path, step).params for path in (first, second)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """The folder of a run that nobody stopped."""
+  folder = tmp_path_factory.mktemp('reference')
+  _finish(folder)
+  return folder
+
+
+def _check_killed_runs_end_the_same(folder, reference, seed):
+  """Killed, then asked to stop, both at random moments, then left alone."""
+  rng = random.Random(seed)
+  moments = sorted(rng.uniform(0, 0.7 * NUM_LOGS) for _ in range(2))
+  when = [max(1, int(moment)) for moment in moments]
+
+  _kill(folder, signal.SIGKILL, when[0], rng.uniform(0, 0.3))
+  logged = _last_logged(folder)
+  was_running, code, stderr = _kill(
+    folder, signal.SIGTERM, when[1], rng.uniform(0, 0.1)
+  )
+  starts = _starts(folder)
+  assert logged - starts[1]['first_step'] <= CKPT_FREQUENCY
+  if was_running and starts[1]['end'].startswith('stopped'):
+    assert code == command_line.EXIT_STOPPED
+    assert f'is saved in {pathlib.Path("runs/run")}' in stderr
+  stderr = _finish(folder)
+  starts = _starts(folder)
+  assert starts[-1]['end'] == 'finished'
+  assert starts[2]['first_step'] == starts[1]['last_step']
+  assert f'going on from step {starts[2]["first_step"]}' in stderr
+  assert not (folder / 'runs' / 'run' / 'set_aside').exists()
+  _assert_same_results(folder, reference)
+
+
+def test_killed_run_ends_the_same(tmp_path, reference):
+  _check_killed_runs_end_the_same(tmp_path, reference, seed=0)
+  # It was stopped by either signal, and not too late for that.
+  assert [start['end'] for start in _starts(tmp_path)] == [
+    'running, or killed',
+    'stopped by SIGTERM',
+    'finished',
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(1, 21))
+def test_killed_runs_end_the_same_twenty_times(tmp_path, reference, seed):
+  _check_killed_runs_end_the_same(tmp_path, reference, seed)
