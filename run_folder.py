@@ -168,8 +168,8 @@ class RunFolder:
     if differences:
       raise ValueError(
         f'{self.path} holds a run with another config '
-        f'({"; ".join(differences)}); choose another name or folder, or '
-        'overwrite it'
+        f'({"; ".join(differences)}); choose another name or folder '
+        '(--name, --output_dir), or begin anew (--overwrite)'
       )
 
   def clear(self) -> None:
@@ -292,8 +292,8 @@ class RunFolder:
       problems = problems or [f'{path} goes to step {max(logged)}']
       raise ValueError(
         f'{self.path} has no checkpoint to go on from ({"; ".join(problems)}); '
-        'nothing was changed: mend it, choose another name or folder, or '
-        'overwrite it'
+        'nothing was changed: mend it, choose another name or folder '
+        '(--name, --output_dir), or begin anew (--overwrite)'
       )
     try:
       for candidate, problem in zip(passed_over, problems, strict=True):

@@ -19,7 +19,7 @@ from nonstationary_mbml.experiments import runs
 
 SCRIPT = pathlib.Path(local_launch.__file__)
 CKPT_FREQUENCY = 500
-NUM_LOGS = 40
+NUM_LOGS = 20
 FLAGS = (
   '--output_dir=runs',
   '--name=run',
@@ -27,8 +27,8 @@ FLAGS = (
   '--batch_size=8',
   '--cpu_devices=2',
   '--num_sequences=600',
-  '--steps=8000',
-  f'--set=logger.log_frequency={8000 // NUM_LOGS}',
+  '--steps=4000',
+  f'--set=logger.log_frequency={4000 // NUM_LOGS}',
   f'--set=schedule.ckpt_frequency={CKPT_FREQUENCY}',
   '--set=schedule.num_saves=5',
   '--set=eval.batch_size=64',
@@ -61,21 +61,27 @@ def _logged(folder):
   return path.read_text().count('\n') if path.exists() else 0
 
 
+def _starts(folder):
+  path = folder / 'runs' / 'run' / 'environment.json'
+  return json.loads(path.read_text())['starts'] if path.exists() else []
+
+
 def _kill(folder, number, when, delay):
-  """Kills a run some time after a number of logs; whether it was running."""
+  """Kills a run some time after a number of logs; whether it was running.
+
+  Not before it trains: until then, nothing has changed.
+  """
+  num_starts = len(_starts(folder))
   process = _start(folder)
-  while process.poll() is None and _logged(folder) < when:
+  while process.poll() is None and (
+    len(_starts(folder)) == num_starts or _logged(folder) < when
+  ):
     time.sleep(0.002)
   time.sleep(delay)
   was_running = process.poll() is None
   process.send_signal(number)
   _, stderr = process.communicate()
   return was_running, process.returncode, stderr
-
-
-def _starts(folder):
-  path = folder / 'runs' / 'run' / 'environment.json'
-  return json.loads(path.read_text())['starts']
 
 
 def _last_logged(folder):

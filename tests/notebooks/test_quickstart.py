@@ -1,0 +1,68 @@
+import base64
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+NOTEBOOK = ROOT / 'notebooks' / 'quickstart.ipynb'
+
+
+def _execute(folder, monkeypatch, training_steps=None):
+  """The notebook after it ran, with a number of steps of its own or ours."""
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'jax'))
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  (parameters,) = [
+    cell
+    for cell in notebook.cells
+    if 'parameters' in cell.metadata.get('tags', ())
+  ]
+  if training_steps is not None:
+    parameters.source += f'\ntraining_steps = {training_steps}'
+  nbclient.NotebookClient(
+    notebook, timeout=600, resources={'metadata': {'path': str(folder)}}
+  ).execute()
+  return notebook
+
+
+def _outputs(notebook, mime_type):
+  return [
+    output.data[mime_type]
+    for cell in notebook.cells
+    for output in cell.get('outputs', ())
+    if mime_type in output.get('data', ())
+  ]
+
+
+def _check(notebook, folder):
+  figures = _outputs(notebook, 'image/png')
+  assert len(figures) == 4
+  assert all(base64.b64decode(x).startswith(b'\x89PNG') for x in figures)
+  assert (folder / 'runs' / 'quickstart' / 'metrics.jsonl').exists()
+
+
+def test_notebook_runs_with_fewer_steps(tmp_path, monkeypatch):
+  notebook = _execute(tmp_path, monkeypatch, training_steps=200)
+  _check(notebook, tmp_path)
+
+
+@pytest.mark.slow
+def test_whole_notebook_comes_near_ptw(tmp_path, monkeypatch):
+  notebook = _execute(tmp_path, monkeypatch)
+  _check(notebook, tmp_path)
+  nats = {
+    name: float(text.split()[0])
+    for name, text in eval(_outputs(notebook, 'text/plain')[-1]).items()
+  }
+  assert nats['ptw'] < nats['network'] < nats['ptw'] + 0.2
+
+
+def test_committed_notebook_has_its_figures():
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  assert len(_outputs(notebook, 'image/png')) == 4
+  assert not any(
+    output.output_type == 'error'
+    for cell in notebook.cells
+    for output in cell.get('outputs', ())
+  )
