@@ -137,11 +137,11 @@ class Checkpoints:
 
 
 def free_path(path: pathlib.Path) -> pathlib.Path:
-  """Returns the path, with a number after it if it is taken."""
+  """Returns the path, with a number after its name if it is taken."""
   taken, number = path, 1
   while taken.exists():
     number += 1
-    taken = path.with_name(f'{path.name}_{number}')
+    taken = path.with_name(f'{path.stem}_{number}{path.suffix}')
   return taken
 
 

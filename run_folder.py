@@ -471,7 +471,10 @@ def _format_entries(entries: Iterable[Mapping[str, Any]]) -> bytes:
 def _save_error(
   path: pathlib.Path, error: Exception, last_checkpoint: int | None = None
 ) -> SaveError:
-  reason = getattr(error, 'strerror', None) or str(error).split('\n')[0][:200]
+  reason = getattr(error, 'strerror', None)
+  if not reason:
+    # What Orbax says ends with what the system said.
+    reason = str(error).split('\n')[0].rsplit(': ', 1)[-1][:200]
   kept = ''
   if last_checkpoint is not None:
     kept = f'; the last good checkpoint is that of step {last_checkpoint}'

@@ -76,8 +76,8 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
-    # Orbax says much of what it does.
-    logging.set_verbosity(logging.WARNING)
+    # Orbax tells what it does, and errors twice: we get them as exceptions.
+    logging.set_verbosity(logging.FATAL)
   runtime.start(cpu_devices, flags.FLAGS.compilation_cache)
 
 

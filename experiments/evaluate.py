@@ -161,14 +161,14 @@ def write(folder: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
   """
   source = content['eval']['data']['trajectory_generator']
   steps = [by['step'] for by in content['steps']]
-  shown = _ALL if len(steps) > 1 else str(steps[0])
+  shown = str(steps[0]) if len(steps) == 1 else f'{steps[0]}-{steps[-1]}'
   name = f'{source}_T{content["eval"]["seq_length"]}_step_{shown}'
   folder = folder / 'evaluations'
   try:
     folder.mkdir(exist_ok=True)
     path = folder / f'{name}.json'
     if path.exists() and not _is_same_evaluation(path, content):
-      path = checkpointing.free_path(folder / name).with_suffix('.json')
+      path = checkpointing.free_path(path)
     files.write_json(path, content)
   except OSError as error:
     raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
@@ -178,9 +178,10 @@ def write(folder: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
 def _is_same_evaluation(path: pathlib.Path, content: dict[str, Any]) -> bool:
   """Whether a file has a table of the same settings, made anew now."""
   try:
-    present = base_config.plain(files.read_json(path))
-    return all(
-      present[name] == base_config.plain(content[name])
+    present = files.read_json(path)
+    steps = [[by['step'] for by in c['steps']] for c in (present, content)]
+    return steps[0] == steps[1] and all(
+      base_config.plain(present[name]) == base_config.plain(content[name])
       for name in ('eval', 'num_sequences')
     )
   except (ValueError, KeyError, TypeError):

@@ -1,0 +1,183 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluate
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import runs
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """An ensemble of two, and its folder."""
+  config = config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      train=base_config.TrainConfig(
+        seq_length=8, batch_size=4, model_init_seed=(3, 5)
+      ),
+      model=base_config.ModelConfig(
+        model_type='stack_rnn', architecture_kwargs={'hidden_size': 3}
+      ),
+      schedule=base_config.ScheduleConfig(
+        training_steps=6, num_saves=2, ckpt_frequency=4
+      ),
+      logger=base_config.LoggerConfig(log_frequency=3),
+      eval=config_lib.EvalConfig(batch_size=4),
+    )
+  )
+  folder = tmp_path_factory.mktemp('run')
+  result = train.train(
+    config,
+    constants.build_data_generator,
+    evaluator_lib.build_evaluator,
+    folder=folder,
+  )
+  return folder, config, result
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+  """A copy of its folder, to be damaged."""
+  return shutil.copytree(trained[0], tmp_path / 'run')
+
+
+def test_loaded_run_is_what_was_trained(trained):
+  folder, config, result = trained
+  run = runs.load_run(str(folder))
+  assert run.config == config
+  assert run.step == 6
+  assert run.history == result.history
+  assert run.member_histories == result.member_histories
+  jax.tree.map(np.testing.assert_array_equal, run.params, result.params)
+  batch = jax.nn.one_hot(np.array([[0, 1, 1, 0]]), 2)
+  unroll = jax.jit(lambda params: run.predictor.unroll(params, None, batch)[0])
+  logits = unroll(runs.member_params(run, 1))
+  assert logits.shape == (1, 4, 2)
+  assert np.abs(logits - unroll(runs.member_params(run, 0))).max() > 1e-3
+
+
+def test_every_saved_step_can_be_loaded(trained):
+  folder, _, result = trained
+  assert runs.saved_steps(folder) == (1, 2, 4, 6)
+  norms = [
+    sum(float((x**2).sum()) for x in jax.tree.leaves(run.params))
+    for run in (runs.load_run(folder, step) for step in (1, 2, 6))
+  ]
+  assert len(set(norms)) == 3
+
+
+def test_missing_step_is_named_beside_those_that_are_there(trained):
+  with pytest.raises(ValueError, match='nothing of step 5, only of .*1, 2, 4'):
+    runs.load_run(trained[0], 5)
+
+
+def test_missing_run_is_named(tmp_path):
+  with pytest.raises(ValueError, match='cannot read .*nowhere/config.json'):
+    runs.load_run(tmp_path / 'nowhere')
+
+
+def test_what_is_damaged_is_left_out_with_a_warning(folder):
+  with (folder / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 9, "lo')
+  for name in ('checkpoints', 'snapshots'):
+    manifest = folder / name / '6' / 'default' / 'manifest.ocdbt'
+    manifest.write_bytes(manifest.read_bytes()[:20])
+  before = {path: path.stat().st_mtime for path in folder.rglob('*')}
+  with pytest.warns(UserWarning) as warned:
+    run = runs.load_run(folder)
+  assert run.step == 4
+  assert [entry['step'] for entry in run.history] == [3, 6]
+  said = ' '.join(str(warning.message) for warning in warned)
+  assert 'last line is torn' in said and 'snapshots/6 cannot be read' in said
+  assert {path: path.stat().st_mtime for path in folder.rglob('*')} == before
+
+
+def test_snapshots_alone_can_be_loaded(folder):
+  shutil.rmtree(folder / 'checkpoints')
+  assert runs.load_run(folder).step == 6
+
+
+def test_run_of_an_older_config_loads_with_the_defaults(folder, trained):
+  path = folder / 'config.json'
+  values = json.loads(path.read_text())
+  del values['train']['microbatch_size']
+  path.write_text(json.dumps(values))
+  assert runs.load_run(folder).config == trained[1]
+
+
+def test_evaluator_has_the_exact_predictor_of_its_source(trained):
+  run = runs.load_run(trained[0])
+  own = runs.evaluator_of(run)
+  assert own.seq_length == 8 and list(own.optimal_predictors)[0] == 'ptw'
+  lin = config_lib.DataConfig(trajectory_generator='lin')
+  other = runs.evaluator_of(run, lin, seq_length=16, batch_size=2)
+  assert (other.seq_length, other.batch_size) == (16, 2)
+  assert other.optimal_predictors['ptw'].depth == 4
+  # The run's own config is as it was.
+  assert run.config == trained[1]
+
+
+def test_source_of_another_alphabet_is_refused(trained):
+  data = config_lib.DataConfig(
+    iid_distribution_kwargs={'feature_size': 3},
+    parameter_distribution_params=(0.5, 0.5, 0.5),
+  )
+  with pytest.raises(ValueError, match='alphabet of 3 symbols.*trained on 2'):
+    runs.evaluator_of(runs.load_run(trained[0]), data)
+
+
+def test_evaluation_of_all_steps_is_a_table_of_each(folder, trained):
+  config = evaluate.make_config(
+    trained[1],
+    'regular_shift',
+    12,
+    4,
+    ('eval.data.trajectory_generator_kwargs.shift_period=3',),
+  )
+  assert config.eval.optimal_predictors_kwargs['regular_shift'] == {
+    'shift_period': 3,
+    'concentration': (0.5, 0.5),
+  }
+  # The network is as it was trained.
+  assert config.model == trained[1].model
+  content = evaluate.evaluate(folder, config, (1, None), 6)
+  assert [by['step'] for by in content['steps']] == [1, 6]
+  assert content['exact_predictor'] == 'regular_shift'
+  first, last = (by['table'] for by in content['steps'])
+  assert first[0]['predictor'] == 'stack_rnn, 2 seeds'
+  assert first[0]['cumulative_regret'] != last[0]['cumulative_regret']
+  # The exact predictors read the same sequences.
+  assert first[1]['cumulative_regret'] == last[1]['cumulative_regret']
+  lines = evaluate.format_content(content).splitlines()
+  assert [line.split()[0] for line in lines if line][:3] == ['step', '1', '6']
+
+  path = evaluate.write(folder, content)
+  assert path.name == 'regular_shift_T12_step_1-6.json'
+  assert evaluate.write(folder, content) == path
+  # Those of other settings are not overwritten.
+  other = evaluate.write(folder, {**content, 'num_sequences': 7})
+  assert other.name == 'regular_shift_T12_step_1-6_2.json'
+  assert json.loads(path.read_text())['num_sequences'] == 6
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'items': ('train.learning_rate=1',)}, 'nothing but eval'),
+    ({'items': ('eval.batch_sise=1',)}, "mean 'batch_size'"),
+    (
+      {'source': 'lin', 'items': ('eval.seq_length=1',)},
+      'eval.seq_length is 1',
+    ),
+  ],
+)
+def test_wrong_settings_of_an_evaluation_are_named(trained, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    evaluate.make_config(trained[1], **arguments)
