@@ -79,12 +79,14 @@ def _assert_same(first, second):
 @pytest.mark.parametrize(
   'train_kwargs',
   [
-    {},
+    # Each member on a device of its own.
     {'model_init_seed': (0, 1), 'reset_predictor_init_state': False},
-    {'model_init_seed': (0, 1, 2)},
+    # Shares of the batch on both devices.
     {'reset_predictor_init_state': False, 'seq_length_fixed': False},
+    pytest.param({}, marks=pytest.mark.slow),
+    pytest.param({'model_init_seed': (0, 1, 2)}, marks=pytest.mark.slow),
   ],
-  ids=['one', 'members on devices', 'ensemble', 'carried state'],
+  ids=['members on devices', 'carried state', 'one', 'ensemble'],
 )
 def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
   """On two devices: killed, then asked to stop, then left to finish."""
