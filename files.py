@@ -1,5 +1,9 @@
 """Files that are there whole or not at all."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+import csv
+import io
 import json
 import os
 import pathlib
@@ -48,3 +52,49 @@ def read_json(path: pathlib.Path) -> Any:
     raise ValueError(f'cannot read {path}: {error.strerror}') from error
   except ValueError as error:  # Also of text that is not UTF-8.
     raise ValueError(f'{path} is not JSON: {error}') from error
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes a table, whole or not at all.
+
+  Args:
+    path: Of the file.
+    rows: By column; the columns are those of all rows, and what a row lacks or
+      has as None is empty.
+
+  Raises:
+    OSError: If it cannot be written.
+  """
+  columns = dict.fromkeys(column for row in rows for column in row)
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(columns), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  write_whole(path, text.getvalue().encode())
+
+
+def read_csv(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the rows of a table that `write_csv` wrote.
+
+  Numbers are numbers again; what is empty is None.
+
+  Raises:
+    ValueError: If the file cannot be read.
+  """
+  try:
+    with path.open(newline='') as file:
+      return [
+        {column: _parse(text) for column, text in row.items()}
+        for row in csv.DictReader(file)
+      ]
+  except OSError as error:
+    raise ValueError(f'cannot read {path}: {error.strerror}') from error
+
+
+def _parse(text: str | None) -> Any:
+  for read in (int, float):
+    try:
+      return read(text)
+    except (TypeError, ValueError):
+      pass
+  return text or None

@@ -57,3 +57,19 @@ def catch(enabled: bool = True) -> Iterator[Interrupts]:
     yield interrupts
   finally:
     restore()
+
+
+def terminate_with_stdin() -> None:
+  """Sends this process a SIGTERM when its standard input ends.
+
+  If that is a pipe of the process that started it, it ends with that process,
+  even if that is killed.
+  """
+
+  def wait() -> None:
+    # Not through sys.stdin, whose lock would be held at the end.
+    while os.read(0, 1024):
+      pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  threading.Thread(target=wait, daemon=True).start()

@@ -21,6 +21,8 @@ from nonstationary_mbml import runtime
 # Of a script that was asked to stop, and goes on when it is started again:
 # EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
+# Of a script that cannot write, as on a full disk: EX_IOERR.
+EXIT_CANNOT_SAVE = 74
 
 # So that --help of a script shows the flags that are defined here.
 flags.disclaim_key_flags()

@@ -183,21 +183,36 @@ class ExperimentConfig(base_config.ExperimentConfig):
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
+class SweepPoint(NamedTuple):
+  """One experiment of a sweep.
+
+  Attributes:
+    config: Its config, whose name is that of the point.
+    settings: What the sweep has set, by path: the name of a named value, else
+      the value.
+  """
+
+  config: ExperimentConfig
+  settings: dict[str, Any]
+
+
 @dataclasses.dataclass(kw_only=True)
 class ExperimentSweep(base_config.Config):
   """Many experiments around one.
 
   Every combination of the general sweep's values is run, once with each
-  combination of every specific sweep's. Keys are paths of fields:
+  combination of every specific sweep's. Keys are paths of fields, and values
+  are in a tuple, or in a dict if they have names; a value of a path that leads
+  to a config is a dict of its fields:
 
     ExperimentSweep(
       general_sweep={'seed': (0, 1), 'train.learning_rate': (1e-3, 3e-3)},
       specific_sweeps=(
-        {'model.model_type': ('lstm',)},
+        {'model': {'small': {'architecture_kwargs': {'hidden_size': 32}}}},
         {'model.model_type': ('stack_rnn',),
          'model.architecture_kwargs.n_stacks': (1, 2)},
       ),
-    ).expand()  # 4 LSTMs and 8 Stack-RNNs
+    ).expand()  # 4 LSTMs, called small, and 8 Stack-RNNs
 
   Attributes:
     general_sweep: Values by path.
@@ -205,33 +220,63 @@ class ExperimentSweep(base_config.Config):
     base_config: What the sweeps leave as it is.
   """
 
-  general_sweep: dict[str, tuple[Any, ...]] = dataclasses.field(
-    default_factory=dict
-  )
-  specific_sweeps: tuple[dict[str, tuple[Any, ...]], ...] = ()
+  general_sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
+  specific_sweeps: tuple[dict[str, Any], ...] = ()
   base_config: ExperimentConfig = dataclasses.field(
     default_factory=ExperimentConfig
   )
 
-  def expand(self) -> list[ExperimentConfig]:
-    """Returns the configs, each named by the base and by what was set.
+  def points(self) -> list[SweepPoint]:
+    """Returns the points, each named by the base and by what was set.
+
+    Of a named value the name is shown, else `path=value`:
+
+      base,seed=0,train.learning_rate=0.001,small
 
     Raises:
-      ValueError: If a path is unknown, or its values are not a sequence.
+      ValueError: If a path is unknown, its values are neither a sequence nor
+        named, or two points have the same name.
     """
-    configs = []
+    points = {}
     for specific in self.specific_sweeps or ({},):
       sweep = {**self.general_sweep, **specific}
-      for path, values in sweep.items():
-        if not isinstance(values, tuple):
-          raise ValueError(f'{path} is swept over {values!r}, not a sequence')
-      for values in itertools.product(*sweep.values()):
-        overrides = dict(zip(sweep, values, strict=True))
+      choices = [_choices(path, values) for path, values in sweep.items()]
+      for chosen in itertools.product(*choices):
+        overrides, settings, shown = {}, {}, [self.base_config.name]
+        for path, (label, value, is_named) in zip(sweep, chosen, strict=True):
+          with base_config.naming(path):
+            overrides |= _fields_set(path, value)
+          settings[path] = label
+          shown.append(label if is_named else f'{path}={label}')
         config = with_overrides(self.base_config, overrides)
-        settings = [f'{path}={value}' for path, value in overrides.items()]
-        config.name = ','.join([self.base_config.name, *settings])
-        configs.append(config)
-    return configs
+        config.name = ','.join(shown)
+        if config.name in points:
+          raise ValueError(f'two points of the sweep are called {config.name}')
+        points[config.name] = SweepPoint(config, settings)
+    return list(points.values())
+
+  def expand(self) -> list[ExperimentConfig]:
+    """Returns the configs of all `points`; raises as it does."""
+    return [point.config for point in self.points()]
+
+
+def _choices(path: str, values: Any) -> list[tuple[Any, Any, bool]]:
+  """Label and value of everything a path is swept over, and if it is named."""
+  if isinstance(values, Mapping):
+    return [(name, value, True) for name, value in values.items()]
+  if not isinstance(values, tuple):
+    raise ValueError(f'{path} is swept over {values!r}, not a sequence')
+  return [(value, value, False) for value in values]
+
+
+def _fields_set(path: str, value: Any) -> dict[str, Any]:
+  """The overrides that a value stands for: of a config, those of its fields."""
+  annotation = _annotation_at(ExperimentConfig, path)
+  if base_config.nested_class(annotation) is None:
+    return {path: value}
+  if not isinstance(value, Mapping):
+    raise ValueError(f'{value!r} is no dict of the fields of a config')
+  return {f'{path}.{field}': inner for field, inner in value.items()}
 
 
 def with_overrides(

@@ -33,6 +33,7 @@ from matplotlib import figure
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import files
+from nonstationary_mbml import interrupts
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import run_folder
 from nonstationary_mbml import runtime
@@ -358,6 +359,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'divide the batch.',
     lower_bound=1,
   )
+  flags.DEFINE_bool(
+    'stop_with_stdin',
+    False,
+    'Stop, as after SIGTERM, when the standard input ends: a script that '
+    'starts runs keeps it open, and whatever ends the script stops its runs.',
+    flag_values=values,
+  )
 
 
 def main(argv: list[str]) -> None:
@@ -376,6 +384,8 @@ def main(argv: list[str]) -> None:
     folder = pathlib.Path(values.output_dir) / config.name
     if values.overwrite:
       clear(folder)
+    if values.stop_with_stdin:
+      interrupts.terminate_with_stdin()
     run(config, folder, values.num_sequences)
   except train.StoppedError as error:
     print(error, file=sys.stderr)
@@ -387,6 +397,9 @@ def main(argv: list[str]) -> None:
       file=sys.stderr,
     )
     sys.exit(command_line.EXIT_STOPPED)
+  except run_folder.SaveError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(command_line.EXIT_CANNOT_SAVE)
   except (ValueError, OSError, train.NonFiniteError) as error:
     sys.exit(f'error: {error}')
 

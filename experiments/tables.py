@@ -71,7 +71,10 @@ def make_table(
   names |= {
     name: constants.label(name) for name in evaluator.optimal_predictors
   }
-  return Table(results_table(regrets, names, exact), exact, names)
+  rows = results_table(regrets, names, exact)
+  for seed, row in zip(seeds, rows[0].get('seeds', ()), strict=False):
+    row['seed'] = seed
+  return Table(rows, exact, names)
 
 
 def results_table(
@@ -82,7 +85,8 @@ def results_table(
   Args:
     regrets: Cumulative regret of every sequence `[N]`, by predictor, as from
       `MetaLearningEvaluator.evaluate`. For an ensemble of networks `[M, N]`:
-      its standard errors are over the M members.
+      its standard errors are over the M members, of which it has a row each
+      under `seeds`.
     names: What each predictor is called in the table, by its name there.
     exact: Name of the source's own Bayes predictor, from which the rows are
       measured; None measures from the best of the exact predictors.
@@ -98,21 +102,27 @@ def results_table(
     spread_over = values.mean(axis=1) if values.ndim == 2 else values
     return float(spread_over.std(ddof=1) / np.sqrt(len(spread_over)))
 
+  def measured(values: np.ndarray) -> dict[str, float]:
+    # Paired: all predictors read the same sequences.
+    above = values - regrets[optimum]
+    return {
+      'cumulative_regret': float(values.mean()),
+      'stderr': stderr(values),
+      'above_optimum': float(above.mean()),
+      'above_optimum_stderr': stderr(above),
+    }
+
   rows = []
   for name, shown in names.items():
     values = regrets[name]
-    # Paired: all predictors read the same sequences.
-    above = values - regrets[optimum]
-    rows.append(
-      {
-        'predictor': shown,
-        'cumulative_regret': float(values.mean()),
-        'stderr': stderr(values),
-        'above_optimum': float(above.mean()),
-        'above_optimum_stderr': stderr(above),
-        'is_optimum': name == optimum,
-      }
-    )
+    row = {
+      'predictor': shown,
+      **measured(values),
+      'is_optimum': name == optimum,
+    }
+    if values.ndim == 2:
+      row['seeds'] = [measured(member) for member in values]
+    rows.append(row)
   return rows
 
 

@@ -1,0 +1,339 @@
+"""The folder of a sweep: which points it has, and what came of them.
+
+  sweep.json    the points: names, settings, configs
+  configs/      the config of every point, to start it from
+  points/       the folder of every point's run, by name
+  logs/         what every run has printed
+  results.csv   a row for every network that is trained
+  summary.csv   means and standard errors over the seeds of every setting
+
+A point is finished once its run has a table.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import pathlib
+import time
+from typing import Any
+from typing import NamedTuple
+from typing import TextIO
+
+import numpy as np
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import files
+from nonstationary_mbml import run_folder
+from nonstationary_mbml.experiments import config as config_lib
+
+try:
+  import fcntl
+except ImportError:  # Not on Windows.
+  fcntl = None
+
+MANIFEST = 'sweep.json'
+RESULTS = 'results.csv'
+SUMMARY = 'summary.csv'
+TABLE = 'table.json'
+# Settings that tell seeds apart, and no groups.
+_SEED_PATHS = ('seed', 'train.model_init_seed')
+# Runs of a sweep that was killed get so long to save and end.
+_LOCK_SECONDS = 60.0
+
+
+class Point(NamedTuple):
+  """A point of a sweep.
+
+  Attributes:
+    name: Of the point, and of the folder of its run.
+    settings: What the sweep has set, by path; as in `SweepPoint`.
+    config: Of its run, before `post_process_config`.
+  """
+
+  name: str
+  settings: dict[str, Any]
+  config: config_lib.ExperimentConfig
+
+
+class SweepFolder:
+  """The folder of a sweep."""
+
+  def __init__(self, path: str | pathlib.Path):
+    """Initializes the folder; touches nothing yet."""
+    self.path = pathlib.Path(path)
+
+  def run_path(self, name: str) -> pathlib.Path:
+    """Returns the folder of a point's run."""
+    return self.path / 'points' / name
+
+  def config_path(self, name: str) -> pathlib.Path:
+    """Returns the file with the config of a point."""
+    return self.path / 'configs' / f'{name}.json'
+
+  def log_path(self, name: str) -> pathlib.Path:
+    """Returns the file with what a point's run has printed."""
+    return self.path / 'logs' / f'{name}.txt'
+
+  def points(self) -> list[Point]:
+    """Returns the points of the sweep that the folder holds.
+
+    Raises:
+      ValueError: If it holds none, or one that cannot be read.
+    """
+    path = self.path / MANIFEST
+    if not path.exists():
+      raise ValueError(
+        f'{self.path} is no folder of a sweep: it has no {MANIFEST}'
+      )
+    manifest = files.read_json(path)
+    with base_config.naming(str(path)):
+      base_config.check_mapping('its content', manifest)
+      if 'points' not in manifest:
+        raise ValueError('it has no points')
+      return [
+        Point(
+          values['config']['name'],
+          base_config.plain(values['settings']),
+          base_config.from_dict(config_lib.ExperimentConfig, values['config']),
+        )
+        for values in manifest['points']
+      ]
+
+  @contextlib.contextmanager
+  def open(
+    self, points: Sequence[config_lib.SweepPoint], num_sequences: int
+  ) -> Iterator[TextIO]:
+    """Holds the folder for a sweep, inside a `with`.
+
+    A folder that holds some points of the same sweep may get more of them.
+
+    Args:
+      points: Of the sweep.
+      num_sequences: For the tables of all its runs.
+
+    Yields:
+      The file whose lock is held, for child processes to hold it as well.
+
+    Raises:
+      ValueError: If the folder holds another sweep, or another process runs it.
+      OSError: If it cannot be written to.
+    """
+    for point in points:
+      name = point.config.name
+      if pathlib.PurePath(name).name != name:
+        raise ValueError(f'the point {name!r} cannot be the name of a folder')
+    self.path.mkdir(parents=True, exist_ok=True)
+    with (self.path / '.lock').open('a') as lock:
+      self._lock(lock)
+      manifest = {
+        'num_sequences': num_sequences,
+        'points': [
+          {
+            'settings': point.settings,
+            'config': base_config.to_dict(point.config),
+          }
+          for point in points
+        ],
+      }
+      self._check_same_sweep(base_config.plain(manifest))
+      for name in ('configs', 'points', 'logs'):
+        (self.path / name).mkdir(exist_ok=True)
+      for point in points:
+        files.write_json(
+          self.config_path(point.config.name),
+          base_config.to_dict(point.config),
+        )
+      files.write_json(self.path / MANIFEST, manifest)
+      yield lock
+
+  def _lock(self, lock: TextIO) -> None:
+    """Waits for the lock, which the runs of a killed sweep still hold."""
+    if fcntl is None:
+      return
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+      except BlockingIOError as error:
+        if time.monotonic() > deadline:
+          raise ValueError(
+            f'{self.path} is held by another process that runs the sweep'
+          ) from error
+        time.sleep(0.1)
+      except OSError:  # A file system without locks.
+        return
+
+  def _check_same_sweep(self, manifest: dict[str, Any]) -> None:
+    """Raises ValueError unless all that the folder holds is in `manifest`."""
+    path = self.path / MANIFEST
+    if not path.exists():
+      others = [name for name in ('points', 'configs') if self._holds(name)]
+      if others or (self.path / run_folder.CONFIG).exists():
+        raise ValueError(
+          f'{self.path} holds something else, and no sweep; choose another '
+          'folder (--name, --output_dir)'
+        )
+      return
+    present = base_config.plain(files.read_json(path))
+    by_name = {
+      values['config']['name']: values['config']
+      for values in manifest['points']
+    }
+    differences = base_config.differences(
+      present['num_sequences'], manifest['num_sequences'], 'num_sequences'
+    )
+    for values in present['points']:
+      name = values['config']['name']
+      if name not in by_name:
+        differences.append(f'its point {name} is not one of this sweep')
+      else:
+        differences += base_config.differences(
+          values['config'], by_name[name], name
+        )
+    if differences:
+      more = f', and {len(differences) - 3} more' if differences[3:] else ''
+      raise ValueError(
+        f'{self.path} holds another sweep ({"; ".join(differences[:3])}'
+        f'{more}); choose another folder (--name, --output_dir)'
+      )
+
+  def _holds(self, name: str) -> bool:
+    folder = self.path / name
+    return folder.is_dir() and any(folder.iterdir())
+
+  def is_finished(self, name: str) -> bool:
+    """Whether a point has its table."""
+    return (self.run_path(name) / TABLE).exists()
+
+  def has_begun(self, name: str) -> bool:
+    """Whether a point has a state to go on from."""
+    return (self.run_path(name) / run_folder.CHECKPOINTS).is_dir()
+
+  def last_step(self, name: str) -> int:
+    """Returns how many steps a point has done, as far as it has told."""
+    try:
+      entries, _ = run_folder.read_metrics(
+        self.run_path(name) / run_folder.METRICS
+      )
+    except ValueError:
+      return 0
+    return entries[-1]['step'] if entries else 0
+
+  def finished(self) -> list[Point]:
+    """Returns the points that are finished, as `points` does."""
+    return [point for point in self.points() if self.is_finished(point.name)]
+
+  def results(self) -> list[dict[str, Any]]:
+    """Returns a row for every network of the finished points.
+
+    Its settings by path, `point`, `seed`, `steps`, `seconds` of training, and
+    in nats, on fresh sequences of the evaluation's source: `regret` and its
+    standard error over sequences, the exact predictor (`exact`) and its
+    regret, and the mean paired difference to it.
+    """
+    rows = []
+    for point in self.finished():
+      content = files.read_json(self.run_path(point.name) / TABLE)
+      network, *others = content['table']
+      # What the differences are from: where there is no exact predictor, the
+      # best of the others.
+      exact = next(row for row in content['table'] if row['is_optimum'])
+      seeds = network.get('seeds') or [
+        {**network, 'seed': point.config.train.model_init_seed}
+      ]
+      for by_seed in seeds:
+        rows.append(
+          {
+            'point': point.name,
+            **_shown(point.settings),
+            'seed': by_seed['seed'],
+            'steps': point.config.schedule.training_steps,
+            'seconds': self.seconds(point.name),
+            'regret': by_seed['cumulative_regret'],
+            'regret_stderr': by_seed['stderr'],
+            'exact': exact['predictor'] if others else None,
+            'exact_regret': exact['cumulative_regret'],
+            'above_exact': by_seed['above_optimum'],
+            'above_exact_stderr': by_seed['above_optimum_stderr'],
+          }
+        )
+    return rows
+
+  def seconds(self, name: str) -> float:
+    """Returns how long a point has trained, over all of its starts."""
+    try:
+      starts = files.read_json(self.run_path(name) / run_folder.ENVIRONMENT)
+      return sum(start['seconds'] for start in starts['starts'])
+    except (ValueError, KeyError, TypeError):
+      return float('nan')
+
+  def write_results(self) -> list[dict[str, Any]]:
+    """Writes results.csv and summary.csv; returns the rows of the latter.
+
+    Raises:
+      OSError: If they cannot be written.
+    """
+    rows = self.results()
+    summary = summarise(rows)
+    files.write_csv(self.path / RESULTS, rows)
+    files.write_csv(self.path / SUMMARY, summary)
+    return summary
+
+
+def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings without those that only tell seeds apart."""
+  return {
+    path: value for path, value in settings.items() if path not in _SEED_PATHS
+  }
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Returns means and standard errors over the seeds of every setting.
+
+  Args:
+    rows: From `SweepFolder.results`.
+
+  Returns:
+    A row for every combination of settings. `above_exact_percent` is that of
+    the exact predictor's regret; a standard error is None for a single seed.
+  """
+  groups = {}
+  for row in rows:
+    columns = list(row)
+    settings = columns[1 : columns.index('seed')]
+    key = tuple((name, str(row[name])) for name in settings)
+    groups.setdefault(key, []).append(row)
+  return [
+    {
+      **dict(key),
+      'num_seeds': len(group),
+      'regret': mean_and_stderr([row['regret'] for row in group])[0],
+      'regret_stderr': mean_and_stderr([row['regret'] for row in group])[1],
+      'exact': group[0]['exact'],
+      'exact_regret': group[0]['exact_regret'],
+      **_above_exact(group),
+    }
+    for key, group in groups.items()
+  ]
+
+
+def _above_exact(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  above, stderr = mean_and_stderr([row['above_exact'] for row in group])
+  percent = [100 * row['above_exact'] / row['exact_regret'] for row in group]
+  mean, percent_stderr = mean_and_stderr(percent)
+  return {
+    'above_exact': above,
+    'above_exact_stderr': stderr,
+    'above_exact_percent': mean,
+    'above_exact_percent_stderr': percent_stderr,
+  }
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+  """Returns mean and standard error over seeds; None for that of a single."""
+  values = np.asarray(values, np.float64)
+  if len(values) < 2:
+    return float(values.mean()), None
+  return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,518 @@
+"""Runs a sweep: all points of a preset, as many at once as asked.
+
+  python experiments/sweep_launch.py --sweep=small
+  python experiments/sweep_launch.py --sweep=small --only='*,lin,*' --jobs=1
+  python experiments/sweep_launch.py --sweep=tiny --list
+  python experiments/sweep_launch.py --sweep=small --name=longer \
+    --set schedule.training_steps=30000
+
+Every point is a run of local_launch.py in a process of its own, so that one
+that fails leaves the others alone; the seeds of a point are trained together.
+The same command again goes on: what is finished is skipped, what was
+interrupted resumes, and what has failed is tried once more. Ctrl-C and SIGTERM
+let all runs save first, and exit with 75; a sweep that is killed takes its runs
+with it.
+
+Writes into <output_dir>/<name>/: points/, the folders of all runs; logs/; and
+after every point results.csv (all networks so far) and summary.csv (means over
+seeds). On a CPU every run has one device, whatever the machine, so that the
+same command gives the same numbers.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import fnmatch
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import interrupts as interrupting
+from nonstationary_mbml import progress
+from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import sweep_folder
+from nonstationary_mbml.experiments import sweeps
+
+_SCRIPT = pathlib.Path(__file__).with_name('local_launch.py')
+_POLL_SECONDS = 0.2
+# How often steps are counted, and a line is printed where there is no terminal.
+_COUNT_SECONDS = 2.0
+_REPORT_SECONDS = 60.0
+_LOG_LINES = 5
+
+
+class CannotSaveError(OSError):
+  """A run, or the sweep, could not be written."""
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What came of a sweep.
+
+  Attributes:
+    finished: Names of all points that have their table.
+    failed: What went wrong with the others that were tried, by name.
+    left: Names of points that were not tried, or were stopped.
+    stopped_by: The signal that stopped the sweep, if one did.
+  """
+
+  finished: list[str]
+  failed: dict[str, str]
+  left: list[str]
+  stopped_by: str | None = None
+
+
+@dataclasses.dataclass
+class _Job:
+  """A run that is under way."""
+
+  name: str
+  slot: int
+  process: subprocess.Popen
+
+
+def run_sweep(
+  points: Sequence[config_lib.SweepPoint],
+  folder: pathlib.Path,
+  jobs: int = 1,
+  num_sequences: int = 10_240,
+  is_chosen: Callable[[str], bool] = lambda name: True,
+  cpu_devices: int = 1,
+  flags_of_runs: Sequence[str] = (),
+  use_tqdm: bool = False,
+) -> Outcome:
+  """Runs all points of a sweep that are not finished.
+
+  Args:
+    points: Of the sweep.
+    folder: Where it is, or goes on.
+    jobs: Runs at a time. On Linux each has its share of the cores.
+    num_sequences: Fresh sequences for every table.
+    is_chosen: Of the name of a point: whether to run it now.
+    cpu_devices: Devices of each run, on a CPU.
+    flags_of_runs: Further flags of local_launch.py.
+    use_tqdm: Show progress over the whole sweep.
+
+  Returns:
+    What came of it. A point that fails, or whose config is not valid, is in it
+    by name and stops no other one.
+
+  Raises:
+    ValueError: If the folder holds another sweep, or another process runs it.
+    CannotSaveError: If the disk is full, say; what is finished is kept.
+  """
+  base_config.check_int('jobs', jobs, 1)
+  folder = sweep_folder.SweepFolder(folder)
+  try:
+    with (
+      interrupting.catch() as interrupts,
+      folder.open(points, num_sequences) as lock,
+    ):
+      chosen = [p for p in points if is_chosen(p.config.name)]
+      failed = {}
+      for point in chosen:
+        try:
+          constants.check(config_lib.post_process_config(point.config))
+        except ValueError as error:
+          failed[point.config.name] = f'its config is not valid: {error}'
+      runner = _Runner(
+        folder,
+        [p for p in chosen if p.config.name not in failed],
+        jobs,
+        [
+          f'--num_sequences={num_sequences}',
+          f'--cpu_devices={cpu_devices}',
+          *flags_of_runs,
+        ],
+        lock.fileno(),
+        interrupts,
+        use_tqdm,
+      )
+      runner.run()
+      folder.write_results()
+  except CannotSaveError:
+    raise
+  except OSError as error:
+    raise CannotSaveError(
+      f'cannot write to {folder.path}: {error.strerror or error}; what is '
+      'finished is kept'
+    ) from error
+  failed |= runner.failed
+  names = [point.config.name for point in points]
+  finished = [name for name in names if folder.is_finished(name)]
+  done = {*finished, *failed}
+  return Outcome(
+    finished,
+    failed,
+    [name for name in names if name not in done],
+    interrupts.received.name if interrupts.received else None,
+  )
+
+
+class _Runner:
+  """Starts runs, watches them, and tells how far they are."""
+
+  def __init__(
+    self,
+    folder: sweep_folder.SweepFolder,
+    points: Sequence[config_lib.SweepPoint],
+    jobs: int,
+    flags_of_runs: Sequence[str],
+    lock: int,
+    interrupts: interrupting.Interrupts,
+    use_tqdm: bool,
+  ):
+    self._folder = folder
+    self._jobs = jobs
+    self._flags = flags_of_runs
+    self._lock = lock
+    self._interrupts = interrupts
+    self._use_tqdm = use_tqdm
+    self._steps = {
+      p.config.name: p.config.schedule.training_steps for p in points
+    }
+    names = [name for name in self._steps if not folder.is_finished(name)]
+    # What was interrupted comes first.
+    self._waiting = sorted(names, key=lambda name: not folder.has_begun(name))
+    self._running: list[_Job] = []
+    self.failed: dict[str, str] = {}
+
+  def run(self) -> None:
+    """Runs what is not finished, or as much as a signal allows."""
+    done = self._steps_done()
+    with progress.bar(
+      sum(self._steps.values()), 'sweep', 'step', self._use_tqdm, done
+    ) as bar:
+      counted = reported = time.monotonic()
+      has_ended = False
+      try:
+        while self._waiting or self._running:
+          if self._interrupts.received is not None:
+            break
+          if self._waiting and len(self._running) < self._jobs:
+            self._start(self._waiting.pop(0))
+            continue
+          now = time.monotonic()
+          if has_ended or now - counted > _COUNT_SECONDS:
+            counted = now
+            steps = self._steps_done()
+            bar.update(steps - done)
+            done = steps
+          if has_ended or now - reported > _REPORT_SECONDS:
+            reported = now
+            bar.report(self._report())
+          time.sleep(_POLL_SECONDS)
+          has_ended = self._collect()
+      finally:
+        self._stop()
+
+  def _start(self, name: str) -> None:
+    slots = {job.slot for job in self._running}
+    slot = next(i for i in range(self._jobs) if i not in slots)
+    environment = {
+      # Huge pages, as `make run` has them.
+      'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+      # Of a GPU, each run may take its share.
+      'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / self._jobs:.3f}',
+      **os.environ,
+    }
+    with self._folder.log_path(name).open('ab') as log:
+      process = subprocess.Popen(
+        [
+          sys.executable,
+          _SCRIPT,
+          f'--config={self._folder.config_path(name)}',
+          f'--output_dir={self._folder.run_path(name).parent}',
+          '--stop_with_stdin',
+          *self._flags,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        # As long as a run is alive, no other process runs the sweep.
+        pass_fds=(self._lock,),
+        # Ctrl-C is ours; runs are told by SIGTERM.
+        start_new_session=True,
+      )
+    self._running.append(_Job(name, slot, process))
+    if self._jobs > 1 and hasattr(os, 'sched_setaffinity'):
+      cores = sorted(os.sched_getaffinity(0))
+      if len(cores) >= self._jobs:
+        try:
+          os.sched_setaffinity(process.pid, cores[slot :: self._jobs])
+        except OSError:
+          pass  # It has ended already, or that is not allowed.
+
+  def _collect(self) -> bool:
+    """Notes which runs have ended; whether one has."""
+    ended = [job for job in self._running if job.process.poll() is not None]
+    for job in ended:
+      self._running.remove(job)
+      job.process.stdin.close()
+      code = job.process.returncode
+      if code == command_line.EXIT_CANNOT_SAVE:
+        raise CannotSaveError(
+          f'{job.name} could not be written; what is finished is kept, and the '
+          f'same command goes on: {self._last_lines(job.name, 1)}'
+        )
+      if code != 0 or not self._folder.is_finished(job.name):
+        self.failed[job.name] = self._problem(job.name, code)
+    if ended:
+      self._folder.write_results()
+    return bool(ended)
+
+  def _stop(self) -> None:
+    """Lets all runs save, and waits for them."""
+    for job in self._running:
+      job.process.terminate()
+    for job in self._running:
+      job.process.wait()
+      job.process.stdin.close()
+    self._running = []
+
+  def _problem(self, name: str, code: int) -> str:
+    how = f'killed by signal {-code}' if code < 0 else f'exit status {code}'
+    path = self._folder.log_path(name)
+    return f'{how}; the end of {path}:\n{self._last_lines(name, _LOG_LINES)}'
+
+  def _last_lines(self, name: str, number: int) -> str:
+    text = self._folder.log_path(name).read_text(errors='replace')
+    return '\n'.join(text.strip().splitlines()[-number:])
+
+  def _steps_done(self) -> int:
+    """Steps that all points have done."""
+    return sum(
+      total
+      if self._folder.is_finished(name)
+      else min(total, self._folder.last_step(name))
+      for name, total in self._steps.items()
+    )
+
+  def _report(self) -> Mapping[str, str]:
+    finished = sum(self._folder.is_finished(name) for name in self._steps)
+    return {
+      'finished': f'{finished}/{len(self._steps)}',
+      'running': ' '.join(job.name for job in self._running) or '-',
+      'failed': str(len(self.failed)),
+    }
+
+
+def default_jobs() -> int:
+  """Returns as many runs as cores, or one where JAX finds an accelerator."""
+  # In another process: whoever asks takes the memory of a GPU.
+  backend = subprocess.run(
+    [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
+    capture_output=True,
+    text=True,
+    check=False,
+  ).stdout.strip()
+  if backend not in ('cpu', ''):
+    return 1
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the rows of summary.csv as aligned text."""
+  lines = []
+  for row in rows:
+    columns = list(row)
+    settings = columns[: columns.index('num_seeds')]
+    above = f'{row["above_exact"]:+.4f}'
+    if row['above_exact_stderr'] is not None:
+      above += f' ± {row["above_exact_stderr"]:.4f}'
+    lines.append(
+      (
+        *(str(row[path]) for path in settings),
+        str(row['num_seeds']),
+        f'{row["regret"]:.4f}',
+        f'{row["exact"]} {row["exact_regret"]:.4f}',
+        above,
+        f'{row["above_exact_percent"]:+.2f}%',
+      )
+    )
+  if not lines:
+    return 'No point is finished.'
+  head = (*settings, 'seeds', 'regret', 'exact', 'above it (nats)', '')
+  widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+  return '\n'.join(
+    '  '.join(f'{text:<{w}}' for text, w in zip(line, widths, strict=True))
+    for line in (head, *lines)
+  )
+
+
+def format_outcome(folder: pathlib.Path, outcome: Outcome) -> str:
+  """Returns what to tell of a sweep: what is finished first, failures last."""
+  rows = sweep_folder.summarise(sweep_folder.SweepFolder(folder).results())
+  blocks = [format_summary(rows)]
+  blocks.append(
+    f'{len(outcome.finished)} points finished, {len(outcome.left)} left, '
+    f'{len(outcome.failed)} failed; {folder / sweep_folder.RESULTS} has '
+    'all results.'
+  )
+  for name, problem in outcome.failed.items():
+    blocks.append(f'FAILED {name}: {problem}')
+  return '\n\n'.join(blocks)
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  command_line.define_flags(values)
+  command_line.define_choice(
+    values, 'sweep', 'small', sweeps.SWEEPS, 'Which sweep'
+  )
+  flags.DEFINE_integer(
+    'jobs',
+    None,
+    'Runs at a time; if unset, as many as cores, or one on an accelerator.',
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_multi_string(
+    'only',
+    [],
+    "Run only points of such names, as in '*,lin,*'; may be given several "
+    'times.',
+    flag_values=values,
+  )
+  flags.DEFINE_multi_string(
+    'set',
+    [],
+    'path=value of any field of the config, for all points; may be given '
+    'several times.',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'output_dir', 'runs/sweeps', 'Folder of all sweeps.', flag_values=values
+  )
+  flags.DEFINE_string(
+    'name',
+    None,
+    'Folder of this sweep; if unset, that of its preset.',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'num_sequences',
+    10_240,
+    'Fresh sequences for the table of every point.',
+    lower_bound=2,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'cpu_devices',
+    1,
+    'Devices that each run splits its CPU into; another number changes '
+    'rounding, and so the results a little.',
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    'list',
+    False,
+    'Print the points and where they stand, and run nothing.',
+    flag_values=values,
+  )
+
+
+def points_from_flags(
+  values: flags.FlagValues,
+) -> tuple[list[config_lib.SweepPoint], Callable[[str], bool]]:
+  """Returns the points of the sweep, and which of them are chosen.
+
+  Raises:
+    ValueError: If a setting is wrong, or no point has such a name.
+  """
+  sweep = sweeps.SWEEPS.lookup('--sweep', values.sweep)()
+  points = []
+  for point in sweep.points():
+    overrides = config_lib.parse_overrides(point.config, values['set'].value)
+    config = config_lib.with_overrides(point.config, overrides)
+    config.name = point.config.name
+    points.append(point._replace(config=config))
+  patterns = values.only
+  names = [point.config.name for point in points]
+  for pattern in patterns:
+    if not fnmatch.filter(names, pattern):
+      raise ValueError(
+        f'--only {pattern!r} is the name of no point; names are as '
+        f'{names[0]}{base_config.did_you_mean(pattern, names)}'
+      )
+  return (
+    points,
+    lambda name: (
+      not patterns
+      or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    ),
+  )
+
+
+def _print_points(
+  points: Sequence[config_lib.SweepPoint],
+  folder: pathlib.Path,
+  is_chosen: Callable[[str], bool],
+) -> None:
+  of_sweep = sweep_folder.SweepFolder(folder)
+  for point in points:
+    name = point.config.name
+    if is_chosen(name):
+      steps = point.config.schedule.training_steps
+      state = 'waiting'
+      if of_sweep.is_finished(name):
+        state = 'finished'
+      elif of_sweep.has_begun(name):
+        state = f'step {of_sweep.last_step(name)} of {steps}'
+      print(f'{name}: {state}')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the sweep and tells what came of it."""
+  values = flags.FLAGS
+  if len(argv) > 1:
+    sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
+  folder = pathlib.Path(values.output_dir) / (values.name or values.sweep)
+  try:
+    points, is_chosen = points_from_flags(values)
+    if values.list:
+      _print_points(points, folder, is_chosen)
+      return
+    outcome = run_sweep(
+      points,
+      folder,
+      values.jobs or default_jobs(),
+      values.num_sequences,
+      is_chosen,
+      values.cpu_devices,
+      () if values.compilation_cache else ('--nocompilation_cache',),
+      use_tqdm=True,
+    )
+    print(format_outcome(folder, outcome))
+  except CannotSaveError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(command_line.EXIT_CANNOT_SAVE)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+  if outcome.stopped_by is not None:
+    print(
+      f'stopped by {outcome.stopped_by}; all runs are saved, and the same '
+      'command goes on',
+      file=sys.stderr,
+    )
+    sys.exit(command_line.EXIT_STOPPED)
+  if outcome.failed:
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  define_flags()
+  command_line.run(main)

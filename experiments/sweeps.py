@@ -1,0 +1,174 @@
+"""Sweeps by name: what to run to answer a question.
+
+  SWEEPS['small']().points()
+
+A sweep of your own is a function that returns an ExperimentSweep, and a line in
+`SWEEPS`.
+"""
+
+from typing import Any
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.experiments import config as config_lib
+
+_ENCODINGS = ('NONE', 'SIN_COS', 'ALIBI', 'RELATIVE')
+
+
+def _sources(
+  shift_period: int, max_shift: float, **more: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Fields of `data` by name: the four sources of the paper, and more."""
+  return {
+    'ptw': {'trajectory_generator': 'ptw'},
+    'lin': {'trajectory_generator': 'lin'},
+    'regular_shift': {
+      'trajectory_generator': 'regular_shift',
+      'trajectory_generator_kwargs': {'shift_period': shift_period},
+    },
+    'random_shift': {
+      'trajectory_generator': 'random_shift',
+      'trajectory_generator_kwargs': {
+        'shift_distribution': 'uniform',
+        'shift_parameters': (1.0, max_shift),
+      },
+    },
+    **more,
+  }
+
+
+def _architectures(
+  hidden_size: int, context_length: int, **transformer: Any
+) -> dict[str, dict[str, Any]]:
+  """Fields of `model` by name: all architectures.
+
+  Args:
+    hidden_size: Of the recurrent cores.
+    context_length: Symbols per window of the sliding-window Transformer.
+    **transformer: Architecture arguments of all Transformers.
+  """
+  recurrent = {
+    'rnn': ('rnn', {'core': 'vanilla_rnn'}),
+    'lstm': ('lstm', {}),
+    'stack_rnn': ('stack_rnn', {}),
+    'stack_lstm': ('stack_rnn', {'inner_core': 'lstm'}),
+  }
+  in_context = {
+    f'transformer_{encoding.lower()}': (
+      'transformer',
+      {'positional_encodings': encoding},
+    )
+    for encoding in _ENCODINGS
+  } | {
+    'sliding_window': (
+      'sliding_window_transformer',
+      {'context_length': context_length},
+    )
+  }
+  shared = dict.fromkeys(recurrent, {'hidden_size': hidden_size})
+  shared |= dict.fromkeys(in_context, transformer)
+  return {
+    name: {
+      'model_type': model_type,
+      'architecture_kwargs': {**shared[name], **kwargs},
+    }
+    for name, (model_type, kwargs) in (recurrent | in_context).items()
+  }
+
+
+def paper() -> config_lib.ExperimentSweep:
+  """The grid of the paper: T = 256, three learning rates, ten seeds.
+
+  Sizes of networks are ours where the paper leaves them open.
+  """
+  config = config_lib.ExperimentConfig(name='paper')
+  config.train = base_config.TrainConfig(
+    model_init_seed=tuple(range(10)),
+    seq_length=256,
+    batch_size=128,
+    clip_grad_norm=1.0,
+  )
+  config.schedule = base_config.ScheduleConfig(
+    training_steps=500_000, ckpt_frequency=10_000
+  )
+  config.logger.log_frequency = 5_000
+  return config_lib.ExperimentSweep(
+    general_sweep={
+      'data': _sources(shift_period=20, max_shift=39.0),
+      'train.learning_rate': (1e-4, 3e-4, 1e-3),
+    },
+    specific_sweeps=(
+      {'model': _architectures(hidden_size=128, context_length=128)},
+    ),
+    base_config=config,
+  )
+
+
+def small() -> config_lib.ExperimentSweep:
+  """The same questions at a size that two CPU cores finish in two hours.
+
+  Beside the sources of the paper is PTW of a depth that is given, whose law
+  does not depend on the length of its sequences.
+  """
+  config = config_lib.ExperimentConfig(name='small')
+  config.train = base_config.TrainConfig(
+    model_init_seed=(0, 1, 2),
+    learning_rate=2e-3,
+    seq_length=32,
+    batch_size=128,
+    clip_grad_norm=1.0,
+  )
+  config.schedule = base_config.ScheduleConfig(
+    training_steps=10_000, ckpt_frequency=2_000
+  )
+  config.logger.log_frequency = 250
+  ptw_8 = {
+    'trajectory_generator': 'ptw',
+    'trajectory_generator_kwargs': {'depth': 8},
+  }
+  return config_lib.ExperimentSweep(
+    general_sweep={
+      'data': _sources(shift_period=8, max_shift=15.0, ptw_depth_8=ptw_8)
+    },
+    specific_sweeps=(
+      {
+        'model': _architectures(
+          hidden_size=64,
+          context_length=16,
+          embedding_dim=32,
+          num_layers=2,
+          num_heads=4,
+          dropout_prob=0.0,
+        )
+      },
+    ),
+    base_config=config,
+  )
+
+
+def tiny() -> config_lib.ExperimentSweep:
+  """Six short runs, to see a sweep from start to end in a minute."""
+  config = config_lib.ExperimentConfig(name='tiny')
+  config.train = base_config.TrainConfig(
+    model_init_seed=(0, 1), seq_length=8, batch_size=16
+  )
+  config.schedule = base_config.ScheduleConfig(
+    training_steps=300, num_saves=2, ckpt_frequency=100
+  )
+  config.logger.log_frequency = 50
+  config.eval.batch_size = 128
+  return config_lib.ExperimentSweep(
+    general_sweep={
+      'data.trajectory_generator': {'ptw': 'ptw', 'lin': 'lin'},
+      'model': {
+        name: architecture
+        for name, architecture in _architectures(8, 8).items()
+        if name in ('rnn', 'lstm', 'stack_rnn')
+      },
+    },
+    base_config=config,
+  )
+
+
+SWEEPS = base_config.Registry(
+  'sweep', {'paper': paper, 'small': small, 'tiny': tiny}
+)
