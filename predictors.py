@@ -99,6 +99,7 @@ class InContextPredictor(Predictor):
         dropout.
     """
     self._transformed = hk.transform(model)
+    self._features = hk.transform(_last_linear_inputs(model)).apply
 
   def init_params(
     self, rng: jax.Array, batch_init: jax.Array, state_init: State
@@ -122,6 +123,36 @@ class InContextPredictor(Predictor):
     self._check_stateless(init_state)
     check_batch(batch)
     return self._transformed.apply(params, rng, batch), None
+
+  def unroll_features(
+    self, params: Params, rng: jax.Array | None, batch: jax.Array
+  ) -> jax.Array:
+    """Returns what the last linear layer reads, for analysis.
+
+    Args:
+      params: As in `unroll`.
+      rng: As in `unroll`.
+      batch: Symbols `[B, T, F]`.
+
+    Returns:
+      `[B, T, D]`: at t, all that the prediction of symbol t + 1 is made from.
+
+    Raises:
+      ValueError: If the model has no such layer, or reads something else than a
+        vector for every symbol.
+    """
+    check_batch(batch)
+    features = self._features(params, rng, batch)
+    # By position, and with a padded end, as models like it.
+    num_sequences, seq_length, _ = batch.shape
+    if features.size % (num_sequences * features.shape[-1]) == 0:
+      features = features.reshape(num_sequences, -1, features.shape[-1])
+      if features.shape[1] >= seq_length:
+        return features[:, :seq_length]
+    raise ValueError(
+      f'the last linear layer reads {features.shape} for a batch of '
+      f'{batch.shape}: not a vector for every symbol'
+    )
 
   def _check_stateless(self, state: State) -> None:
     if state is not None:
@@ -517,6 +548,33 @@ def unroll_in_chunks(
     state, last = unroll(state, seq_length - rest, rest)
     predictions.append(last)
   return jnp.concatenate(predictions, axis=1), state
+
+
+def _last_linear_inputs(
+  model: Callable[[jax.Array], jax.Array],
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns a model whose output is what the last `hk.Linear` of one reads."""
+
+  def features(batch: jax.Array) -> jax.Array:
+    read = []
+
+    def keep(
+      method: Callable[..., Any],
+      args: tuple[Any, ...],
+      kwargs: dict[str, Any],
+      context: hk.MethodContext,
+    ) -> Any:
+      if isinstance(context.module, hk.Linear) and args:
+        read.append(args[0])
+      return method(*args, **kwargs)
+
+    with hk.intercept_methods(keep):
+      model(batch)
+    if not read:
+      raise ValueError('the model has no linear layer')
+    return read[-1]
+
+  return features
 
 
 def _split(rng: jax.Array | None) -> tuple[jax.Array | None, ...]:

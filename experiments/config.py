@@ -44,8 +44,8 @@ _OWN_PREDICTORS = {
   'static': 'kt',
 }
 _REFERENCES = ('ptw', 'lad', 'kt')
-_PTW_SOURCES = ('ptw', 'iid_ptw_cat')
-_OF_A_DEPTH = (*_PTW_SOURCES, 'forget_me_not')
+PTW_SOURCES = ('ptw', 'iid_ptw_cat')
+_OF_A_DEPTH = (*PTW_SOURCES, 'forget_me_not')
 _EVAL_DATA = 'eval.data.'
 # Predictors that take the arguments of the source of their name.
 _LIKE_THEIR_SOURCE = ('random_shift', 'regular_shift')
@@ -624,7 +624,7 @@ def _fill(kwargs: dict[str, Any], key: str, value: Any) -> None:
 
 def _ptw_depth(data: DataConfig, seq_length: int) -> int:
   """The depth of the source, if it has one; else the least for the length."""
-  if data.trajectory_generator in _PTW_SOURCES:
+  if data.trajectory_generator in PTW_SOURCES:
     depth = data.trajectory_generator_kwargs.get('depth')
     if depth is not None:
       return depth

@@ -58,7 +58,7 @@ _HANDLE_WIDTH = 7
 # Half a 95% confidence interval of a mean, in standard errors.
 _HALF_WIDTH = 1.96
 _ABOVE = 'cumulative_regret_above_optimal'
-_STYLE = {
+STYLE = {
   'axes.spines.top': False,
   'axes.spines.right': False,
   'font.size': 10,
@@ -124,7 +124,7 @@ def plot_sequence(
   seq_length, alphabet_size = symbols.shape
   time = np.arange(1, seq_length + 1)
   shown = range(1, min(alphabet_size, _MAX_SYMBOLS + 1))
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(
       figsize=(9, 3.0 + 2.4 * len(shown)), layout='constrained'
     )
@@ -142,7 +142,7 @@ def plot_sequence(
         time[1:],
         np.cumsum(regret),
         label=name,
-        **_line_style(index),
+        **line_style(index),
       )
     bottom.set_ylabel('cumulative\nregret (nats)')
     bottom.set_xlabel('time (symbols)')
@@ -153,7 +153,7 @@ def plot_sequence(
     handles, _ = panels[0].get_legend_handles_labels()
     if np.any(switch_points):
       handles.append(_switch_marker('switching point'))
-    _add_legend(figure, handles)
+    add_legend(figure, handles)
     figure.suptitle(title, fontsize=11)
   return figure
 
@@ -189,7 +189,7 @@ def plot_source(
   num_sequences = min(num_sequences, len(batch))
   height = 1.5 if alphabet_size == 2 else 2.0
   time = np.arange(1, seq_length + 1)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(
       figsize=(9, 1.3 + height * num_sequences), layout='constrained'
     )
@@ -211,7 +211,7 @@ def plot_source(
       ]
     if np.any(switch_points[:num_sequences]):
       handles.append(_switch_marker('switching point'))
-    _add_legend(figure, handles)
+    add_legend(figure, handles)
     figure.suptitle(title, fontsize=11)
   return figure
 
@@ -260,7 +260,7 @@ def _draw_probabilities(
   )
   for index, (name, probabilities) in enumerate(predictions.items()):
     panel.plot(
-      time[1:], probabilities[:, symbol], label=name, **_line_style(index)
+      time[1:], probabilities[:, symbol], label=name, **line_style(index)
     )
   # Dots above for the symbol itself, below for any other. All panels share the
   # legend.
@@ -294,7 +294,7 @@ def _draw_all_probabilities(
       parameters[:, symbol],
       where='mid',
       label=f'symbol {symbol}',
-      **_line_style(symbol),
+      **line_style(symbol),
     )
     occurs = time[symbols[:, symbol] > 0]
     panel.plot(
@@ -303,7 +303,7 @@ def _draw_all_probabilities(
       linestyle='none',
       marker='o',
       markersize=3.5,
-      color=_line_style(symbol)['color'],
+      color=line_style(symbol)['color'],
     )
   panel.set_ylim(-0.05, 1.1 + 0.1 * shown)
   panel.set_yticks((0, 0.5, 1))
@@ -328,7 +328,7 @@ def _line(linestyle: str, colour: str, label: str) -> matplotlib.lines.Line2D:
   )
 
 
-def _line_style(index: int) -> dict[str, object]:
+def line_style(index: int) -> dict[str, object]:
   """Colour and dashes, so that lines also differ in black and white."""
   return {
     'color': COLOURS[index % len(COLOURS)],
@@ -381,7 +381,7 @@ def plot_regret_over_time(
     for name, values in (bounds or {}).items()
   }
   time = np.arange(2, num_symbols + 2)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(figsize=(9, 6), layout='constrained')
     top, bottom = figure.subplots(2, 1, sharex=True)
     for index, (name, values) in enumerate(regrets.items()):
@@ -445,7 +445,7 @@ def plot_learning_curve(
     name: _learning_curve(f'histories[{name!r}]', history, optimal_predictor)
     for name, history in histories.items()
   }
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(figsize=(9, 4.5), layout='constrained')
     panel = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
@@ -455,7 +455,7 @@ def plot_learning_curve(
         panel, curve.steps, curve.mean, curve.stderr, name, index, marker=marker
       )
     panel.set_xscale('log')
-    _set_ticks(panel.xaxis)
+    set_plain_ticks(panel.xaxis)
     scale = _set_nearly_log(panel, list(curves.values()))
     optima = {constants.label(curve.optimum) for curve in curves.values()}
     optimum = optima.pop() if len(optima) == 1 else 'the best exact predictor'
@@ -516,7 +516,7 @@ def plot_length_generalisation(
       points.append((length, *_mean_and_stderr(values / (length - 1))))
     curves[name] = np.array(points).T
   ticks = sorted({length for values in regrets.values() for length in values})
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(figsize=(9, 4.5), layout='constrained')
     panel = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
@@ -621,7 +621,7 @@ def plot_matrix(
       base_config.check_choice(f'marked[{source!r}]', name, regrets[source])
       frames[list(regrets).index(source)] = columns.index(name)
     mark_label = mark_label or "the source's exact Bayes predictor"
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(
       figsize=(9, max(3.6, 1.9 + 0.55 * len(regrets))), layout='constrained'
     )
@@ -645,10 +645,10 @@ def plot_matrix(
         va='center',
         fontsize=9,
         fontweight='bold' if is_marked else 'normal',
-        color=_readable_on(cell_colours[i, j]),
+        color=readable_on(cell_colours[i, j]),
       )
       if is_marked:
-        panel.add_patch(_frame((j - 0.47, i - 0.45), 0.94, 0.9))
+        panel.add_patch(frame((j - 0.47, i - 0.45), 0.94, 0.9))
     panel.set_xticks(
       range(len(columns)),
       [textwrap.fill(name, max(8, 80 // len(columns))) for name in columns],
@@ -662,8 +662,8 @@ def plot_matrix(
     bar = figure.colorbar(image, ax=panel, pad=0.02)
     bar.set_label(f'{unit}{", log scale" if log_scale else ""}')
     if log_scale:
-      _set_ticks(bar.ax.yaxis)
-    _add_legend(figure, [_frame((0, 0), 1, 1, label=mark_label)])
+      set_plain_ticks(bar.ax.yaxis)
+    add_legend(figure, [frame((0, 0), 1, 1, label=mark_label)])
     figure.suptitle(title, fontsize=11)
   return figure
 
@@ -742,7 +742,7 @@ def _set_nearly_log(
   )
   if lowest > 0:
     panel.set_yscale('log')
-    _set_ticks(panel.yaxis)
+    set_plain_ticks(panel.yaxis)
     return 'log scale'
   # As wide as the last bands are: nothing inside can be told from 0.
   widths = [_HALF_WIDTH * curve.stderr[-1] for curve in curves]
@@ -755,7 +755,7 @@ def _set_nearly_log(
   return f'log scale beyond ±{threshold:g}'
 
 
-def _set_ticks(axis: matplotlib.axis.Axis) -> None:
+def set_plain_ticks(axis: matplotlib.axis.Axis) -> None:
   """Puts plain numbers at the ticks of a logarithmic axis."""
   low, high = axis.get_view_interval()
   if high / low < 10:
@@ -782,7 +782,7 @@ def _draw_mean(
   **kwargs: Any,
 ) -> None:
   """A line with its 95% confidence band."""
-  style = _line_style(index)
+  style = line_style(index)
   panel.plot(x, mean, label=label, **style, **kwargs)
   half = _HALF_WIDTH * stderr
   panel.fill_between(
@@ -806,10 +806,10 @@ def _add_legend_of_means(
     linewidth=0,
     label=f'95% confidence: mean ± {_HALF_WIDTH} standard errors over {spread}',
   )
-  _add_legend(figure, [*handles, band])
+  add_legend(figure, [*handles, band])
 
 
-def _add_legend(
+def add_legend(
   figure: figure_lib.Figure, handles: Sequence[matplotlib.artist.Artist]
 ) -> None:
   """Below the panels, in as few rows as are not wider than the figure."""
@@ -843,16 +843,17 @@ def _number(mean: float, stderr: float) -> str:
   return f'{text}\n± {stderr:.{decimals}f}' if has_stderr else text
 
 
-def _readable_on(colour: Sequence[float]) -> str:
+def readable_on(colour: Sequence[float]) -> str:
   """Black or white, whichever has more contrast by WCAG 2."""
   luminance = np.dot((0.2126, 0.7152, 0.0722), np.power(colour[:3], 2.2))
   # Contrast is (lighter + 0.05) / (darker + 0.05).
   return 'black' if (luminance + 0.05) ** 2 > 0.05 * 1.05 else 'white'
 
 
-def _frame(
+def frame(
   corner: tuple[float, float], width: float, height: float, **kwargs: Any
 ) -> matplotlib.patches.Rectangle:
+  """Returns the frame that marks a cell of a heat map."""
   return matplotlib.patches.Rectangle(
     corner,
     width,
@@ -920,7 +921,7 @@ def plot_bayes_table(
   """
   sources = list(dict.fromkeys(cell['source'] for cell in cells))
   rows = {name: row for row, name in enumerate(labels)}
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(
       figsize=(9, 1.2 + 2.3 * -(-len(sources) // 3)), layout='constrained'
     )
@@ -986,7 +987,7 @@ def plot_switch_posteriors(
   """
   seq_length = len(symbols)
   time = np.arange(1, seq_length + 1)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = figure_lib.Figure(figsize=(9, 7), layout='constrained')
     top, *middle, bottom = figure.subplots(
       2 + len(posteriors),
@@ -1035,7 +1036,7 @@ def plot_switch_posteriors(
       _draw_switches(panel, switch_points)
     handles, _ = top.get_legend_handles_labels()
     more, _ = bottom.get_legend_handles_labels()
-    _add_legend(
+    add_legend(
       figure, [*handles, _switch_marker('true switching point'), *more]
     )
     figure.suptitle(title, fontsize=11)

@@ -158,7 +158,7 @@ def tiny() -> config_lib.ExperimentSweep:
   config.eval.batch_size = 128
   return config_lib.ExperimentSweep(
     general_sweep={
-      'data.trajectory_generator': {'ptw': 'ptw', 'lin': 'lin'},
+      'data': {name: {'trajectory_generator': name} for name in ('ptw', 'lin')},
       'model': {
         name: architecture
         for name, architecture in _architectures(8, 8).items()

@@ -1,0 +1,235 @@
+"""Answers questions with the networks of a sweep: tables and figures.
+
+  python experiments/report.py                        # all questions
+  python experiments/report.py --question=length
+  python experiments/report.py --draw_only            # from the tables alone
+  python experiments/report.py --sweep_dir=runs/sweeps/tiny --output_dir=runs/t
+
+Questions: on_distribution, off_distribution, length and inside (what
+`questions` says of them). Measures the finished points of a sweep and writes
+into <output_dir>/ the tables (CSV: a row for every seed), the figures (PNG),
+and tables.md, with means and standard errors over seeds. With --draw_only the
+figures and tables.md are made again from the CSV files that are there.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import io
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+from matplotlib import figure as figure_lib
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import files
+from nonstationary_mbml import run_folder
+from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import question_figures
+from nonstationary_mbml.experiments import question_tables
+from nonstationary_mbml.experiments import questions
+from nonstationary_mbml.experiments import sweep_networks
+
+RUNS = 'runs'
+TABLES = 'tables.md'
+Rows = Sequence[dict[str, Any]]
+
+
+def describe_runs(networks: questions.Networks) -> list[dict[str, Any]]:
+  """Returns what was trained, where and for how long: a row for every run."""
+  rows = []
+  for network in networks:
+    environment = files.read_json(network.folder / run_folder.ENVIRONMENT)
+    starts = environment['starts']
+    rows.append(
+      {
+        'point': network.config.name,
+        'source': network.source,
+        'predictor': network.architecture,
+        'num_seeds': len(network.seeds),
+        'seeds': ' '.join(map(str, network.seeds)),
+        'learning_rate': network.config.train.learning_rate,
+        'seq_length': network.config.train.seq_length,
+        'steps': network.config.schedule.training_steps,
+        'seconds': sum(start['seconds'] for start in starts),
+        'starts': len(starts),
+        'device': ' '.join(starts[-1]['devices']),
+        'python': starts[-1]['python'],
+        'jax': starts[-1]['packages']['jax'],
+        'commit': starts[-1]['commit'],
+      }
+    )
+  return rows
+
+
+def measure(
+  networks: questions.Networks,
+  chosen: Sequence[str],
+  folder: pathlib.Path,
+  num_sequences: int,
+  seed: int,
+) -> None:
+  """Measures, and writes a CSV file for every table.
+
+  Args:
+    networks: Of a sweep.
+    chosen: Keys of `QUESTIONS`.
+    folder: Where to.
+    num_sequences: N, of every measurement on fresh sequences.
+    seed: Of the sequences.
+
+  Raises:
+    ValueError: If the networks cannot be compared.
+    OSError: If a file cannot be written.
+  """
+  files.write_csv(folder / f'{RUNS}.csv', describe_runs(networks))
+  for question in chosen:
+    for table, ask in questions.QUESTIONS[question].items():
+      print(f'{table} ...', file=sys.stderr, flush=True)
+      rows = ask(networks, num_sequences, seed, True)
+      if rows:
+        files.write_csv(folder / f'{table}.csv', rows)
+
+
+def figures_of(
+  table: str, rows: Rows, training_length: int | None
+) -> dict[str, Callable[[], figure_lib.Figure]]:
+  """Returns how the figures of a table are drawn, by name.
+
+  Args:
+    table: Its name.
+    rows: Its rows.
+    training_length: Is marked where it matters.
+  """
+  draw = {
+    'on_distribution': question_figures.draw_on_distribution,
+    'learning': question_figures.draw_learning,
+    'off_distribution': question_figures.draw_off_distribution,
+    'length': lambda rows: question_figures.draw_length(rows, training_length),
+    'after_switch': question_figures.draw_after_switch,
+    'read_out': question_figures.draw_read_out,
+  }.get(table)
+  drawn = {} if draw is None else {table: lambda: draw(rows)}
+  if table == 'off_distribution':
+    names = dict.fromkeys(
+      row['predictor'] for row in rows if row['seed'] is not None
+    )
+    drawn |= {
+      f'resemblance_{name}': lambda name=name: (
+        question_figures.draw_resemblance(rows, name)
+      )
+      for name in names
+      if name in ('lstm', 'transformer_sin_cos')
+    }
+  return drawn
+
+
+def draw(folder: pathlib.Path, command: str = '') -> list[str]:
+  """Draws all tables that a folder has, and writes tables.md.
+
+  Args:
+    folder: With the CSV files.
+    command: That made them, for tables.md.
+
+  Returns:
+    The names of the files that were written.
+
+  Raises:
+    ValueError: If there is no table, or one that cannot be read.
+    OSError: If a file cannot be written.
+  """
+  training_length = None
+  if (folder / f'{RUNS}.csv').exists():
+    (training_length, *_) = {
+      row['seq_length'] for row in files.read_csv(folder / f'{RUNS}.csv')
+    } or (None,)
+  names = [RUNS, *(name for of in questions.QUESTIONS.values() for name in of)]
+  written, blocks = [], []
+  for name in names:
+    path = folder / f'{name}.csv'
+    if not path.exists():
+      continue
+    rows = files.read_csv(path)
+    for title, to_text in question_tables.TABLES.get(name, ()):
+      blocks.append(f'## {title}\n\nFrom `{name}.csv`.\n\n{to_text(rows)}')
+    for drawn, make in figures_of(name, rows, training_length).items():
+      png = io.BytesIO()
+      make().savefig(png, format='png')
+      files.write_whole(folder / f'{drawn}.png', png.getvalue())
+      written.append(f'{drawn}.png')
+  if not blocks:
+    raise ValueError(f'{folder} has no tables to draw')
+  head = '# Tables\n\nMeans ± standard errors over seeds'
+  if command:
+    head += f'; made by `{command}`'
+  text = '\n'.join([f'{head}.\n', *blocks])
+  files.write_whole(folder / TABLES, text.encode())
+  return [*written, TABLES]
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  command_line.define_flags(values)
+  flags.DEFINE_multi_string(
+    'question',
+    [],
+    f'Which question, if not all: {", ".join(questions.QUESTIONS)}; may be '
+    'given several times.',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'sweep_dir', 'runs/sweeps/small', 'Of the sweep.', flag_values=values
+  )
+  flags.DEFINE_string(
+    'output_dir',
+    'results/small',
+    'Folder of tables and figures.',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'num_sequences',
+    2_048,
+    'Fresh sequences for every measurement.',
+    lower_bound=2,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'seed', 0, 'Of the sequences.', lower_bound=0, flag_values=values
+  )
+  flags.DEFINE_bool(
+    'draw_only',
+    False,
+    'Measure nothing: draw the tables that <output_dir> has.',
+    flag_values=values,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures and draws."""
+  values = flags.FLAGS
+  command_line.start(argv)
+  folder = command_line.make_folder(values.output_dir)
+  chosen = values.question or list(questions.QUESTIONS)
+  try:
+    for question in chosen:
+      base_config.check_choice('--question', question, questions.QUESTIONS)
+    if not values.draw_only:
+      networks = sweep_networks.networks(values.sweep_dir)
+      if not networks:
+        raise ValueError(f'{values.sweep_dir} has no finished point')
+      measure(networks, chosen, folder, values.num_sequences, values.seed)
+    command = (
+      f'python experiments/report.py --sweep_dir={values.sweep_dir} '
+      f'--output_dir={values.output_dir} '
+      f'--num_sequences={values.num_sequences} --seed={values.seed}'
+    )
+    written = draw(folder, command)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+  print(f'Wrote {", ".join(written)} to {folder}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  command_line.run(main)
