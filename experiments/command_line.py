@@ -8,6 +8,7 @@ Whatever is wrong on the command line is one line on stderr.
 """
 
 from collections.abc import Callable
+import errno
 import pathlib
 import sys
 
@@ -16,6 +17,7 @@ from absl import flags
 from absl import logging
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import run_folder
 from nonstationary_mbml import runtime
 
 # Of a script that was asked to stop, and goes on when it is started again:
@@ -81,6 +83,13 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
     # Orbax tells what it does, and errors twice: we get them as exceptions.
     logging.set_verbosity(logging.FATAL)
   runtime.start(cpu_devices, flags.FLAGS.compilation_cache)
+
+
+def cannot_save(error: Exception) -> bool:
+  """Whether what went wrong is that there is no place to write to."""
+  return isinstance(error, run_folder.SaveError) or (
+    isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+  )
 
 
 def make_folder(path: str) -> pathlib.Path:

@@ -20,6 +20,7 @@ Writes into <output_dir>/<name>/: config.json, environment.json, metrics.jsonl,
 checkpoints/ and snapshots/, and at the end table.json and figure.png.
 """
 
+import contextlib
 import functools
 import io
 import operator
@@ -397,11 +398,13 @@ def main(argv: list[str]) -> None:
       file=sys.stderr,
     )
     sys.exit(command_line.EXIT_STOPPED)
-  except run_folder.SaveError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(command_line.EXIT_CANNOT_SAVE)
   except (ValueError, OSError, train.NonFiniteError) as error:
-    sys.exit(f'error: {error}')
+    if not command_line.cannot_save(error):
+      sys.exit(f'error: {error}')
+    # What is printed may go to the same disk.
+    with contextlib.suppress(OSError):
+      print(f'error: {error}', file=sys.stderr)
+    sys.exit(command_line.EXIT_CANNOT_SAVE)
 
 
 if __name__ == '__main__':

@@ -103,19 +103,38 @@ def _styles(rows: Iterable[Row]) -> dict[str, dict[str, object]]:
 
 
 def _panels(
-  number: int, height: float, columns: int = 3, **kwargs: Any
+  number: int,
+  height: float,
+  columns: int = 3,
+  width: float = 3.5,
+  **kwargs: Any,
 ) -> tuple[figure_lib.Figure, list[matplotlib.axes.Axes]]:
-  """A figure with so many panels, in rows."""
+  """A figure with so many panels of a height and width, in rows."""
   columns = min(columns, number)
   num_rows = -(-number // columns)
   figure = figure_lib.Figure(
-    figsize=(10.5 if columns > 2 else 9, 1.2 + height * num_rows),
+    figsize=(max(7.0, width * columns), 1.2 + height * num_rows),
     layout='constrained',
   )
   panels = figure.subplots(num_rows, columns, squeeze=False, **kwargs).ravel()
-  for panel in panels[number:]:
-    panel.set_visible(False)
+  for index, panel in enumerate(panels):
+    panel.set_visible(index < number)
+    # Also where the row below has no panel.
+    panel.tick_params(labelbottom=index + columns >= number)
   return figure, list(panels[:number])
+
+
+def _set_log_ticks(axis: matplotlib.axis.Axis) -> None:
+  """Puts plain numbers at 1, 2 and 5 of a logarithmic axis."""
+  low, high = axis.get_view_interval()
+  subs = (1, 2, 5) if high / low < 500 else (1,)
+  axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+  axis.set_major_formatter(matplotlib.ticker.FuncFormatter(_plain_number))
+  axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def _plain_number(value: float, _: int) -> str:
+  return f'{value:,.0f}' if value >= 1000 else f'{value:g}'
 
 
 def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
@@ -138,7 +157,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   ]
   names = networks + references
   with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(len(sources), 3.6, sharey=True)
+    figure, panels = _panels(len(sources), 3.6, 3, 4.0, sharey=True)
     for panel, source in zip(panels, sources, strict=True):
       of_source = groups(
         [row for row in rows if row['source'] == source], 'predictor'
@@ -176,7 +195,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
           share * exact['regret'], color='0.6', linestyle=':', linewidth=1.3
         )
       panel.set_xscale('log')
-      plotting.set_plain_ticks(panel.xaxis)
+      _set_log_ticks(panel.xaxis)
       panel.set_yticks(range(len(names)), [label(name) for name in names])
       panel.set_ylim(len(names) - 0.5, -0.5)
       panel.grid(axis='y', color='0.92', linewidth=0.8)
@@ -222,8 +241,8 @@ def draw_learning(rows: Sequence[Row]) -> figure_lib.Figure:
         _draw_curve(panel, of_name, 'step', 'above_exact', style, is_log=True)
       panel.set_xscale('log')
       panel.set_yscale('log')
-      plotting.set_plain_ticks(panel.xaxis)
-      plotting.set_plain_ticks(panel.yaxis)
+      _set_log_ticks(panel.xaxis)
+      _set_log_ticks(panel.yaxis)
       panel.grid(color='0.92', linewidth=0.8)
       panel.set_title(source, fontsize=10)
       panel.set_xlabel('training step (log scale)')
@@ -264,7 +283,9 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   high = max(np.nanmax(matrix) for matrix in matrices.values())
   norm = matplotlib.colors.LogNorm(0.01, max(high, 0.1), clip=True)
   with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(len(architectures), 2.5, sharex=True, sharey=True)
+    figure, panels = _panels(
+      len(architectures), 2.7, 5, 2.7, sharex=True, sharey=True
+    )
     for panel, (name, matrix) in zip(panels, matrices.items(), strict=True):
       shown = np.maximum(np.nan_to_num(matrix, nan=0.01), 0.01)
       image = panel.imshow(shown, norm=norm, cmap='Blues', aspect='auto')
@@ -334,7 +355,9 @@ def draw_resemblance(
   )
   norm = matplotlib.colors.LogNorm(max(matrices.min(), 0.1), matrices.max())
   with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(len(trained), 2.9, sharex=True, sharey=True)
+    figure, panels = _panels(
+      len(trained), 3.0, 3, 3.9, sharex=True, sharey=True
+    )
     for panel, trained_on, matrix in zip(
       panels, trained, matrices, strict=True
     ):
@@ -363,7 +386,6 @@ def draw_resemblance(
       panel.set_yticks(range(len(tested)), tested, fontsize=8)
       panel.tick_params(length=0)
       panel.spines[:].set_visible(False)
-    figure.supxlabel('exact predictor', fontsize=10)
     figure.supylabel('tested on', fontsize=10)
     bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=40)
     bar.set_label('KL(exact || network), 1/1000 nats per symbol, log scale')
@@ -372,7 +394,7 @@ def draw_resemblance(
       figure, [plotting.frame((0, 0), 1, 1, label='the nearest of the row')]
     )
     figure.suptitle(
-      f'{label(architecture)}: which exact predictor it resembles'
+      f'{label(architecture)}: KL from every exact predictor to it'
     )
   return figure
 
@@ -399,7 +421,7 @@ def draw_length(
     if training_length is not None:
       panel.axvline(training_length, color='0.6', linestyle=':', linewidth=1.3)
     panel.set_yscale('log')
-    plotting.set_plain_ticks(panel.yaxis)
+    _set_log_ticks(panel.yaxis)
     panel.set_xlabel('position (symbols)')
     panel.set_ylabel('regret per symbol\n(nats, log scale)')
 
@@ -425,7 +447,7 @@ def draw_after_switch(rows: Sequence[Row]) -> figure_lib.Figure:
 
   def draw(panel: matplotlib.axes.Axes, source: str) -> None:
     panel.set_yscale('log')
-    plotting.set_plain_ticks(panel.yaxis)
+    _set_log_ticks(panel.yaxis)
     panel.set_xlabel('symbols since a switch')
     panel.set_ylabel('regret of the symbol\n(nats, log scale)')
 
@@ -462,7 +484,7 @@ def _draw_curves(
   ]
   others = [name for name in ('ptw', 'lin') if name in exact]
   with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(len(sources), 3.1, columns=2)
+    figure, panels = _panels(len(sources), 3.0, 2, 5.0)
     for panel, source in zip(panels, sources, strict=True):
       of_source = [row for row in rows if row[by] == source]
       for name, style in styles.items():
@@ -518,7 +540,7 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
   names = list(_styles(rows))
   with matplotlib.rc_context(plotting.STYLE):
     figure, panels = _panels(
-      len(cells), 3.0, columns=len(sources), sharey=True, sharex=True
+      len(cells), 3.0, len(sources), 2.8, sharey=True, sharex=True
     )
     for panel, (target, source) in zip(panels, cells, strict=True):
       of_cell = groups(
@@ -548,11 +570,6 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
       panel.set_xlim(-0.04, 1.04)
       panel.grid(axis='y', color='0.92', linewidth=0.8)
       panel.set_title(f'{TARGETS.get(target, target)}\n{source}', fontsize=9)
-    figure.supxlabel(
-      'share of the variance around the mean of every time that a linear map '
-      'of the state explains',
-      fontsize=10,
-    )
     plotting.add_legend(
       figure,
       [
@@ -568,7 +585,10 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
         ),
       ],
     )
-    figure.suptitle('What the state of a network tells of the exact posterior')
+    figure.suptitle(
+      'What the state of a network tells of the exact posterior: share of its '
+      'variance\naround the mean of every time that a linear map explains'
+    )
   return figure
 
 

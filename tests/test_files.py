@@ -17,3 +17,25 @@ def test_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
     files.write_whole(path, b'new')
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_table_comes_back_as_it_was_written(tmp_path):
+  path = tmp_path / 'table.csv'
+  rows = [
+    {'name': 'LSTM, "64"', 'seed': 0, 'regret': 0.1 + 0.2, 'exact': None},
+    {'name': 'KT', 'seed': None, 'regret': 1e-30, 'exact': 'yes'},
+  ]
+  files.write_csv(path, rows)
+  assert files.read_csv(path) == rows
+  assert type(files.read_csv(path)[0]['seed']) is int
+
+
+def test_table_has_the_columns_of_all_rows(tmp_path):
+  path = tmp_path / 'table.csv'
+  files.write_csv(path, [{'a': 1}, {'b': 2}])
+  assert files.read_csv(path) == [{'a': 1, 'b': None}, {'a': None, 'b': 2}]
+
+
+def test_table_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(ValueError, match='cannot read .*none.csv'):
+    files.read_csv(tmp_path / 'none.csv')

@@ -277,6 +277,51 @@ def test_sweep_over_what_is_no_sequence_is_refused():
     config_lib.ExperimentSweep(general_sweep={'seed': 3}).expand()
 
 
+def test_named_values_of_a_sweep_name_its_points():
+  sweep = config_lib.ExperimentSweep(
+    general_sweep={
+      'data': {
+        'tree': {'trajectory_generator': 'ptw'},
+        'period': {
+          'trajectory_generator': 'regular_shift',
+          'trajectory_generator_kwargs': {'shift_period': 4},
+        },
+      },
+      'seed': (3,),
+    },
+    specific_sweeps=({'train.learning_rate': {'slow': 1e-4}},),
+    base_config=config_lib.ExperimentConfig(name='base'),
+  )
+  tree, period = sweep.points()
+  assert tree.config.name == 'base,tree,seed=3,slow'
+  assert period.config.name == 'base,period,seed=3,slow'
+  assert period.settings == {
+    'data': 'period',
+    'seed': 3,
+    'train.learning_rate': 'slow',
+  }
+  assert period.config.data.trajectory_generator_kwargs == {'shift_period': 4}
+  # Fields that a named value leaves out are the base's.
+  assert period.config.data.parameter_distribution_params == (0.5, 0.5)
+  assert period.config.train.learning_rate == 1e-4
+
+
+def test_sweep_over_a_config_needs_its_fields():
+  with pytest.raises(ValueError, match="model: 'lstm' is no dict"):
+    config_lib.ExperimentSweep(general_sweep={'model': ('lstm',)}).points()
+  with pytest.raises(ValueError, match="'modle_type' is not one of"):
+    config_lib.ExperimentSweep(
+      general_sweep={'model': {'a': {'modle_type': 'lstm'}}}
+    ).points()
+
+
+def test_two_points_of_a_sweep_cannot_have_one_name():
+  with pytest.raises(ValueError, match='two points of the sweep are called'):
+    config_lib.ExperimentSweep(
+      specific_sweeps=({'seed': (1,)}, {'seed': (1,)})
+    ).points()
+
+
 def test_overrides_inside_evaluation_data_change_a_copy_of_the_training_data():
   config = config_lib.with_overrides(
     config_lib.ExperimentConfig(),

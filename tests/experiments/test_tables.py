@@ -13,6 +13,11 @@ def test_ensembles_are_measured_over_their_members():
   assert network['stderr'] == pytest.approx(1.0)
   assert network['above_optimum'] == 2.0
   assert network['above_optimum_stderr'] == pytest.approx(1.0)
+  # A member by itself is measured over sequences.
+  first, second = network['seeds']
+  assert (first['cumulative_regret'], second['cumulative_regret']) == (2, 4)
+  assert first['stderr'] == pytest.approx(1.0)
+  assert second['above_optimum_stderr'] == pytest.approx(2.0)
 
 
 def test_table_measures_from_the_exact_predictor():

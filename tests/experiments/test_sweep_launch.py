@@ -1,0 +1,239 @@
+"""Sweeps end as they should, whatever happens while they run."""
+
+import collections
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from nonstationary_mbml import files
+from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import sweep_folder
+from nonstationary_mbml.experiments import sweep_launch
+from nonstationary_mbml.experiments import sweeps
+
+SCRIPT = pathlib.Path(sweep_launch.__file__)
+CACHE = SCRIPT.parent.parent / '.cache' / 'jax'
+FLAGS = (
+  '--sweep=tiny',
+  '--output_dir=sweeps',
+  '--jobs=2',
+  '--num_sequences=200',
+  '--set=schedule.training_steps=200',
+  '--set=schedule.ckpt_frequency=20',
+)
+
+
+@pytest.fixture(autouse=True)
+def _use_cache(monkeypatch):
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(CACHE))
+
+
+def _start(folder, *flags):
+  return subprocess.Popen(
+    [sys.executable, SCRIPT, *FLAGS, *flags],
+    cwd=folder,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _points(folder):
+  return folder / 'sweeps' / 'tiny' / 'points'
+
+
+def _wait_until(condition, process):
+  while process.poll() is None and not condition():
+    time.sleep(0.01)
+  assert process.poll() is None, process.communicate()
+
+
+def _starts(folder):
+  """How every start of every point has ended."""
+  return {
+    path.parent.name: [
+      start['end'] for start in json.loads(path.read_text())['starts']
+    ]
+    for path in _points(folder).glob('*/environment.json')
+  }
+
+
+def test_sweep_that_is_killed_twice_has_every_point_once(tmp_path):
+  # Killed while the first points train.
+  process = _start(tmp_path)
+  _wait_until(
+    lambda: len(list(_points(tmp_path).glob('*/metrics.jsonl'))) == 2, process
+  )
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+
+  # Stopped once a point is finished.
+  process = _start(tmp_path)
+  _wait_until(
+    lambda: any(_points(tmp_path).glob('*/table.json')),
+    process,
+  )
+  finished = {
+    path: path.stat().st_mtime_ns
+    for path in _points(tmp_path).glob('*/table.json')
+  }
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate()
+  assert process.returncode == command_line.EXIT_STOPPED, stderr
+  assert 'the same command goes on' in stderr
+  assert 'killed' not in str([ends[-1] for ends in _starts(tmp_path).values()])
+
+  process = _start(tmp_path)
+  stdout, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+  assert '6 points finished, 0 left, 0 failed' in stdout
+  for path, modified in finished.items():
+    assert path.stat().st_mtime_ns == modified
+
+  # All six, with all seeds, and every step of them once.
+  ends = _starts(tmp_path)
+  assert [of_point[-1] for of_point in ends.values()] == ['finished'] * 6
+  rows = files.read_csv(tmp_path / 'sweeps' / 'tiny' / 'results.csv')
+  seeds = collections.defaultdict(list)
+  for row in rows:
+    seeds[row['data'], row['model']].append(row['seed'])
+  assert len(seeds) == 6
+  assert all(of_point == [0, 1] for of_point in seeds.values())
+  steps = [
+    json.loads(line)['step']
+    for path in _points(tmp_path).glob('*/metrics.jsonl')
+    for line in path.read_text().splitlines()
+  ]
+  assert sorted(steps) == sorted(6 * [50, 100, 150, 200])
+  summary = files.read_csv(tmp_path / 'sweeps' / 'tiny' / 'summary.csv')
+  for row in summary:
+    values = [
+      r['regret']
+      for r in rows
+      if (r['data'], r['model']) == (row['data'], row['model'])
+    ]
+    assert row['num_seeds'] == 2
+    assert row['regret'] == pytest.approx(np.mean(values))
+    assert row['regret_stderr'] == pytest.approx(abs(values[0] - values[1]) / 2)
+
+
+def _tiny_points(number, **overrides):
+  points = sweeps.tiny().points()[:number]
+  common = {
+    'schedule.training_steps': 4,
+    'schedule.num_saves': 0,
+    'train.model_init_seed': 0,
+  }
+  return [
+    point._replace(
+      config=config_lib.with_overrides(point.config, common | overrides)
+    )
+    for point in points
+  ]
+
+
+def test_points_that_fail_are_named_and_leave_the_others_alone(tmp_path):
+  points = _tiny_points(3)
+  broken, diverges, _ = (point.config for point in points)
+  broken.model.architecture_kwargs['hidden_size'] = -1
+  diverges.train.learning_rate = 1e30
+  outcome = sweep_launch.run_sweep(points, tmp_path, 2, num_sequences=16)
+  assert outcome.finished == [points[2].config.name]
+  assert list(outcome.failed) == [broken.name, diverges.name]
+  assert 'hidden_size is -1' in outcome.failed[broken.name]
+  assert 'with train.learning_rate 1e+30' in outcome.failed[diverges.name]
+  report = sweep_launch.format_outcome(tmp_path, outcome)
+  # What failed comes last, with its log.
+  blocks = report.split('\n\n')
+  assert blocks[-2].startswith(f'FAILED {broken.name}')
+  assert blocks[-1].startswith(f'FAILED {diverges.name}')
+  assert f'{diverges.name}.txt' in blocks[-1]
+
+
+def test_point_that_cannot_be_written_stops_the_sweep(tmp_path):
+  points = _tiny_points(2)
+  folder = sweep_folder.SweepFolder(tmp_path)
+  (tmp_path / 'points').mkdir()
+  finished, full = (point.config.name for point in points)
+  with folder.open(points, 16):
+    pass
+  folder.run_path(finished).mkdir()
+  network = {
+    'predictor': 'lstm',
+    'cumulative_regret': 1.0,
+    'stderr': 0.1,
+    'above_optimum': 0.0,
+    'above_optimum_stderr': 0.0,
+    'is_optimum': True,
+  }
+  table = folder.run_path(finished) / 'table.json'
+  files.write_json(table, {'table': [network]})
+  folder.run_path(full).write_text('a file where a folder shall be')
+  with pytest.raises(sweep_launch.CannotSaveError, match=full):
+    sweep_launch.run_sweep(points, tmp_path, num_sequences=16)
+  assert table.exists()
+
+
+def test_folder_of_another_sweep_is_refused(tmp_path):
+  folder = sweep_folder.SweepFolder(tmp_path)
+  points = sweeps.tiny().points()
+  with folder.open(points[:3], 16):
+    pass
+  # More points of the same sweep are welcome.
+  with folder.open(points, 16):
+    pass
+  assert len(folder.points()) == 6
+  with pytest.raises(ValueError, match='num_sequences: 16 -> 17'):
+    with folder.open(points, 17):
+      pass
+  with pytest.raises(ValueError, match='tiny,ptw,rnn is not one of this sweep'):
+    with folder.open(sweeps.small().points(), 16):
+      pass
+  with pytest.raises(ValueError, match='training_steps: 300 -> 4'):
+    with folder.open(_tiny_points(6), 16):
+      pass
+  assert [point.config for point in folder.points()] == [
+    point.config for point in points
+  ]
+
+
+def test_folder_of_a_run_is_no_folder_of_a_sweep(tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(ValueError, match='holds something else, and no sweep'):
+    sweep_launch.run_sweep(sweeps.tiny().points(), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--sweep=smal', "mean 'small'"),
+    ('--only=*,lim,*', 'is the name of no point'),
+    ('--jobs=0', '--jobs=0'),
+    ('--set=train.lr=1', 'lr'),
+    ('--output_dir=/dev/null/x', 'cannot write to /dev/null/x'),
+  ],
+)
+def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
+  process = _start(tmp_path, flag)
+  _, stderr = process.communicate()
+  assert process.returncode != 0
+  assert message in stderr
+  assert 'Traceback' not in stderr
+
+
+def test_list_tells_where_points_stand_and_runs_nothing(tmp_path):
+  process = _start(tmp_path, '--list', '--only=*,lin,*')
+  stdout, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+  assert stdout.splitlines() == [
+    f'tiny,lin,{name}: waiting' for name in ('rnn', 'lstm', 'stack_rnn')
+  ]
+  assert not os.listdir(tmp_path)
