@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-slow lint bench clean
+# Of the sweep whose networks answer the questions.
+SWEEP_DIR ?= runs/sweeps/small
+
+.PHONY: run test test-slow lint bench sweep results clean
 
 # Fresh buffers in huge pages (Linux): most of their cost is page faults.
 run: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -24,6 +27,16 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Trains what is not finished, as many runs at once as there are cores.
+sweep: $(INSTALLED)
+	$(BIN)/python experiments/sweep_launch.py $(ARGS)
+
+# Tables and figures from the runs of the sweep; without them, figures from the
+# committed tables.
+results: $(INSTALLED)
+	$(BIN)/python experiments/report.py --sweep_dir=$(SWEEP_DIR) \
+	  $(if $(wildcard $(SWEEP_DIR)/sweep.json),,--draw_only) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache *.egg-info

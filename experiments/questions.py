@@ -31,6 +31,7 @@ from nonstationary_mbml import progress
 from nonstationary_mbml import run_folder
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import runs
 from nonstationary_mbml.experiments import sweep_networks
 
 EXACT = 'exact'
@@ -104,32 +105,28 @@ def learning(networks: Networks) -> list[Row]:
   for network in networks:
     entries, _ = run_folder.read_metrics(network.folder / run_folder.METRICS)
     history, members = run_folder.split_entries(entries)
+    evaluation = network.config.eval
+    generator = constants.build_data_generator(evaluation.data)
     own = constants.exact_predictor(
-      network.config.eval,
-      constants.build_data_generator(network.config.eval.data),
-      constants.build_optimal_predictors(
-        network.config.eval,
-        constants.build_data_generator(network.config.eval.data).alphabet_size,
-      ),
+      evaluation,
+      generator,
+      constants.build_optimal_predictors(evaluation, generator.alphabet_size),
     )
     if own is None or not history:
       continue
-    wanted = np.geomspace(history[0]['step'], history[-1]['step'], _CURVE_STEPS)
-    steps = np.array([entry['step'] for entry in history])
-    indices = sorted({int(np.abs(steps - step).argmin()) for step in wanted})
     for seed, entries in zip(network.seeds, members or (history,), strict=True):
       rows += [
         {
           'source': network.source,
           'predictor': network.architecture,
           'seed': seed,
-          'step': entries[i]['step'],
-          'above_exact': entries[i][f'cumulative_regret_above_optimal/{own}'],
-          'above_exact_stderr': entries[i][
+          'step': entry['step'],
+          'above_exact': entry[f'cumulative_regret_above_optimal/{own}'],
+          'above_exact_stderr': entry[
             f'cumulative_regret_above_optimal_stderr/{own}'
           ],
         }
-        for i in indices
+        for entry in runs.thinned(entries, _CURVE_STEPS)
       ]
   return rows
 

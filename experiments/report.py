@@ -32,6 +32,7 @@ from nonstationary_mbml.experiments import questions
 from nonstationary_mbml.experiments import sweep_networks
 
 RUNS = 'runs'
+COMMANDS = 'commands.json'
 TABLES = 'tables.md'
 Rows = Sequence[dict[str, Any]]
 
@@ -69,6 +70,7 @@ def measure(
   folder: pathlib.Path,
   num_sequences: int,
   seed: int,
+  command: str,
 ) -> None:
   """Measures, and writes a CSV file for every table.
 
@@ -78,18 +80,28 @@ def measure(
     folder: Where to.
     num_sequences: N, of every measurement on fresh sequences.
     seed: Of the sequences.
+    command: That is given, to be noted.
 
   Raises:
     ValueError: If the networks cannot be compared.
     OSError: If a file cannot be written.
   """
-  files.write_csv(folder / f'{RUNS}.csv', describe_runs(networks))
+  commands = {}
+  if (folder / COMMANDS).exists():
+    commands = files.read_json(folder / COMMANDS)
+
+  def write(table: str, rows: Rows) -> None:
+    files.write_csv(folder / f'{table}.csv', rows)
+    commands[table] = command
+    files.write_json(folder / COMMANDS, commands)
+
+  write(RUNS, describe_runs(networks))
   for question in chosen:
     for table, ask in questions.QUESTIONS[question].items():
       print(f'{table} ...', file=sys.stderr, flush=True)
       rows = ask(networks, num_sequences, seed, True)
       if rows:
-        files.write_csv(folder / f'{table}.csv', rows)
+        write(table, rows)
 
 
 def figures_of(
@@ -125,12 +137,11 @@ def figures_of(
   return drawn
 
 
-def draw(folder: pathlib.Path, command: str = '') -> list[str]:
+def draw(folder: pathlib.Path) -> list[str]:
   """Draws all tables that a folder has, and writes tables.md.
 
   Args:
-    folder: With the CSV files.
-    command: That made them, for tables.md.
+    folder: With the CSV files, and the commands that made them.
 
   Returns:
     The names of the files that were written.
@@ -144,6 +155,9 @@ def draw(folder: pathlib.Path, command: str = '') -> list[str]:
     (training_length, *_) = {
       row['seq_length'] for row in files.read_csv(folder / f'{RUNS}.csv')
     } or (None,)
+  commands = {}
+  if (folder / COMMANDS).exists():
+    commands = files.read_json(folder / COMMANDS)
   names = [RUNS, *(name for of in questions.QUESTIONS.values() for name in of)]
   written, blocks = [], []
   for name in names:
@@ -152,7 +166,10 @@ def draw(folder: pathlib.Path, command: str = '') -> list[str]:
       continue
     rows = files.read_csv(path)
     for title, to_text in question_tables.TABLES.get(name, ()):
-      blocks.append(f'## {title}\n\nFrom `{name}.csv`.\n\n{to_text(rows)}')
+      made_by = f', made by `{commands[name]}`' if name in commands else ''
+      blocks.append(
+        f'## {title}\n\nFrom `{name}.csv`{made_by}.\n\n{to_text(rows)}'
+      )
     for drawn, make in figures_of(name, rows, training_length).items():
       png = io.BytesIO()
       make().savefig(png, format='png')
@@ -160,10 +177,9 @@ def draw(folder: pathlib.Path, command: str = '') -> list[str]:
       written.append(f'{drawn}.png')
   if not blocks:
     raise ValueError(f'{folder} has no tables to draw')
-  head = '# Tables\n\nMeans ± standard errors over seeds'
-  if command:
-    head += f'; made by `{command}`'
-  text = '\n'.join([f'{head}.\n', *blocks])
+  text = '\n'.join(
+    ['# Tables\n\nMeans ± standard errors over seeds.\n', *blocks]
+  )
   files.write_whole(folder / TABLES, text.encode())
   return [*written, TABLES]
 
@@ -200,7 +216,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_bool(
     'draw_only',
     False,
-    'Measure nothing: draw the tables that <output_dir> has.',
+    'Measure nothing: draw all tables that <output_dir> has.',
     flag_values=values,
   )
 
@@ -218,13 +234,17 @@ def main(argv: list[str]) -> None:
       networks = sweep_networks.networks(values.sweep_dir)
       if not networks:
         raise ValueError(f'{values.sweep_dir} has no finished point')
-      measure(networks, chosen, folder, values.num_sequences, values.seed)
-    command = (
-      f'python experiments/report.py --sweep_dir={values.sweep_dir} '
-      f'--output_dir={values.output_dir} '
-      f'--num_sequences={values.num_sequences} --seed={values.seed}'
-    )
-    written = draw(folder, command)
+      measure(
+        networks,
+        chosen,
+        folder,
+        values.num_sequences,
+        values.seed,
+        f'python experiments/report.py --sweep_dir={values.sweep_dir} '
+        f'--output_dir={values.output_dir} '
+        f'--num_sequences={values.num_sequences} --seed={values.seed}',
+      )
+    written = draw(folder)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   print(f'Wrote {", ".join(written)} to {folder}')

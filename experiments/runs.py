@@ -7,10 +7,15 @@ logits, _ = run.predictor.unroll(run.params, None, batch)
 import copy
 import dataclasses
 import pathlib
+import shutil
+import tempfile
 import warnings
+
+import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import checkpointing
+from nonstationary_mbml import files
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import run_folder
@@ -120,6 +125,85 @@ def _load_params(
     f'{folder} has no parameters to load: '
     f'{"; ".join(problems) or "no step was saved"}'
   )
+
+
+_EXPORTED_ENTRIES = 20
+# Of an environment: what tells of somebody's machine only.
+_PRIVATE = ('command', 'host')
+
+
+def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
+  """Copies what is worth keeping of a finished run; `load_run` loads the copy.
+
+  That is its last snapshot, config, table and environment, without names of
+  hosts and paths; and of the log, entries in equal factors of the steps.
+
+  Args:
+    folder: Of the run.
+    target: Of the copy; replaced if it is there, and whole or not at all.
+
+  Returns:
+    The bytes of the copy.
+
+  Raises:
+    ValueError: If the run has not ended, or the target is something else.
+    OSError: If it cannot be written.
+  """
+  folder, target = pathlib.Path(folder), pathlib.Path(target)
+  steps = run_folder.read_config(
+    folder, config_lib.ExperimentConfig
+  ).schedule.training_steps
+  _, snapshots = _open(folder)
+  if steps not in snapshots.steps():
+    raise ValueError(
+      f'{folder} has no snapshot of its last step, {steps}; it has not ended, '
+      'or schedule.num_saves is 0'
+    )
+  if target.exists() and not (target / run_folder.CONFIG).exists():
+    raise ValueError(f'{target} is there already, and no run')
+  entries, _ = run_folder.read_metrics(folder / run_folder.METRICS)
+  kept = {entry['step'] for entry in thinned(entries, _EXPORTED_ENTRIES)}
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=target.parent, prefix='.export') as new:
+    new = pathlib.Path(new) / 'run'
+    name = pathlib.Path(run_folder.SNAPSHOTS) / str(steps)
+    shutil.copytree(folder / name, new / name)
+    for name in (run_folder.CONFIG, 'table.json'):
+      if (folder / name).exists():
+        shutil.copyfile(folder / name, new / name)
+    environment = files.read_json(folder / run_folder.ENVIRONMENT)
+    for start in environment['starts']:
+      for name in _PRIVATE:
+        start.pop(name, None)
+    files.write_json(new / run_folder.ENVIRONMENT, environment)
+    lines = (folder / run_folder.METRICS).read_bytes().splitlines(True)
+    files.write_whole(
+      new / run_folder.METRICS,
+      b''.join(
+        line
+        for line, entry in zip(lines, entries, strict=False)
+        if entry['step'] in kept
+      ),
+    )
+    if target.exists():
+      shutil.rmtree(target)
+    new.rename(target)
+  return sum(path.stat().st_size for path in target.rglob('*'))
+
+
+def thinned(
+  entries: list[dict[str, float]], number: int
+) -> list[dict[str, float]]:
+  """Returns at most so many entries of a log, in equal factors of the steps.
+
+  The first and the last one are among them.
+  """
+  if not entries:
+    return []
+  steps = np.array([entry['step'] for entry in entries])
+  wanted = np.geomspace(max(1, steps[0]), max(1, steps[-1]), number)
+  nearest = {int(np.abs(steps - step).argmin()) for step in wanted}
+  return [entries[index] for index in sorted(nearest)]
 
 
 def evaluator_of(

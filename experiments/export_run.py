@@ -1,0 +1,30 @@
+"""Copies what is worth keeping of a finished run.
+
+  python experiments/export_run.py runs/lstm_ptw_seed0 results/models/my_lstm
+
+That is its last snapshot, config, table, environment and a few lines of its
+log; `runs.load_run` loads the copy, and evaluate.py evaluates it.
+"""
+
+import sys
+
+from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import runs
+
+
+def main(argv: list[str]) -> None:
+  """Copies the run, and tells how large it is."""
+  if len(argv) != 3:
+    sys.exit('error: give the folder of a run, and that of its copy')
+  _, folder, target = argv
+  command_line.start(argv[:1])
+  try:
+    size = runs.export(folder, target)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+  print(f'Wrote {target}: {size / 1024:.0f} KiB')
+
+
+if __name__ == '__main__':
+  command_line.define_flags()
+  command_line.run(main)
