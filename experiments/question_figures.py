@@ -43,7 +43,7 @@ EXACT_LABELS = {
 }
 TARGETS = {
   'run_length': 'expected run length',
-  'switch_probability': 'probability of a switch',
+  'recent_switch': 'probability of a recent switch',
 }
 # Half a 95% confidence interval of a mean, in standard errors.
 _HALF_WIDTH = 1.96
@@ -113,7 +113,7 @@ def _panels(
   columns = min(columns, number)
   num_rows = -(-number // columns)
   figure = figure_lib.Figure(
-    figsize=(max(7.0, width * columns), 1.2 + height * num_rows),
+    figsize=(max(10.5, width * columns), 1.2 + height * num_rows),
     layout='constrained',
   )
   panels = figure.subplots(num_rows, columns, squeeze=False, **kwargs).ravel()
@@ -300,7 +300,7 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
           fontsize=8,
           color=plotting.readable_on(colours[i, j]),
         )
-        if trained[i] == tested[j]:
+        if trained[i] == tested[j] and not np.isnan(value):
           panel.add_patch(plotting.frame((j - 0.48, i - 0.47), 0.96, 0.94))
       panel.set_title(
         'the exact predictors' if name == questions.EXACT else label(name),
@@ -586,8 +586,8 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
       ],
     )
     figure.suptitle(
-      'What the state of a network tells of the exact posterior: share of its '
-      'variance\naround the mean of every time that a linear map explains'
+      'What the state of a network tells of the exact posterior: share of '
+      'its variance\naround the mean of every time that a linear map explains'
     )
   return figure
 

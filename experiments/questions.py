@@ -46,6 +46,8 @@ LENGTH_FACTOR = 8
 _BINS_PER_LENGTH = 2
 # Symbols of the sequences for a read-out, in all.
 _READ_OUT_SYMBOLS = 2**16
+# Symbols that a segment has at most if it began recently.
+RECENT = 4
 # Of the ridge regression, relative to the number of symbols.
 _RIDGE = 1e-6
 
@@ -413,15 +415,16 @@ def read_out(
 
   Targets are those of the source's own Bayes predictor after every symbol:
 
-    run_length          E[symbols of the current segment | the past]
-    switch_probability  P(a new segment begins with the next symbol | the past)
+    run_length     E[symbols of the current segment | the past]
+    recent_switch  P(it has at most 4 symbols so far | the past)
 
   A ridge regression, the same at all times, from all that the network keeps
   (of a Transformer: what its last linear layer reads) is fitted on half of the
   sequences and tested on the other half. `r2` is the share of the target's
-  variance that it explains; `r2_given_time` counts only the variance around
-  the mean of every time, which a clock alone does not explain. None is where
-  there is none. `is_trained` is False for the same networks before training.
+  variance that it explains. For `r2_given_time` states and targets are taken
+  from their means at every time, so that a clock explains nothing. None is
+  where there is no variance. `is_trained` is 0 for the same networks before
+  training.
 
   Args:
     networks: Of a sweep.
@@ -448,21 +451,43 @@ def read_out(
             network, sequences.symbols, untrained=not is_trained
           )
           for member_seed, of_member in zip(network.seeds, states, strict=True):
-            predicted = linear_read_out(of_member, targets)
-            for target, values in targets.items():
-              test = len(values) // 2
-              rows.append(
-                {
-                  'source': name,
-                  'predictor': network.architecture,
-                  'seed': member_seed,
-                  'is_trained': int(is_trained),
-                  'target': target,
-                  **explained(values[test:], predicted[target]),
-                }
-              )
+            rows += [
+              {
+                'source': name,
+                'predictor': network.architecture,
+                'seed': member_seed,
+                'is_trained': int(is_trained),
+                'target': target,
+                **shares,
+              }
+              for target, shares in read_out_shares(of_member, targets).items()
+            ]
           bar.update(1)
   return rows
+
+
+def read_out_shares(
+  states: np.ndarray, targets: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, float | None]]:
+  """Returns `r2` and `r2_given_time` of every target; see `read_out`.
+
+  Args:
+    states: `[N, T, D]`; the first half of the sequences is for the fit.
+    targets: `[N, T]`, by name.
+  """
+  half = len(states) // 2
+  centred = lambda values: values - values[:half].mean(axis=0)
+  plain = linear_read_out(states, targets)
+  given_time = linear_read_out(
+    centred(states), {name: centred(values) for name, values in targets.items()}
+  )
+  return {
+    name: {
+      'r2': explained(values[half:], plain[name]),
+      'r2_given_time': explained(centred(values)[half:], given_time[name]),
+    }
+    for name, values in targets.items()
+  }
 
 
 def posteriors(
@@ -475,16 +500,16 @@ def posteriors(
     symbols: One-hot `[N, T, K]`.
   """
   size = max(1, 2**18 // symbols.shape[1] ** 2)
-  run_lengths, switches = [], []
+  run_lengths, recent = [], []
   for begin in range(0, len(symbols), size):
     posterior = np.asarray(
       exact.unroll_run_lengths(symbols[begin : begin + size]), np.float64
     )
     run_lengths.append(posterior @ np.arange(posterior.shape[-1]))
-    switches.append(posterior[..., 0])
+    recent.append(posterior[..., : RECENT + 1].sum(axis=-1))
   return {
     'run_length': np.concatenate(run_lengths),
-    'switch_probability': np.concatenate(switches),
+    'recent_switch': np.concatenate(recent),
   }
 
 
@@ -514,19 +539,15 @@ def linear_read_out(
   return predicted
 
 
-def explained(values: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
-  """Returns the shares of variance that predictions `[N, T]` explain."""
-  missed = np.sum((values - predicted) ** 2)
-  in_all = np.sum((values - values.mean()) ** 2)
-  given_time = np.sum((values - values.mean(axis=0)) ** 2)
-  # Rounding is no variance.
-  least = 1e-9 * max(np.sum(values**2), 1e-300)
-  return {
-    'r2': float(1 - missed / in_all) if in_all > least else None,
-    'r2_given_time': (
-      float(1 - missed / given_time) if given_time > least else None
-    ),
-  }
+def explained(values: np.ndarray, predicted: np.ndarray) -> float | None:
+  """Returns the share of variance that predictions explain, 1 at most.
+
+  None where the values have no variance beyond rounding.
+  """
+  variance = np.sum((values - values.mean()) ** 2)
+  if variance <= 1e-9 * max(np.sum(values**2), len(values)):
+    return None
+  return float(1 - np.sum((values - predicted) ** 2) / variance)
 
 
 def _sampled(

@@ -218,3 +218,20 @@ def test_chunks_of_a_predictor_without_state_are_contexts_of_their_own():
   for begin in (0, 3, 6):
     alone, _ = predictor.unroll(params, None, batch[:, begin : begin + 3])
     np.testing.assert_allclose(chunks[:, begin : begin + 3], alone, atol=1e-6)
+
+
+def test_features_are_what_the_last_linear_layer_reads():
+  predictor = predictors.InContextPredictor(basic.make_cnn(3, (4, 5)))
+  batch = _random_batch(2, 6)
+  params = predictor.init_params(jax.random.key(0), batch, None)
+  features = predictor.unroll_features(params, None, batch)
+  assert features.shape == (2, 6, 5)
+  logits, _ = predictor.unroll(params, None, batch)
+  head = params['linear']
+  np.testing.assert_allclose(features @ head['w'] + head['b'], logits, 1e-5)
+
+
+def test_features_of_a_model_without_a_linear_layer_are_an_error():
+  predictor = predictors.InContextPredictor(lambda batch: batch)
+  with pytest.raises(ValueError, match='no linear layer'):
+    predictor.unroll_features({}, None, _random_batch(1, 3))

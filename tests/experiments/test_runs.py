@@ -1,4 +1,5 @@
 import json
+import pathlib
 import shutil
 
 import jax
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import files
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -181,3 +183,72 @@ def test_evaluation_of_all_steps_is_a_table_of_each(folder, trained):
 def test_wrong_settings_of_an_evaluation_are_named(trained, arguments, message):
   with pytest.raises(ValueError, match=message):
     evaluate.make_config(trained[1], **arguments)
+
+
+MODELS = pathlib.Path(runs.__file__).parent.parent / 'results' / 'models'
+
+
+@pytest.mark.parametrize('name', ['lstm_ptw', 'transformer_alibi_lin'])
+def test_committed_model_loses_what_its_table_says(name):
+  """Within three standard errors, on fresh sequences of a fixed seed."""
+  run = runs.load_run(MODELS / name)
+  evaluator = runs.evaluator_of(run)
+  network, *_ = files.read_json(MODELS / name / 'table.json')['table']
+  own = run.config.eval.optimal_predictors[0]
+  for member, committed in enumerate(network['seeds'][:2]):
+    regrets = evaluator.evaluate(
+      runs.member_params(run, member), jax.random.key(123), 2048
+    )
+    for values, column, stderr in (
+      (regrets['network'], 'cumulative_regret', 'stderr'),
+      (
+        regrets['network'] - regrets[own],
+        'above_optimum',
+        'above_optimum_stderr',
+      ),
+    ):
+      error = np.hypot(values.std() / np.sqrt(len(values)), committed[stderr])
+      assert abs(values.mean() - committed[column]) < 3 * error
+
+
+def test_committed_models_are_small():
+  sizes = {
+    folder.name: sum(path.stat().st_size for path in folder.rglob('*'))
+    for folder in MODELS.iterdir()
+    if folder.is_dir()
+  }
+  assert len(sizes) >= 4
+  assert max(sizes.values()) < 2**20
+  assert sum(sizes.values()) < 10 * 2**20
+
+
+def test_export_is_loaded_like_the_run(folder, tmp_path):
+  target = tmp_path / 'models' / 'copy'
+  size = runs.export(folder, target)
+  assert size == sum(path.stat().st_size for path in target.rglob('*'))
+  run, copy = runs.load_run(folder), runs.load_run(target)
+  assert copy.config == run.config and copy.step == run.step
+  assert copy.member_histories == run.member_histories
+  jax.tree.map(np.testing.assert_array_equal, copy.params, run.params)
+  # Nothing of the machine.
+  text = (target / 'environment.json').read_text()
+  assert 'command' not in text and 'host' not in text
+  # Again: in its place.
+  assert runs.export(folder, target) == size
+  assert [path.name for path in target.parent.iterdir()] == ['copy']
+
+
+def test_export_refuses_what_has_not_ended_and_what_is_no_run(folder, tmp_path):
+  shutil.rmtree(folder / 'snapshots' / '6')
+  with pytest.raises(ValueError, match='no snapshot of its last step, 6'):
+    runs.export(folder, tmp_path / 'copy')
+  with pytest.raises(ValueError, match='none is no folder|cannot read .*none'):
+    runs.export(tmp_path / 'none', tmp_path / 'copy')
+  assert not (tmp_path / 'copy').exists()
+
+
+def test_log_is_thinned_in_equal_factors():
+  entries = [{'step': step} for step in range(10, 1001, 10)]
+  thinned = [entry['step'] for entry in runs.thinned(entries, 3)]
+  assert thinned == [10, 100, 1000]
+  assert runs.thinned([], 3) == []
