@@ -221,6 +221,8 @@ def run(
   png = io.BytesIO()
   sequence_figure(sequence, drawn).savefig(png, format='png')
   try:
+    files.write_whole(folder / 'figure.png', png.getvalue())
+    # Last: a sweep takes a run that has its table for finished.
     files.write_json(
       folder / 'table.json',
       {
@@ -229,7 +231,6 @@ def run(
         'table': table.rows,
       },
     )
-    files.write_whole(folder / 'figure.png', png.getvalue())
   except OSError as error:
     raise run_folder.SaveError(
       f'cannot write to {folder}: {error.strerror}; the run is whole'

@@ -25,7 +25,9 @@ import numpy as np
 from nonstationary_mbml import base_config
 from nonstationary_mbml import files
 from nonstationary_mbml import run_folder
+from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import tables
 
 try:
   import fcntl
@@ -37,7 +39,7 @@ RESULTS = 'results.csv'
 SUMMARY = 'summary.csv'
 TABLE = 'table.json'
 # Settings that tell seeds apart, and no groups.
-_SEED_PATHS = ('seed', 'train.model_init_seed')
+SEED_PATHS = ('seed', 'train.model_init_seed')
 # Runs of a sweep that was killed get so long to save and end.
 _LOCK_SECONDS = 60.0
 
@@ -88,17 +90,19 @@ class SweepFolder:
       )
     manifest = files.read_json(path)
     with base_config.naming(str(path)):
-      base_config.check_mapping('its content', manifest)
-      if 'points' not in manifest:
-        raise ValueError('it has no points')
-      return [
-        Point(
-          values['config']['name'],
-          base_config.plain(values['settings']),
-          base_config.from_dict(config_lib.ExperimentConfig, values['config']),
-        )
-        for values in manifest['points']
-      ]
+      try:
+        return [
+          Point(
+            values['config']['name'],
+            base_config.plain(values['settings']),
+            base_config.from_dict(
+              config_lib.ExperimentConfig, values['config']
+            ),
+          )
+          for values in manifest['points']
+        ]
+      except (KeyError, TypeError) as error:
+        raise ValueError(f'it is not of a sweep: {error!r}') from error
 
   @contextlib.contextmanager
   def open(
@@ -121,7 +125,7 @@ class SweepFolder:
     """
     for point in points:
       name = point.config.name
-      if pathlib.PurePath(name).name != name:
+      if name in ('', '.', '..') or pathlib.PurePath(name).name != name:
         raise ValueError(f'the point {name!r} cannot be the name of a folder')
     self.path.mkdir(parents=True, exist_ok=True)
     with (self.path / '.lock').open('a') as lock:
@@ -136,7 +140,9 @@ class SweepFolder:
           for point in points
         ],
       }
-      self._check_same_sweep(base_config.plain(manifest))
+      self.check_same_sweep(points, num_sequences)
+      # Before all else: what is here is a sweep.
+      files.write_json(self.path / MANIFEST, manifest)
       for name in ('configs', 'points', 'logs'):
         (self.path / name).mkdir(exist_ok=True)
       for point in points:
@@ -144,7 +150,6 @@ class SweepFolder:
           self.config_path(point.config.name),
           base_config.to_dict(point.config),
         )
-      files.write_json(self.path / MANIFEST, manifest)
       yield lock
 
   def _lock(self, lock: TextIO) -> None:
@@ -165,32 +170,38 @@ class SweepFolder:
       except OSError:  # A file system without locks.
         return
 
-  def _check_same_sweep(self, manifest: dict[str, Any]) -> None:
-    """Raises ValueError unless all that the folder holds is in `manifest`."""
+  def check_same_sweep(
+    self, points: Sequence[config_lib.SweepPoint], num_sequences: int
+  ) -> None:
+    """Raises ValueError unless all that the folder holds is of a sweep.
+
+    Args:
+      points: Of the sweep; the folder may lack some of them.
+      num_sequences: For the tables of its runs.
+    """
     path = self.path / MANIFEST
     if not path.exists():
-      others = [name for name in ('points', 'configs') if self._holds(name)]
-      if others or (self.path / run_folder.CONFIG).exists():
+      others = ('points', run_folder.CONFIG, run_folder.CHECKPOINTS)
+      if any((self.path / name).exists() for name in others):
         raise ValueError(
           f'{self.path} holds something else, and no sweep; choose another '
           'folder (--name, --output_dir)'
         )
       return
-    present = base_config.plain(files.read_json(path))
-    by_name = {
-      values['config']['name']: values['config']
-      for values in manifest['points']
+    wanted = {
+      point.config.name: base_config.to_dict(point.config) for point in points
     }
+    # Read as configs: fields that are newer than the folder have defaults.
+    present = self.points()
     differences = base_config.differences(
-      present['num_sequences'], manifest['num_sequences'], 'num_sequences'
+      files.read_json(path).get('num_sequences'), num_sequences, 'num_sequences'
     )
-    for values in present['points']:
-      name = values['config']['name']
-      if name not in by_name:
-        differences.append(f'its point {name} is not one of this sweep')
+    for point in present:
+      if point.name not in wanted:
+        differences.append(f'its point {point.name} is not one of this sweep')
       else:
         differences += base_config.differences(
-          values['config'], by_name[name], name
+          base_config.to_dict(point.config), wanted[point.name], point.name
         )
     if differences:
       more = f', and {len(differences) - 3} more' if differences[3:] else ''
@@ -199,13 +210,28 @@ class SweepFolder:
         f'{more}); choose another folder (--name, --output_dir)'
       )
 
-  def _holds(self, name: str) -> bool:
-    folder = self.path / name
-    return folder.is_dir() and any(folder.iterdir())
-
   def is_finished(self, name: str) -> bool:
     """Whether a point has its table."""
-    return (self.run_path(name) / TABLE).exists()
+    try:
+      self.table(name)
+      return True
+    except ValueError:
+      return False
+
+  def table(self, name: str) -> list[dict[str, Any]]:
+    """Returns the table of a point's run.
+
+    Raises:
+      ValueError: If it is not there, or no table.
+    """
+    path = self.run_path(name) / TABLE
+    try:
+      table = files.read_json(path)['table']
+      if table and all('cumulative_regret' in row for row in table):
+        return table
+    except (KeyError, TypeError):
+      pass
+    raise ValueError(f'{path} is no table')
 
   def has_begun(self, name: str) -> bool:
     """Whether a point has a state to go on from."""
@@ -235,20 +261,17 @@ class SweepFolder:
     """
     rows = []
     for point in self.finished():
-      content = files.read_json(self.run_path(point.name) / TABLE)
-      network, *others = content['table']
+      network, *others = table = self.table(point.name)
       # What the differences are from: where there is no exact predictor, the
       # best of the others.
-      exact = next(row for row in content['table'] if row['is_optimum'])
-      seeds = network.get('seeds') or [
-        {**network, 'seed': point.config.train.model_init_seed}
-      ]
-      for by_seed in seeds:
+      exact = next((row for row in others if row['is_optimum']), network)
+      seeds = train.member_seeds(point.config.train)
+      for by_seed in tables.network_rows(table, seeds):
         rows.append(
           {
             'point': point.name,
-            **_shown(point.settings),
-            'seed': by_seed['seed'],
+            **point.settings,
+            'seed': _seed(point.config, by_seed['seed']),
             'steps': point.config.schedule.training_steps,
             'seconds': self.seconds(point.name),
             'regret': by_seed['cumulative_regret'],
@@ -282,11 +305,24 @@ class SweepFolder:
     return summary
 
 
-def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings without those that only tell seeds apart."""
-  return {
-    path: value for path, value in settings.items() if path not in _SEED_PATHS
-  }
+def _seed(config: config_lib.ExperimentConfig, member: int) -> int | str:
+  """What tells a network apart from those of the same settings."""
+  return member if config.seed == 0 else f'{config.seed}/{member}'
+
+
+# Columns of a result that are no settings.
+_MEASURED = (
+  'point',
+  'seed',
+  'steps',
+  'seconds',
+  'regret',
+  'regret_stderr',
+  'exact',
+  'exact_regret',
+  'above_exact',
+  'above_exact_stderr',
+)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -301,9 +337,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """
   groups = {}
   for row in rows:
-    columns = list(row)
-    settings = columns[1 : columns.index('seed')]
-    key = tuple((name, str(row[name])) for name in settings)
+    key = tuple(
+      (name, str(value))
+      for name, value in row.items()
+      if name not in (*_MEASURED, *SEED_PATHS)
+    )
     groups.setdefault(key, []).append(row)
   return [
     {
@@ -312,7 +350,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       'regret': mean_and_stderr([row['regret'] for row in group])[0],
       'regret_stderr': mean_and_stderr([row['regret'] for row in group])[1],
       'exact': group[0]['exact'],
-      'exact_regret': group[0]['exact_regret'],
+      # The same of all, but where points of other seeds read other sequences.
+      'exact_regret': float(np.mean([row['exact_regret'] for row in group])),
       **_above_exact(group),
     }
     for key, group in groups.items()

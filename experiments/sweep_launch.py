@@ -22,7 +22,9 @@ same command gives the same numbers.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
+import datetime
 import fnmatch
 import os
 import pathlib
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import time
 from typing import Any
+from typing import BinaryIO
 
 from absl import flags
 
@@ -48,10 +51,8 @@ _POLL_SECONDS = 0.2
 _COUNT_SECONDS = 2.0
 _REPORT_SECONDS = 60.0
 _LOG_LINES = 5
-
-
-class CannotSaveError(OSError):
-  """A run, or the sweep, could not be written."""
+# In a log, before what a run prints.
+_START = '--- started at'
 
 
 @dataclasses.dataclass
@@ -63,12 +64,14 @@ class Outcome:
     failed: What went wrong with the others that were tried, by name.
     left: Names of points that were not tried, or were stopped.
     stopped_by: The signal that stopped the sweep, if one did.
+    cannot_save: Why nothing more could be written, if so: a full disk, say.
   """
 
   finished: list[str]
   failed: dict[str, str]
   left: list[str]
   stopped_by: str | None = None
+  cannot_save: str | None = None
 
 
 @dataclasses.dataclass
@@ -104,29 +107,27 @@ def run_sweep(
 
   Returns:
     What came of it. A point that fails, or whose config is not valid, is in it
-    by name and stops no other one.
+    by name and stops no other one; a disk that is full stops all.
 
   Raises:
     ValueError: If the folder holds another sweep, or another process runs it.
-    CannotSaveError: If the disk is full, say; what is finished is kept.
+    OSError: If the folder cannot be made.
   """
   base_config.check_int('jobs', jobs, 1)
-  folder = sweep_folder.SweepFolder(folder)
-  try:
-    with (
-      interrupting.catch() as interrupts,
-      folder.open(points, num_sequences) as lock,
-    ):
-      chosen = [p for p in points if is_chosen(p.config.name)]
-      failed = {}
-      for point in chosen:
-        try:
-          constants.check(config_lib.post_process_config(point.config))
-        except ValueError as error:
-          failed[point.config.name] = f'its config is not valid: {error}'
+  of_sweep = sweep_folder.SweepFolder(folder)
+  failed = {}
+  chosen = [point for point in points if is_chosen(point.config.name)]
+  for point in chosen:
+    try:
+      constants.check(config_lib.post_process_config(point.config))
+    except ValueError as error:
+      failed[point.config.name] = f'its config is not valid: {error}'
+  with of_sweep.open(points, num_sequences) as lock:
+    # Only now: whoever waits for the lock can be stopped like any program.
+    with interrupting.catch() as interrupts:
       runner = _Runner(
-        folder,
-        [p for p in chosen if p.config.name not in failed],
+        of_sweep,
+        [point for point in chosen if point.config.name not in failed],
         jobs,
         [
           f'--num_sequences={num_sequences}',
@@ -138,23 +139,16 @@ def run_sweep(
         use_tqdm,
       )
       runner.run()
-      folder.write_results()
-  except CannotSaveError:
-    raise
-  except OSError as error:
-    raise CannotSaveError(
-      f'cannot write to {folder.path}: {error.strerror or error}; what is '
-      'finished is kept'
-    ) from error
   failed |= runner.failed
   names = [point.config.name for point in points]
-  finished = [name for name in names if folder.is_finished(name)]
+  finished = [name for name in names if of_sweep.is_finished(name)]
   done = {*finished, *failed}
   return Outcome(
     finished,
     failed,
     [name for name in names if name not in done],
     interrupts.received.name if interrupts.received else None,
+    runner.cannot_save,
   )
 
 
@@ -185,9 +179,10 @@ class _Runner:
     self._waiting = sorted(names, key=lambda name: not folder.has_begun(name))
     self._running: list[_Job] = []
     self.failed: dict[str, str] = {}
+    self.cannot_save: str | None = None
 
   def run(self) -> None:
-    """Runs what is not finished, or as much as a signal allows."""
+    """Runs what is not finished, or as much as a signal or disk allows."""
     done = self._steps_done()
     with progress.bar(
       sum(self._steps.values()), 'sweep', 'step', self._use_tqdm, done
@@ -196,7 +191,7 @@ class _Runner:
       has_ended = False
       try:
         while self._waiting or self._running:
-          if self._interrupts.received is not None:
+          if self._interrupts.received or self.cannot_save:
             break
           if self._waiting and len(self._running) < self._jobs:
             self._start(self._waiting.pop(0))
@@ -214,6 +209,7 @@ class _Runner:
           has_ended = self._collect()
       finally:
         self._stop()
+        self._write_results()
 
   def _start(self, name: str) -> None:
     slots = {job.slot for job in self._running}
@@ -225,7 +221,7 @@ class _Runner:
       'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / self._jobs:.3f}',
       **os.environ,
     }
-    with self._folder.log_path(name).open('ab') as log:
+    with self._open_log(name) as log:
       process = subprocess.Popen(
         [
           sys.executable,
@@ -240,7 +236,7 @@ class _Runner:
         stderr=subprocess.STDOUT,
         env=environment,
         # As long as a run is alive, no other process runs the sweep.
-        pass_fds=(self._lock,),
+        pass_fds=() if os.name == 'nt' else (self._lock,),
         # Ctrl-C is ours; runs are told by SIGTERM.
         start_new_session=True,
       )
@@ -260,16 +256,35 @@ class _Runner:
       self._running.remove(job)
       job.process.stdin.close()
       code = job.process.returncode
+      if self._folder.is_finished(job.name):
+        continue
       if code == command_line.EXIT_CANNOT_SAVE:
-        raise CannotSaveError(
-          f'{job.name} could not be written; what is finished is kept, and the '
-          f'same command goes on: {self._last_lines(job.name, 1)}'
+        self.cannot_save = (
+          f'{job.name} could not be written: {self._last_lines(job.name, 1)}'
         )
-      if code != 0 or not self._folder.is_finished(job.name):
+      else:
         self.failed[job.name] = self._problem(job.name, code)
     if ended:
-      self._folder.write_results()
+      self._write_results()
     return bool(ended)
+
+  def _write_results(self) -> None:
+    try:
+      self._folder.write_results()
+    except OSError as error:
+      self.cannot_save = self.cannot_save or (
+        f'cannot write to {self._folder.path}: {error.strerror or error}'
+      )
+
+  def _open_log(self, name: str) -> BinaryIO:
+    """The log of a point, with a line that tells its starts apart."""
+    log = self._folder.log_path(name).open('ab')
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    # A full disk is for the run to notice, which saves what it can.
+    with contextlib.suppress(OSError):
+      log.write(f'{_START} {now}\n'.encode())
+      log.flush()
+    return log
 
   def _stop(self) -> None:
     """Lets all runs save, and waits for them."""
@@ -287,7 +302,10 @@ class _Runner:
 
   def _last_lines(self, name: str, number: int) -> str:
     text = self._folder.log_path(name).read_text(errors='replace')
-    return '\n'.join(text.strip().splitlines()[-number:])
+    *_, of_start = text.split(_START)
+    # The rest of the line of the start is its time.
+    lines = of_start.strip().splitlines()[1:]
+    return '\n'.join(lines[-number:]) or 'it has printed nothing'
 
   def _steps_done(self) -> int:
     """Steps that all points have done."""
@@ -324,17 +342,27 @@ def default_jobs() -> int:
 
 
 def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns the rows of summary.csv as aligned text."""
-  lines = []
+  """Returns the rows of summary.csv as aligned text.
+
+  Points may have different settings: those that one lacks are blank.
+  """
+  if not rows:
+    return 'No point is finished.'
+  settings = list(
+    dict.fromkeys(
+      column
+      for row in rows
+      for column in list(row)[: list(row).index('num_seeds')]
+    )
+  )
+  lines = [(*settings, 'seeds', 'regret', 'exact', 'above it (nats)', '')]
   for row in rows:
-    columns = list(row)
-    settings = columns[: columns.index('num_seeds')]
     above = f'{row["above_exact"]:+.4f}'
     if row['above_exact_stderr'] is not None:
       above += f' ± {row["above_exact_stderr"]:.4f}'
     lines.append(
       (
-        *(str(row[path]) for path in settings),
+        *(str(row.get(path, '')) for path in settings),
         str(row['num_seeds']),
         f'{row["regret"]:.4f}',
         f'{row["exact"]} {row["exact_regret"]:.4f}',
@@ -342,13 +370,12 @@ def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
         f'{row["above_exact_percent"]:+.2f}%',
       )
     )
-  if not lines:
-    return 'No point is finished.'
-  head = (*settings, 'seeds', 'regret', 'exact', 'above it (nats)', '')
-  widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return '\n'.join(
-    '  '.join(f'{text:<{w}}' for text, w in zip(line, widths, strict=True))
-    for line in (head, *lines)
+    '  '.join(
+      f'{text:<{width}}' for text, width in zip(line, widths, strict=True)
+    ).rstrip()
+    for line in lines
   )
 
 
@@ -361,6 +388,11 @@ def format_outcome(folder: pathlib.Path, outcome: Outcome) -> str:
     f'{len(outcome.failed)} failed; {folder / sweep_folder.RESULTS} has '
     'all results.'
   )
+  if outcome.cannot_save is not None:
+    blocks.append(
+      f'{outcome.cannot_save}\nWhat is finished is kept, and the same command '
+      'goes on.'
+    )
   for name, problem in outcome.failed.items():
     blocks.append(f'FAILED {name}: {problem}')
   return '\n\n'.join(blocks)
@@ -437,8 +469,16 @@ def points_from_flags(
   points = []
   for point in sweep.points():
     overrides = config_lib.parse_overrides(point.config, values['set'].value)
+    for path in overrides:
+      for swept in (*point.settings, 'name'):
+        if f'{path}.'.startswith(f'{swept}.') or f'{swept}.'.startswith(
+          f'{path}.'
+        ):
+          raise ValueError(
+            f'--set {path}: the sweep itself sets {swept}; choose points with '
+            '--only, or write a sweep of your own (experiments/sweeps.py)'
+          )
     config = config_lib.with_overrides(point.config, overrides)
-    config.name = point.config.name
     points.append(point._replace(config=config))
   patterns = values.only
   names = [point.config.name for point in points]
@@ -480,10 +520,14 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
-  folder = pathlib.Path(values.output_dir) / (values.name or values.sweep)
+  name = values.name or values.sweep.lower()
+  folder = pathlib.Path(values.output_dir) / name
   try:
     points, is_chosen = points_from_flags(values)
     if values.list:
+      sweep_folder.SweepFolder(folder).check_same_sweep(
+        points, values.num_sequences
+      )
       _print_points(points, folder, is_chosen)
       return
     outcome = run_sweep(
@@ -496,13 +540,17 @@ def main(argv: list[str]) -> None:
       () if values.compilation_cache else ('--nocompilation_cache',),
       use_tqdm=True,
     )
-    print(format_outcome(folder, outcome))
-  except CannotSaveError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(command_line.EXIT_CANNOT_SAVE)
-  except (ValueError, OSError) as error:
+    print(format_outcome(folder, outcome), flush=True)
+  except KeyboardInterrupt:
+    print('stopped; the same command goes on', file=sys.stderr)
+    sys.exit(command_line.EXIT_STOPPED)
+  except OSError as error:
+    sys.exit(f'error: cannot write to {folder}: {error.strerror or error}')
+  except ValueError as error:
     sys.exit(f'error: {error}')
-  if outcome.stopped_by is not None:
+  if outcome.cannot_save is not None:
+    sys.exit(command_line.EXIT_CANNOT_SAVE)
+  if outcome.stopped_by is not None and outcome.left:
     print(
       f'stopped by {outcome.stopped_by}; all runs are saved, and the same '
       'command goes on',

@@ -72,8 +72,8 @@ def make_table(
     name: constants.label(name) for name in evaluator.optimal_predictors
   }
   rows = results_table(regrets, names, exact)
-  for seed, row in zip(seeds, rows[0].get('seeds', ()), strict=False):
-    row['seed'] = seed
+  if 'seeds' in rows[0]:
+    rows[0]['seeds'] = network_rows(rows, seeds)
   return Table(rows, exact, names)
 
 
@@ -124,6 +124,19 @@ def results_table(
       row['seeds'] = [measured(member) for member in values]
     rows.append(row)
   return rows
+
+
+def network_rows(
+  table: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+  """Returns a row for every network of a table, with its `seed`.
+
+  Args:
+    table: As from `make_table`, of one network or of an ensemble.
+    seeds: Of the members.
+  """
+  rows = table[0].get('seeds') or [table[0]]
+  return [{**row, 'seed': seed} for row, seed in zip(rows, seeds, strict=True)]
 
 
 def format_table(

@@ -161,7 +161,6 @@ def test_points_that_fail_are_named_and_leave_the_others_alone(tmp_path):
 def test_point_that_cannot_be_written_stops_the_sweep(tmp_path):
   points = _tiny_points(2)
   folder = sweep_folder.SweepFolder(tmp_path)
-  (tmp_path / 'points').mkdir()
   finished, full = (point.config.name for point in points)
   with folder.open(points, 16):
     pass
@@ -177,9 +176,14 @@ def test_point_that_cannot_be_written_stops_the_sweep(tmp_path):
   table = folder.run_path(finished) / 'table.json'
   files.write_json(table, {'table': [network]})
   folder.run_path(full).write_text('a file where a folder shall be')
-  with pytest.raises(sweep_launch.CannotSaveError, match=full):
-    sweep_launch.run_sweep(points, tmp_path, num_sequences=16)
+  outcome = sweep_launch.run_sweep(points, tmp_path, num_sequences=16)
+  assert outcome.finished == [finished] and outcome.left == [full]
+  assert f'{full} could not be written' in outcome.cannot_save
   assert table.exists()
+  (row,) = files.read_csv(tmp_path / 'results.csv')
+  assert row['point'] == finished
+  report = sweep_launch.format_outcome(tmp_path, outcome)
+  assert 'What is finished is kept' in report
 
 
 def test_folder_of_another_sweep_is_refused(tmp_path):
@@ -205,6 +209,84 @@ def test_folder_of_another_sweep_is_refused(tmp_path):
   ]
 
 
+def test_sweep_that_was_cut_off_as_it_began_goes_on(tmp_path):
+  folder = sweep_folder.SweepFolder(tmp_path)
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs' / '.tiny.json.abc').write_text('torn')
+  with folder.open(sweeps.tiny().points(), 16):
+    pass
+  assert len(folder.points()) == 6
+
+
+def test_sweep_from_before_a_field_was_there_goes_on(tmp_path):
+  folder = sweep_folder.SweepFolder(tmp_path)
+  points = sweeps.tiny().points()
+  with folder.open(points, 16):
+    pass
+  manifest = files.read_json(tmp_path / 'sweep.json')
+  for point in manifest['points']:
+    del point['config']['train']['microbatch_size']
+  files.write_json(tmp_path / 'sweep.json', manifest)
+  with folder.open(points, 16):
+    pass
+
+
+def test_only_one_process_at_a_time_runs_a_sweep(tmp_path, monkeypatch):
+  monkeypatch.setattr(sweep_folder, '_LOCK_SECONDS', 0.2)
+  folder = sweep_folder.SweepFolder(tmp_path)
+  points = sweeps.tiny().points()
+  with folder.open(points, 16):
+    with pytest.raises(ValueError, match='held by another process'):
+      with folder.open(points, 16):
+        pass
+
+
+def _result(point, seed, regret, **settings):
+  return {
+    'point': point,
+    **settings,
+    'seed': seed,
+    'steps': 4,
+    'seconds': 1.0,
+    'regret': regret,
+    'regret_stderr': 0.1,
+    'exact': 'PTW',
+    'exact_regret': 2.0,
+    'above_exact': regret - 2.0,
+    'above_exact_stderr': 0.1,
+  }
+
+
+def test_summary_is_over_seeds_however_they_were_swept():
+  rows = [
+    _result('a,0', 0, 3.0, model='lstm', **{'train.model_init_seed': 0}),
+    _result('a,1', 1, 5.0, model='lstm', **{'train.model_init_seed': 1}),
+    _result('b', 0, 2.5, model='rnn', **{'train.learning_rate': 0.1}),
+  ]
+  lstm, rnn = sweep_folder.summarise(rows)
+  assert (lstm['model'], lstm['num_seeds'], lstm['regret']) == ('lstm', 2, 4.0)
+  assert lstm['above_exact_percent'] == 100.0
+  assert lstm['above_exact_stderr'] == pytest.approx(1.0)
+  assert rnn['above_exact_stderr'] is None
+  # Settings that only some points have.
+  head, first, second = sweep_launch.format_summary([lstm, rnn]).splitlines()
+  assert head.split()[:3] == ['model', 'train.learning_rate', 'seeds']
+  assert first.split()[:2] == ['lstm', '2']
+  assert second.split()[:3] == ['rnn', '0.1', '1']
+
+
+def test_table_that_is_damaged_is_of_a_point_that_is_not_finished(tmp_path):
+  folder = sweep_folder.SweepFolder(tmp_path)
+  with folder.open(sweeps.tiny().points(), 16):
+    pass
+  for text in ('{"table": [', '{}', '{"table": [{}]}'):
+    path = folder.run_path('tiny,ptw,rnn') / 'table.json'
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    assert not folder.is_finished('tiny,ptw,rnn')
+  assert folder.results() == []
+
+
 def test_folder_of_a_run_is_no_folder_of_a_sweep(tmp_path):
   (tmp_path / 'config.json').write_text('{}')
   with pytest.raises(ValueError, match='holds something else, and no sweep'):
@@ -218,6 +300,9 @@ def test_folder_of_a_run_is_no_folder_of_a_sweep(tmp_path):
     ('--only=*,lim,*', 'is the name of no point'),
     ('--jobs=0', '--jobs=0'),
     ('--set=train.lr=1', 'lr'),
+    ('--set=model.model_type=rnn', 'the sweep itself sets model'),
+    ('--set=data.trajectory_generator=lin', 'the sweep itself sets data'),
+    ('--set=name=mine', 'the sweep itself sets name'),
     ('--output_dir=/dev/null/x', 'cannot write to /dev/null/x'),
   ],
 )

@@ -1,0 +1,180 @@
+"""The committed answers are whole, and the figures show what was measured."""
+
+import collections
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nonstationary_mbml import files
+from nonstationary_mbml.experiments import question_figures
+from nonstationary_mbml.experiments import report
+from nonstationary_mbml.experiments import sweeps
+
+SCRIPT = pathlib.Path(report.__file__)
+SMALL = SCRIPT.parent.parent / 'results' / 'small'
+CELLS = {
+  (point.settings['data'], point.settings['model'])
+  for point in sweeps.small().points()
+}
+SEEDS = [0, 1, 2]
+LENGTHS = {'lin', 'regular_shift', 'random_shift', 'ptw_depth_8'}
+
+
+def _rows(table):
+  return files.read_csv(SMALL / f'{table}.csv')
+
+
+def _seeds(rows, *columns):
+  """The seeds of every case."""
+  seeds = collections.defaultdict(list)
+  for row in rows:
+    if row['seed'] is not None:
+      seeds[tuple(row[column] for column in columns)].append(row['seed'])
+  return dict(seeds)
+
+
+def test_committed_sweep_has_all_points_and_all_seeds():
+  runs = {(row['source'], row['predictor']): row for row in _rows('runs')}
+  assert set(runs) == CELLS
+  assert {row['steps'] for row in runs.values()} == {10_000}
+  seeds = _seeds(_rows('on_distribution'), 'source', 'predictor')
+  assert seeds == dict.fromkeys(CELLS, SEEDS)
+
+
+def test_committed_tables_have_all_networks():
+  sources = {source for source, _ in CELLS}
+  off = _seeds(
+    _rows('off_distribution'), 'trained_on', 'predictor', 'tested_on'
+  )
+  assert off == {(*cell, source): SEEDS for cell in CELLS for source in sources}
+  length = _seeds(_rows('length'), 'trained_on', 'predictor', 'last_position')
+  assert length == {
+    (*cell, end): SEEDS
+    for cell in CELLS
+    if cell[0] in LENGTHS
+    for end in range(16, 257, 16)
+  }
+  read_out = _seeds(
+    _rows('read_out'), 'source', 'predictor', 'is_trained', 'target'
+  )
+  assert read_out == {
+    (*cell, is_trained, target): SEEDS
+    for cell in CELLS
+    for is_trained in (0, 1)
+    for target in question_figures.TARGETS
+  }
+  for table, column in (
+    ('learning', 'step'),
+    ('after_switch', 'symbols_since'),
+  ):
+    first = min(row[column] for row in _rows(table))
+    rows = [row for row in _rows(table) if row[column] == first]
+    source = 'source' if table == 'learning' else 'tested_on'
+    assert _seeds(rows, source, 'predictor') == dict.fromkeys(CELLS, SEEDS)
+
+
+def test_on_every_source_some_architecture_is_within_two_percent():
+  rows = _rows('on_distribution')
+  own = {row['source']: row['regret'] for row in rows if row['is_own']}
+  for source, exact in own.items():
+    means = [
+      question_figures.over_seeds(of_network, 'above_exact')[0]
+      for (name, of_source, is_network), of_network in question_figures.groups(
+        [{**row, 'is_network': row['seed'] is not None} for row in rows],
+        'predictor',
+        'source',
+        'is_network',
+      ).items()
+      if of_source == source and is_network
+    ]
+    assert min(means) < 0.02 * exact
+
+
+def test_tables_and_figures_follow_from_the_committed_rows(tmp_path):
+  for path in (*SMALL.glob('*.csv'), SMALL / report.COMMANDS):
+    shutil.copy(path, tmp_path)
+  written = report.draw(tmp_path)
+  text = (tmp_path / report.TABLES).read_text()
+  assert text == (SMALL / report.TABLES).read_text()
+  for name in written:
+    assert (SMALL / name).exists()
+    if name.endswith('.png'):
+      assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+
+
+def _curve(seed, regrets, predictor='lstm', trained_on='lin'):
+  return [
+    {
+      'tested_on': 'lin',
+      'predictor': predictor,
+      'trained_on': trained_on,
+      'seed': seed,
+      'symbols_since': since,
+      'regret_per_symbol': regret,
+    }
+    for since, regret in enumerate(regrets, start=1)
+  ]
+
+
+def test_curves_are_means_over_seeds_beside_exact_predictors():
+  rows = [
+    *_curve(None, [0.4, 0.2], 'exact', 'lin'),
+    *_curve(None, [0.5, 0.3], 'exact', 'ptw'),
+    *_curve(None, [0.9, 0.9], 'exact', 'regular_shift'),
+    *_curve(0, [0.5, 0.2]),
+    *_curve(1, [0.7, 0.4]),
+  ]
+  (panel,) = question_figures.draw_after_switch(rows).axes
+  curves = [line.get_ydata().tolist() for line in panel.get_lines()]
+  # The last one is for another source, and would only be in the way.
+  assert len(curves) == 3
+  np.testing.assert_allclose(curves[0], [0.6, 0.3])
+  assert curves[1:] == [[0.4, 0.2], [0.5, 0.3]]
+  assert panel.get_yscale() == 'log'
+
+
+def test_matrix_shows_what_is_missing_and_frames_the_own_source():
+  rows = [
+    {
+      'predictor': predictor,
+      'trained_on': trained_on,
+      'tested_on': tested_on,
+      'seed': seed,
+      'above_exact': above,
+    }
+    for predictor, trained_on, tested_on, seed, above in (
+      ('exact', 'ptw', 'ptw', None, 0.0),
+      ('exact', 'ptw', 'lin', None, 0.5),
+      ('lstm', 'ptw', 'ptw', 0, 0.1),
+      ('lstm', 'ptw', 'ptw', 1, 0.3),
+    )
+  ]
+  exact, lstm, _ = question_figures.draw_off_distribution(rows).axes
+  assert [text.get_text() for text in exact.texts] == ['0.00', '0.50']
+  assert [text.get_text() for text in lstm.texts] == ['0.20', '–']
+  assert len(lstm.patches) == 1
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--question=lenght', "did you mean 'length'"),
+    ('--sweep_dir=none', 'none is no folder of a sweep'),
+    ('--draw_only', 'out has no tables to draw'),
+  ],
+)
+def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
+  result = subprocess.run(
+    [sys.executable, SCRIPT, '--output_dir=out', flag],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 1
+  (line,) = result.stderr.splitlines()
+  assert message in line
