@@ -89,6 +89,8 @@ def read_csv(path: pathlib.Path) -> list[dict[str, Any]]:
       ]
   except OSError as error:
     raise ValueError(f'cannot read {path}: {error.strerror}') from error
+  except (csv.Error, UnicodeDecodeError) as error:
+    raise ValueError(f'{path} is not a table: {error}') from error
 
 
 def _parse(text: str | None) -> Any:

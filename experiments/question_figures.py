@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib import figure as figure_lib
 import numpy as np
+from scipy import stats
 
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import questions
@@ -45,8 +46,8 @@ TARGETS = {
   'run_length': 'expected run length',
   'recent_switch': 'probability of a recent switch',
 }
-# Half a 95% confidence interval of a mean, in standard errors.
-_HALF_WIDTH = 1.96
+# Of the exact predictor's regret: what is called near, and not far.
+_SHARES = (0.02, 0.15)
 _EXACT_STYLES = (
   {'color': 'black', 'linestyle': '-'},
   {'color': '0.45', 'linestyle': '--'},
@@ -80,6 +81,14 @@ def over_seeds(rows: Sequence[Row], column: str) -> tuple[float, float]:
   """Returns mean and standard error over seeds; NaN for that of one row."""
   mean, stderr = sweep_folder.mean_and_stderr([row[column] for row in rows])
   return mean, np.nan if stderr is None else stderr
+
+
+def _half_width(rows: Sequence[Row]) -> float:
+  """Half a 95% confidence interval of a mean over seeds, in standard errors.
+
+  By Student's t: of three seeds it is 4.3.
+  """
+  return float(stats.t.ppf(0.975, len(rows) - 1)) if len(rows) > 1 else 0.0
 
 
 def _unique(rows: Iterable[Row], column: str) -> list[Any]:
@@ -149,12 +158,9 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   """
   sources = _unique(rows, 'source')
   networks = list(_styles(rows))
-  references = [
-    name
-    for name in _unique(
-      [row for row in rows if row['seed'] is None], 'predictor'
-    )
-  ]
+  references = _unique(
+    [row for row in rows if row['seed'] is None], 'predictor'
+  )
   names = networks + references
   with matplotlib.rc_context(plotting.STYLE):
     figure, panels = _panels(len(sources), 3.6, 3, 4.0, sharey=True)
@@ -162,9 +168,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
       of_source = groups(
         [row for row in rows if row['source'] == source], 'predictor'
       )
-      exact = next(
-        row for row in rows if row['source'] == source and row.get('is_own')
-      )
+      own = [r for r in rows if r['source'] == source and r.get('is_own')]
       for (name,), of_name in of_source.items():
         y = names.index(name)
         values = [row['above_exact'] for row in of_name]
@@ -183,26 +187,26 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
         panel.errorbar(
           mean,
           y,
-          xerr=_HALF_WIDTH * np.nan_to_num(stderr),
+          xerr=_half_width(of_name) * np.nan_to_num(stderr),
           fmt='|',
           color=plotting.COLOURS[0],
           markersize=11,
           markeredgewidth=2,
           capsize=2.5,
         )
-      for share in (0.02, 0.15):
-        panel.axvline(
-          share * exact['regret'], color='0.6', linestyle=':', linewidth=1.3
-        )
+      title = source
+      for exact in own:
+        title += f': {exact["predictor"]} loses {exact["regret"]:.3f}'
+        for share in _SHARES:
+          panel.axvline(
+            share * exact['regret'], color='0.6', linestyle=':', linewidth=1.3
+          )
       panel.set_xscale('log')
       _set_log_ticks(panel.xaxis)
       panel.set_yticks(range(len(names)), [label(name) for name in names])
       panel.set_ylim(len(names) - 0.5, -0.5)
       panel.grid(axis='y', color='0.92', linewidth=0.8)
-      panel.set_title(
-        f'{source}: {exact["predictor"]} loses {exact["regret"]:.3f}',
-        fontsize=10,
-      )
+      panel.set_title(title, fontsize=10)
       panel.set_xlabel('regret above it (nats, log scale)')
     plotting.add_legend(
       figure,
@@ -210,7 +214,11 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
         _marker('o', plotting.COLOURS[4], 'network of one seed'),
         _marker('|', plotting.COLOURS[0], 'mean over seeds, 95% confidence'),
         _marker('D', '0.4', 'another exact predictor'),
-        _line(':', '0.6', '2% and 15% above'),
+        _line(
+          ':',
+          '0.6',
+          ' and '.join(f'{share:.0%}' for share in _SHARES) + ' above',
+        ),
       ],
     )
     figure.suptitle('What networks lose on the source they were trained on')
@@ -455,7 +463,7 @@ def draw_after_switch(rows: Sequence[Row]) -> figure_lib.Figure:
     row
     for row in rows
     if row['seed'] is not None
-    or row['trained_on'] in (row['tested_on'], 'ptw', 'lin')
+    or row['trained_on'] in (row['tested_on'], *questions.REFERENCES)
   ]
   return _draw_curves(
     kept,
@@ -476,13 +484,8 @@ def _draw_curves(
   """Regret per symbol of networks and exact predictors, a panel per source."""
   sources = _unique(rows, by)
   styles = _styles(rows)
-  exact = [
-    name
-    for name in _unique(
-      [row for row in rows if row['seed'] is None], 'trained_on'
-    )
-  ]
-  others = [name for name in ('ptw', 'lin') if name in exact]
+  exact = _unique([row for row in rows if row['seed'] is None], 'trained_on')
+  others = [name for name in questions.REFERENCES if name in exact]
   with matplotlib.rc_context(plotting.STYLE):
     figure, panels = _panels(len(sources), 3.0, 2, 5.0)
     for panel, source in zip(panels, sources, strict=True):
@@ -496,7 +499,7 @@ def _draw_curves(
           style,
           is_log=True,
         )
-      for name in exact:
+      for name in dict.fromkeys((source, *others)):
         style = _EXACT_STYLES[0]
         if name != source:
           style = _EXACT_STYLES[1 + others.index(name)]
@@ -532,6 +535,8 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
     around the mean of every time, means over seeds, before and after training.
   """
   rows = [row for row in rows if row['r2_given_time'] is not None]
+  if not rows:
+    raise ValueError('no posterior has variance to explain')
   cells = _unique(
     [{**row, 'cell': (row['target'], row['source'])} for row in rows], 'cell'
   )
@@ -558,7 +563,7 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
         panel.errorbar(
           max(mean, 0),
           names.index(name),
-          xerr=_HALF_WIDTH * np.nan_to_num(stderr),
+          xerr=_half_width(of_name) * np.nan_to_num(stderr),
           fmt='o',
           color=plotting.COLOURS[0] if is_trained else plotting.COLOURS[1],
           markerfacecolor=plotting.COLOURS[0] if is_trained else 'white',
@@ -602,12 +607,13 @@ def _draw_curve(
 ) -> None:
   """Mean over seeds, and a 95% confidence band."""
   points = [
-    (key, *over_seeds(of_x, y)) for (key,), of_x in groups(rows, x).items()
+    (key, *over_seeds(of_x, y), _half_width(of_x))
+    for (key,), of_x in groups(rows, x).items()
   ]
   if not points:
     return
-  xs, means, stderrs = np.array(sorted(points)).T
-  half = _HALF_WIDTH * np.nan_to_num(stderrs)
+  xs, means, stderrs, widths = np.array(sorted(points)).T
+  half = widths * np.nan_to_num(stderrs)
   low = means - half
   if is_log:
     positive = means[means > 0]

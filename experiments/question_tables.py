@@ -20,6 +20,7 @@ Row = Mapping[str, Any]
 def on_distribution(rows: Sequence[Row]) -> str:
   """Returns the regret of every predictor on every source (nats)."""
   own = {row['source']: row for row in rows if row.get('is_own')}
+  sources = list(dict.fromkeys(row['source'] for row in rows))
   by_cell = figures.groups(rows, 'predictor', 'source')
   # Networks, then the others.
   names = dict.fromkeys(
@@ -33,13 +34,15 @@ def on_distribution(rows: Sequence[Row]) -> str:
     regret = _mean(of_cell, 'regret')
     if of_cell[0].get('is_own'):
       return f'**{of_cell[0]["regret"]:.4f}**'
+    if source not in own:
+      return regret
     above, _ = figures.over_seeds(of_cell, 'above_exact')
     return f'{regret} ({100 * above / own[source]["regret"]:+.1f}%)'
 
   return _markdown(
-    ['predictor', *own],
+    ['predictor', *sources],
     [
-      [figures.label(name), *(cell(name, source) for source in own)]
+      [figures.label(name), *(cell(name, source) for source in sources)]
       for name in names
     ],
   )

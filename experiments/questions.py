@@ -33,6 +33,7 @@ from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import runs
 from nonstationary_mbml.experiments import sweep_networks
+from nonstationary_mbml.experiments import tables
 
 EXACT = 'exact'
 Row = dict[str, Any]
@@ -44,6 +45,8 @@ _CURVE_STEPS = 14
 LENGTH_FACTOR = 8
 # Bins of positions per length of training.
 _BINS_PER_LENGTH = 2
+# Sources whose exact predictors, PTW and LAD, are references on all others.
+REFERENCES = ('ptw', 'lin')
 # Symbols of the sequences for a read-out, in all.
 _READ_OUT_SYMBOLS = 2**16
 # Symbols that a segment has at most if it began recently.
@@ -61,15 +64,12 @@ def on_distribution(networks: Networks) -> list[Row]:
   rows = []
   seen = set()
   for network in networks:
-    of_network, *others = network.table
-    by_seed = of_network.get('seeds') or [
-      {**of_network, 'seed': network.seeds[0]}
-    ]
+    _, *others = network.table
     rows += [
       _on_distribution_row(
-        network.source, network.architecture, by_seed_row['seed'], by_seed_row
+        network.source, network.architecture, row['seed'], row
       )
-      for by_seed_row in by_seed
+      for row in tables.network_rows(network.table, network.seeds)
     ]
     # All networks of a source read the same sequences.
     if network.source not in seen:
@@ -243,9 +243,15 @@ def length(
   """
   train_length = _train_length(networks)
   seq_length = LENGTH_FACTOR * train_length
-  networks = [network for network in networks if not _law_depends(network)]
+  networks = [
+    network for network in networks if _can_be_longer(network, seq_length)
+  ]
+  if not networks:
+    return []
   sources = sweep_networks.sources(networks)
-  width = max(1, train_length // _BINS_PER_LENGTH)
+  # The length of training is an edge, also if it is odd.
+  edges = np.arange(1, LENGTH_FACTOR * _BINS_PER_LENGTH + 1) * train_length
+  edges = np.unique(np.maximum(edges // _BINS_PER_LENGTH, 2))
   rows = []
   with _bar(len(networks), use_tqdm) as bar:
     for name, source in sources.items():
@@ -255,7 +261,7 @@ def length(
         {name: source}, exact, seq_length, num_sequences, seed, question=1
       )
       for own, log_probs in sequences.log_probs.items():
-        rows += _length_rows(EXACT, own, None, log_probs, sequences, width)
+        rows += _length_rows(EXACT, own, None, log_probs, sequences, edges)
       for network in networks:
         if network.source == name:
           members = sweep_networks.predict(network, sequences.symbols)
@@ -268,18 +274,23 @@ def length(
               member_seed,
               log_probs,
               sequences,
-              width,
+              edges,
             )
           bar.update(1)
   return rows
 
 
-def _law_depends(network: sweep_networks.Network) -> bool:
-  """Whether the law of the source depends on the length of its sequences."""
-  return (
-    network.config.data.trajectory_generator in config_lib.PTW_SOURCES
-    and network.config.data.trajectory_generator_kwargs.get('depth') is None
-  )
+def _can_be_longer(network: sweep_networks.Network, seq_length: int) -> bool:
+  """Whether the source has sequences so long, under the law of training."""
+  data = network.config.data
+  is_ptw = data.trajectory_generator in config_lib.PTW_SOURCES
+  if is_ptw and data.trajectory_generator_kwargs.get('depth') is None:
+    return False
+  try:
+    constants.build_data_generator(data).check_seq_length(seq_length)
+    return True
+  except ValueError:  # A tree that is too small.
+    return False
 
 
 def _length_rows(
@@ -288,25 +299,24 @@ def _length_rows(
   seed: int | None,
   log_probs: np.ndarray,
   sequences: sweep_networks.Sequences,
-  width: int,
+  edges: Sequence[int],
 ) -> list[Row]:
   regret = sweep_networks.regret(log_probs, sequences.parameters)
-  num_positions = regret.shape[1] + 1
-  rows = []
-  for begin in range(0, num_positions, width):
-    # Symbol p is predicted at index p - 2, and the first one never.
-    inside = regret[:, max(0, begin - 1) : begin - 1 + width]
-    rows.append(
-      {
-        'predictor': predictor,
-        'trained_on': trained_on,
-        'seed': seed,
-        'first_position': max(2, begin + 1),
-        'last_position': min(begin + width, num_positions),
-        **_mean_and_stderr('regret_per_symbol', inside.mean(axis=1)),
-      }
-    )
-  return rows
+  # Symbol p is predicted at index p - 2, and the first one never.
+  firsts = [2, *(edge + 1 for edge in edges[:-1])]
+  return [
+    {
+      'predictor': predictor,
+      'trained_on': trained_on,
+      'seed': seed,
+      'first_position': int(first),
+      'last_position': int(last),
+      **_mean_and_stderr(
+        'regret_per_symbol', regret[:, first - 2 : last - 1].mean(axis=1)
+      ),
+    }
+    for first, last in zip(firsts, edges, strict=True)
+  ]
 
 
 def after_switch(
@@ -336,8 +346,11 @@ def after_switch(
       since = symbols_since_switch(sequences.switches)[:, 1:]
       ages = range(1, seq_length // 2 + 1)
       for own, log_probs in sequences.log_probs.items():
-        regret = sweep_networks.regret(log_probs, sequences.parameters)
-        rows += _after_switch_rows(name, EXACT, own, None, regret, since, ages)
+        if own in (name, *REFERENCES):
+          regret = sweep_networks.regret(log_probs, sequences.parameters)
+          rows += _after_switch_rows(
+            name, EXACT, own, None, regret, since, ages
+          )
       for network in networks:
         if network.source == name:
           members = sweep_networks.predict(network, sequences.symbols)

@@ -6,10 +6,11 @@
   python experiments/report.py --sweep_dir=runs/sweeps/tiny --output_dir=runs/t
 
 Questions: on_distribution, off_distribution, length and inside (what
-`questions` says of them). Measures the finished points of a sweep and writes
-into <output_dir>/ the tables (CSV: a row for every seed), the figures (PNG),
-and tables.md, with means and standard errors over seeds. With --draw_only the
-figures and tables.md are made again from the CSV files that are there.
+`questions` says of them). Measures the networks of a finished sweep (with
+--partial those that are finished) and writes into <output_dir>/ the tables
+(CSV: a row for every seed), the figures (PNG), and tables.md, with means and
+standard errors over seeds. With --draw_only the figures and tables.md are made
+again from the CSV files that are there.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import question_figures
 from nonstationary_mbml.experiments import question_tables
 from nonstationary_mbml.experiments import questions
+from nonstationary_mbml.experiments import sweep_folder
 from nonstationary_mbml.experiments import sweep_networks
 
 RUNS = 'runs'
@@ -71,6 +73,7 @@ def measure(
   num_sequences: int,
   seed: int,
   command: str,
+  sweep: str = '',
 ) -> None:
   """Measures, and writes a CSV file for every table.
 
@@ -81,27 +84,37 @@ def measure(
     num_sequences: N, of every measurement on fresh sequences.
     seed: Of the sequences.
     command: That is given, to be noted.
+    sweep: What tells the sweep from others. A folder has tables of one only.
 
   Raises:
-    ValueError: If the networks cannot be compared.
+    ValueError: If the networks cannot be compared, or the folder has tables of
+      another sweep.
     OSError: If a file cannot be written.
   """
-  commands = {}
+  made = {'sweep': sweep, 'commands': {}}
   if (folder / COMMANDS).exists():
-    commands = files.read_json(folder / COMMANDS)
+    made = files.read_json(folder / COMMANDS)
+  if made['sweep'] != sweep:
+    raise ValueError(
+      f'{folder} has the tables of another sweep; choose another --output_dir, '
+      'or delete them'
+    )
 
   def write(table: str, rows: Rows) -> None:
-    files.write_csv(folder / f'{table}.csv', rows)
-    commands[table] = command
-    files.write_json(folder / COMMANDS, commands)
+    path = folder / f'{table}.csv'
+    if rows:
+      files.write_csv(path, rows)
+      made['commands'][table] = command
+    else:  # Nor what an earlier measurement has left.
+      path.unlink(missing_ok=True)
+      made['commands'].pop(table, None)
+    files.write_json(folder / COMMANDS, made)
 
   write(RUNS, describe_runs(networks))
   for question in chosen:
     for table, ask in questions.QUESTIONS[question].items():
       print(f'{table} ...', file=sys.stderr, flush=True)
-      rows = ask(networks, num_sequences, seed, True)
-      if rows:
-        write(table, rows)
+      write(table, ask(networks, num_sequences, seed, True))
 
 
 def figures_of(
@@ -123,6 +136,8 @@ def figures_of(
     'read_out': question_figures.draw_read_out,
   }.get(table)
   drawn = {} if draw is None else {table: lambda: draw(rows)}
+  if table == 'read_out' and all(row['r2_given_time'] is None for row in rows):
+    drawn = {}  # Nothing varies but with time.
   if table == 'off_distribution':
     names = dict.fromkeys(
       row['predictor'] for row in rows if row['seed'] is not None
@@ -157,7 +172,7 @@ def draw(folder: pathlib.Path) -> list[str]:
     } or (None,)
   commands = {}
   if (folder / COMMANDS).exists():
-    commands = files.read_json(folder / COMMANDS)
+    commands = files.read_json(folder / COMMANDS)['commands']
   names = [RUNS, *(name for of in questions.QUESTIONS.values() for name in of)]
   written, blocks = [], []
   for name in names:
@@ -199,19 +214,25 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   )
   flags.DEFINE_string(
     'output_dir',
-    'results/small',
-    'Folder of tables and figures.',
+    None,
+    "Folder of tables and figures; if unset, results/ and the sweep's name.",
     flag_values=values,
   )
   flags.DEFINE_integer(
     'num_sequences',
     2_048,
-    'Fresh sequences for every measurement.',
+    'Fresh sequences of every source; a read-out takes 65,536 symbols.',
     lower_bound=2,
     flag_values=values,
   )
   flags.DEFINE_integer(
     'seed', 0, 'Of the sequences.', lower_bound=0, flag_values=values
+  )
+  flags.DEFINE_bool(
+    'partial',
+    False,
+    'Measure the points that are finished, if not all are.',
+    flag_values=values,
   )
   flags.DEFINE_bool(
     'draw_only',
@@ -224,25 +245,34 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def main(argv: list[str]) -> None:
   """Measures and draws."""
   values = flags.FLAGS
-  command_line.start(argv)
-  folder = command_line.make_folder(values.output_dir)
+  sweep = sweep_folder.SweepFolder(values.sweep_dir)
+  folder = pathlib.Path(
+    values.output_dir or pathlib.Path('results', sweep.path.name)
+  )
   chosen = values.question or list(questions.QUESTIONS)
   try:
     for question in chosen:
       base_config.check_choice('--question', question, questions.QUESTIONS)
+    command_line.start(argv)
     if not values.draw_only:
-      networks = sweep_networks.networks(values.sweep_dir)
-      if not networks:
-        raise ValueError(f'{values.sweep_dir} has no finished point')
+      points, finished = sweep.points(), sweep.finished()
+      if not finished or (len(finished) < len(points) and not values.partial):
+        raise ValueError(
+          f'{len(finished)} of {len(points)} points of {sweep.path} are '
+          'finished; sweep_launch.py goes on, --partial takes what there is, '
+          'and --draw_only draws the tables again'
+        )
+      command_line.make_folder(folder)
       measure(
-        networks,
+        sweep_networks.networks(sweep.path),
         chosen,
         folder,
         values.num_sequences,
         values.seed,
-        f'python experiments/report.py --sweep_dir={values.sweep_dir} '
-        f'--output_dir={values.output_dir} '
-        f'--num_sequences={values.num_sequences} --seed={values.seed}',
+        f'python experiments/report.py --sweep_dir={sweep.path} '
+        f'--output_dir={folder} --num_sequences={values.num_sequences} '
+        f'--seed={values.seed}',
+        sweep.digest(),
       )
     written = draw(folder)
   except (ValueError, OSError) as error:

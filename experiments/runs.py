@@ -128,6 +128,8 @@ def _load_params(
 
 
 _EXPORTED_ENTRIES = 20
+# Tells a copy from a run, which has more than can be made again.
+_EXPORTED = 'exported.json'
 # Of an environment: what tells of somebody's machine only.
 _PRIVATE = ('command', 'host')
 
@@ -159,8 +161,8 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
       f'{folder} has no snapshot of its last step, {steps}; it has not ended, '
       'or schedule.num_saves is 0'
     )
-  if target.exists() and not (target / run_folder.CONFIG).exists():
-    raise ValueError(f'{target} is there already, and no run')
+  if target.exists() and not (target / _EXPORTED).exists():
+    raise ValueError(f'{target} is there already, and no copy of a run')
   entries, _ = run_folder.read_metrics(folder / run_folder.METRICS)
   kept = {entry['step'] for entry in thinned(entries, _EXPORTED_ENTRIES)}
   target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +174,7 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
       if (folder / name).exists():
         shutil.copyfile(folder / name, new / name)
     environment = files.read_json(folder / run_folder.ENVIRONMENT)
-    for start in environment['starts']:
+    for start in environment.get('starts', ()):
       for name in _PRIVATE:
         start.pop(name, None)
     files.write_json(new / run_folder.ENVIRONMENT, environment)
@@ -185,8 +187,9 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
         if entry['step'] in kept
       ),
     )
+    files.write_json(new / _EXPORTED, {'steps_of_the_log': sorted(kept)})
     if target.exists():
-      shutil.rmtree(target)
+      target.rename(new.with_name('old'))
     new.rename(target)
   return sum(path.stat().st_size for path in target.rglob('*'))
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import hashlib
+import json
 import pathlib
 import time
 from typing import Any
@@ -103,6 +105,12 @@ class SweepFolder:
         ]
       except (KeyError, TypeError) as error:
         raise ValueError(f'it is not of a sweep: {error!r}') from error
+
+  def digest(self) -> str:
+    """Returns what tells the sweep from others: a hash of its configs."""
+    configs = [base_config.to_dict(point.config) for point in self.points()]
+    text = json.dumps(configs, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
   @contextlib.contextmanager
   def open(

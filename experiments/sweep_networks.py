@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nonstationary_mbml import files
 from nonstationary_mbml import predictors
+from nonstationary_mbml import run_folder
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -61,13 +61,15 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
   """Returns the finished networks of a sweep, one per source and architecture.
 
   Where a sweep has several of them, as with several learning rates, it is the
-  one with the least mean regret on its own source.
+  one of the least regret in the last evaluation of training, whose sequences
+  are not those of any table.
 
   Args:
     folder: Of the sweep, which sets `data` and `model` by name.
 
   Raises:
-    ValueError: If it is no sweep, or sets something else.
+    ValueError: If it is no sweep, sets something else, or has seeds as points
+      of their own.
   """
   of_sweep = sweep_folder.SweepFolder(folder)
   best = {}
@@ -80,6 +82,12 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
         f'{folder} is swept over {", ".join(settings)}; what can be compared '
         f'are named values of {_SOURCE} and {_ARCHITECTURE}'
       )
+    for path in sweep_folder.SEED_PATHS:
+      if path in settings:
+        raise ValueError(
+          f'{folder} is swept over {path}; what is compared has all seeds in '
+          'one point, as a tuple in train.model_init_seed'
+        )
     path = of_sweep.run_path(point.name)
     config = config_lib.load(path)
     network = Network(
@@ -87,17 +95,18 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
       settings[_ARCHITECTURE],
       path,
       config,
-      files.read_json(path / sweep_folder.TABLE)['table'],
+      of_sweep.table(point.name),
       train.member_seeds(config.train),
     )
     key = network.source, network.architecture
-    if key not in best or _regret(network) < _regret(best[key]):
+    if key not in best or _validation(network) < _validation(best[key]):
       best[key] = network
   return list(best.values())
 
 
-def _regret(network: Network) -> float:
-  return network.table[0]['cumulative_regret']
+def _validation(network: Network) -> float:
+  entries, _ = run_folder.read_metrics(network.folder / run_folder.METRICS)
+  return entries[-1]['cumulative_regret'] if entries else np.inf
 
 
 def sources(
@@ -134,7 +143,20 @@ def exact_predictors(
   Args:
     of_sources: By name.
     seq_length: T.
+
+  Raises:
+    ValueError: If their priors differ, or are no Dirichlet: KT has but one.
   """
+  priors = {
+    (source.parameter_distribution, source.parameter_distribution_params)
+    for source in of_sources.values()
+  }
+  if len(priors) != 1 or next(iter(priors))[0] != 'dirichlet':
+    raise ValueError(
+      'the sources have the priors '
+      f'{", ".join(map(str, sorted(priors)))}; what is compared has one, and a '
+      'Dirichlet'
+    )
   exact = {}
   for name, source in of_sources.items():
     generator = constants.build_data_generator(source)

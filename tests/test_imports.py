@@ -51,6 +51,15 @@ ORDER = (
     'experiments.bayes_table',
     'experiments.switch_posteriors',
     'experiments.local_launch',
+    'experiments.export_run',
+    'experiments.sweeps',
+    'experiments.sweep_folder',
+    'experiments.sweep_launch',
+    'experiments.sweep_networks',
+    'experiments.questions',
+    'experiments.question_figures',
+    'experiments.question_tables',
+    'experiments.report',
   ),
 )
 MODULES = [module for group in ORDER for module in group]

@@ -41,7 +41,8 @@ def test_bins_of_positions_hold_every_predicted_symbol_once():
   parameters = rng.dirichlet(np.ones(2), (5, 16))
   log_probs = np.log(rng.dirichlet(np.ones(2), (5, 16)))
   sequences = sweep_networks.Sequences(None, parameters, None, {})
-  rows = questions._length_rows('a', 'b', 0, log_probs, sequences, width=4)
+  edges = (4, 8, 12, 16)
+  rows = questions._length_rows('a', 'b', 0, log_probs, sequences, edges)
   assert [(r['first_position'], r['last_position']) for r in rows] == [
     (2, 4),
     (5, 8),

@@ -12,6 +12,7 @@ import pytest
 from nonstationary_mbml import files
 from nonstationary_mbml.experiments import question_figures
 from nonstationary_mbml.experiments import report
+from nonstationary_mbml.experiments import sweep_folder
 from nonstationary_mbml.experiments import sweeps
 
 SCRIPT = pathlib.Path(report.__file__)
@@ -106,10 +107,10 @@ def test_tables_and_figures_follow_from_the_committed_rows(tmp_path):
       assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
 
 
-def _curve(seed, regrets, predictor='lstm', trained_on='lin'):
+def _curve(seed, regrets, predictor='lstm', trained_on='lin', tested_on='lin'):
   return [
     {
-      'tested_on': 'lin',
+      'tested_on': tested_on,
       'predictor': predictor,
       'trained_on': trained_on,
       'seed': seed,
@@ -124,17 +125,26 @@ def test_curves_are_means_over_seeds_beside_exact_predictors():
   rows = [
     *_curve(None, [0.4, 0.2], 'exact', 'lin'),
     *_curve(None, [0.5, 0.3], 'exact', 'ptw'),
-    *_curve(None, [0.9, 0.9], 'exact', 'regular_shift'),
     *_curve(0, [0.5, 0.2]),
     *_curve(1, [0.7, 0.4]),
+    *_curve(None, [0.9, 0.9], 'exact', 'static', tested_on='static'),
+    *_curve(None, [0.8, 0.8], 'exact', 'lin', tested_on='static'),
+    # Only in the way.
+    *_curve(None, [0.9, 0.9], 'exact', 'static'),
   ]
-  (panel,) = question_figures.draw_after_switch(rows).axes
+  panel, static = question_figures.draw_after_switch(rows).axes
   curves = [line.get_ydata().tolist() for line in panel.get_lines()]
-  # The last one is for another source, and would only be in the way.
-  assert len(curves) == 3
   np.testing.assert_allclose(curves[0], [0.6, 0.3])
   assert curves[1:] == [[0.4, 0.2], [0.5, 0.3]]
   assert panel.get_yscale() == 'log'
+  curves = [line.get_ydata().tolist() for line in static.get_lines()]
+  assert curves == [[0.9, 0.9], [0.8, 0.8]]
+  # Of two seeds, a 95% interval is 12.7 standard errors to either side; what
+  # would be below 0 is cut.
+  (band,) = panel.collections
+  assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(
+    0.6 + 12.706 * 0.1, rel=1e-4
+  )
 
 
 def test_matrix_shows_what_is_missing_and_frames_the_own_source():
@@ -159,15 +169,26 @@ def test_matrix_shows_what_is_missing_and_frames_the_own_source():
   assert len(lstm.patches) == 1
 
 
+def test_tables_of_two_sweeps_are_not_mixed(tmp_path):
+  report.measure([], [], tmp_path, 2, 0, 'command', 'one')
+  with pytest.raises(ValueError, match='tables of another sweep'):
+    report.measure([], [], tmp_path, 2, 0, 'command', 'another')
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
     ('--question=lenght', "did you mean 'length'"),
     ('--sweep_dir=none', 'none is no folder of a sweep'),
     ('--draw_only', 'out has no tables to draw'),
+    ('--sweep_dir=sweep', '0 of 6 points of sweep are finished'),
   ],
 )
 def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
+  with sweep_folder.SweepFolder(tmp_path / 'sweep').open(
+    sweeps.tiny().points(), 16
+  ):
+    pass
   result = subprocess.run(
     [sys.executable, SCRIPT, '--output_dir=out', flag],
     cwd=tmp_path,

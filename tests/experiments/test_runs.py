@@ -236,6 +236,13 @@ def test_export_is_loaded_like_the_run(folder, tmp_path):
   # Again: in its place.
   assert runs.export(folder, target) == size
   assert [path.name for path in target.parent.iterdir()] == ['copy']
+  # A run that is not a copy is never replaced, nor is the run itself.
+  for run_path in (folder, tmp_path):
+    with pytest.raises(ValueError, match='no copy of a run'):
+      runs.export(target, run_path)
+  with pytest.raises(ValueError, match='no copy of a run'):
+    runs.export(folder, folder)
+  assert (folder / 'checkpoints').is_dir()
 
 
 def test_export_refuses_what_has_not_ended_and_what_is_no_run(folder, tmp_path):
