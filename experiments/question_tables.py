@@ -165,16 +165,23 @@ def after_switch(rows: Sequence[Row]) -> str:
   return _markdown(['source', 'predictor', *map(str, ages)], lines)
 
 
-def read_out(rows: Sequence[Row]) -> str:
-  """Returns the share of variance given time that a linear map explains."""
+def read_out(rows: Sequence[Row], column: str = 'r2_given_time') -> str:
+  """Returns the share of variance that a linear map of the state explains.
+
+  Args:
+    rows: Of the table.
+    column: `r2_given_time`, or `r2` for that with a clock's share.
+  """
   sources = list(dict.fromkeys(row['source'] for row in rows))
-  by_cell = figures.groups(rows, 'predictor', 'is_trained', 'target', 'source')
+  by_cell = figures.groups(rows, 'target', 'predictor', 'is_trained', 'source')
   cases = figures.groups(rows, 'target', 'predictor', 'is_trained')
 
   def cell(of_cell: Sequence[Row] | None) -> str:
-    if of_cell is None or of_cell[0]['r2_given_time'] is None:
+    if of_cell is None:
+      return ''
+    if of_cell[0][column] is None:
       return 'no variance'
-    return _mean(of_cell, 'r2_given_time', spec='.3f')
+    return _mean(of_cell, column, spec='.3f')
 
   return _markdown(
     ['posterior', 'predictor', 'training', *sources],
@@ -184,11 +191,20 @@ def read_out(rows: Sequence[Row]) -> str:
         figures.label(predictor),
         'after' if is_trained else 'before',
         *(
-          cell(by_cell.get((predictor, is_trained, target, source)))
+          cell(by_cell.get((target, predictor, is_trained, source)))
           for source in sources
         ),
       ]
-      for target, predictor, is_trained in cases
+      for target, predictor, is_trained in sorted(
+        cases,
+        key=lambda case: (
+          list(figures.TARGETS).index(case[0]),
+          list(figures.LABELS).index(case[1])
+          if case[1] in figures.LABELS
+          else len(figures.LABELS),
+          -case[2],
+        ),
+      )
     ],
   )
 
@@ -275,6 +291,11 @@ TABLES: dict[str, tuple[tuple[str, Callable[[Sequence[Row]], str]], ...]] = {
       'Read from the state: share of the variance of the exact posterior, '
       'around its mean at every time, that a linear map explains',
       read_out,
+    ),
+    (
+      'The same with the variance of the means: where all depends on time, it '
+      'says whether the state has a clock',
+      lambda rows: read_out(rows, 'r2'),
     ),
   ),
 }

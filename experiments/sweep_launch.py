@@ -385,8 +385,8 @@ def format_outcome(folder: pathlib.Path, outcome: Outcome) -> str:
   blocks = [format_summary(rows)]
   blocks.append(
     f'{len(outcome.finished)} points finished, {len(outcome.left)} left, '
-    f'{len(outcome.failed)} failed; {folder / sweep_folder.RESULTS} has '
-    'all results.'
+    f'{len(outcome.failed)} failed; results are in '
+    f'{folder / sweep_folder.RESULTS}.'
   )
   if outcome.cannot_save is not None:
     blocks.append(
