@@ -48,10 +48,11 @@ TARGETS = {
 }
 # Of the exact predictor's regret: what is called near, and not far.
 _SHARES = (0.02, 0.15)
+# The own one under the networks, which often coincide with it.
 _EXACT_STYLES = (
-  {'color': 'black', 'linestyle': '-'},
-  {'color': '0.45', 'linestyle': '--'},
-  {'color': '0.45', 'linestyle': ':'},
+  {'color': '0.72', 'linestyle': '-', 'linewidth': 5.0, 'zorder': 1},
+  {'color': 'black', 'linestyle': '--', 'linewidth': 1.6},
+  {'color': 'black', 'linestyle': ':', 'linewidth': 1.6},
 )
 
 
@@ -128,15 +129,17 @@ def _panels(
   panels = figure.subplots(num_rows, columns, squeeze=False, **kwargs).ravel()
   for index, panel in enumerate(panels):
     panel.set_visible(index < number)
-    # Also where the row below has no panel.
-    panel.tick_params(labelbottom=index + columns >= number)
+    if kwargs.get('sharex'):  # Also where the row below has no panel.
+      panel.tick_params(labelbottom=index + columns >= number)
   return figure, list(panels[:number])
 
 
-def _set_log_ticks(axis: matplotlib.axis.Axis) -> None:
-  """Puts plain numbers at 1, 2 and 5 of a logarithmic axis."""
+def _set_log_ticks(
+  axis: matplotlib.axis.Axis, subs: Sequence[int] = (1, 2, 5)
+) -> None:
+  """Puts plain numbers at some multiples of the powers of ten."""
   low, high = axis.get_view_interval()
-  subs = (1, 2, 5) if high / low < 500 else (1,)
+  subs = subs if high / low < 500 else (1,)
   axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
   axis.set_major_formatter(matplotlib.ticker.FuncFormatter(_plain_number))
   axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -232,8 +235,7 @@ def draw_learning(rows: Sequence[Row]) -> figure_lib.Figure:
     rows: Of the table learning.
 
   Returns:
-    The figure: a panel for every source, means over seeds with 95% confidence
-    bands.
+    The figure: a panel for every source, means over seeds.
   """
   sources = _unique(rows, 'source')
   styles = _styles(rows)
@@ -246,18 +248,20 @@ def draw_learning(rows: Sequence[Row]) -> figure_lib.Figure:
           for row in rows
           if row['source'] == source and row['predictor'] == name
         ]
-        _draw_curve(panel, of_name, 'step', 'above_exact', style, is_log=True)
+        # Bands would hide each other.
+        _draw_curve(panel, of_name, 'step', 'above_exact', style, band=False)
       panel.set_xscale('log')
       panel.set_yscale('log')
-      _set_log_ticks(panel.xaxis)
+      _set_log_ticks(panel.xaxis, (1, 3))
       _set_log_ticks(panel.yaxis)
       panel.grid(color='0.92', linewidth=0.8)
       panel.set_title(source, fontsize=10)
       panel.set_xlabel('training step (log scale)')
       panel.set_ylabel('regret above the exact\npredictor (nats, log scale)')
-    _add_legend(figure, styles, {}, 'seeds')
+    _add_legend(figure, styles, {}, band=False)
     figure.suptitle(
-      'How networks come near the Bayes predictor of their source'
+      'How networks come near the Bayes predictor of their source '
+      '(means over seeds)'
     )
   return figure
 
@@ -418,7 +422,7 @@ def draw_length(
 
   Returns:
     The figure: a panel for every source; means over seeds with 95% confidence
-    bands, the exact predictor in black.
+    bands, the exact predictor under them.
   """
   rows = [
     {**row, 'position': (row['first_position'] + row['last_position']) / 2}
@@ -497,7 +501,6 @@ def _draw_curves(
           x,
           'regret_per_symbol',
           style,
-          is_log=True,
         )
       for name in dict.fromkeys((source, *others)):
         style = _EXACT_STYLES[0]
@@ -509,8 +512,9 @@ def _draw_curves(
           if row['seed'] is None and row['trained_on'] == name
         )
         if points:
-          panel.plot(*zip(*points, strict=True), **style, linewidth=2.2)
+          panel.plot(*zip(*points, strict=True), **style)
       panel.grid(color='0.92', linewidth=0.8)
+      panel.set_axisbelow(True)
       panel.set_title(source, fontsize=10)
       finish(panel, source)
     references = {"the source's exact predictor": _EXACT_STYLES[0]}
@@ -519,7 +523,7 @@ def _draw_curves(
         exact_label(name): _EXACT_STYLES[1 + index]
         for index, name in enumerate(others)
       }
-    _add_legend(figure, styles, references, 'seeds')
+    _add_legend(figure, styles, references)
     figure.suptitle(title)
   return figure
 
@@ -603,9 +607,9 @@ def _draw_curve(
   x: str,
   y: str,
   style: Mapping[str, object],
-  is_log: bool,
+  band: bool = True,
 ) -> None:
-  """Mean over seeds, and a 95% confidence band."""
+  """Mean over seeds on a logarithmic axis, and a 95% confidence band."""
   points = [
     (key, *over_seeds(of_x, y), _half_width(of_x))
     for (key,), of_x in groups(rows, x).items()
@@ -614,42 +618,42 @@ def _draw_curve(
     return
   xs, means, stderrs, widths = np.array(sorted(points)).T
   half = widths * np.nan_to_num(stderrs)
-  low = means - half
-  if is_log:
-    positive = means[means > 0]
-    if not len(positive):
-      return
-    # Noise at the optimum has no logarithm.
-    low = np.maximum(low, positive.min() / 3)
-    means = np.where(means > 0, means, np.nan)
-  panel.plot(xs, means, **style)
-  panel.fill_between(
-    xs, low, means + half, color=style['color'], alpha=0.18, linewidth=0
-  )
+  # What is not positive has no logarithm: noise at the optimum.
+  positive = means[means > 0]
+  if not len(positive):
+    return
+  panel.plot(xs, np.where(means > 0, means, np.nan), **style)
+  if band:
+    panel.fill_between(
+      xs,
+      np.maximum(means - half, positive.min() / 3),
+      means + half,
+      color=style['color'],
+      alpha=0.18,
+      linewidth=0,
+    )
 
 
 def _add_legend(
   figure: figure_lib.Figure,
   styles: Mapping[str, Mapping[str, Any]],
   references: Mapping[str, Mapping[str, Any]],
-  spread: str,
+  band: bool = True,
 ) -> None:
   handles = [
     matplotlib.lines.Line2D([], [], label=label(name), **style)
     for name, style in styles.items()
   ]
   handles += [
-    matplotlib.lines.Line2D([], [], label=name, linewidth=2.2, **style)
+    matplotlib.lines.Line2D([], [], label=name, **style)
     for name, style in references.items()
   ]
-  handles.append(
-    matplotlib.patches.Patch(
-      color='0.5',
-      alpha=0.35,
-      linewidth=0,
-      label=f'95% confidence over {spread}',
+  if band:
+    handles.append(
+      matplotlib.patches.Patch(
+        color='0.5', alpha=0.35, linewidth=0, label='95% confidence over seeds'
+      )
     )
-  )
   plotting.add_legend(figure, handles)
 
 
