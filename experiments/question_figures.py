@@ -161,8 +161,10 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   """
   sources = _unique(rows, 'source')
   networks = list(_styles(rows))
+  # What is only ever the own one has no distance to itself.
   references = _unique(
-    [row for row in rows if row['seed'] is None], 'predictor'
+    [row for row in rows if row['seed'] is None and not row['is_own']],
+    'predictor',
   )
   names = networks + references
   with matplotlib.rc_context(plotting.STYLE):
@@ -173,11 +175,12 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
       )
       own = [r for r in rows if r['source'] == source and r.get('is_own')]
       for (name,), of_name in of_source.items():
+        if of_name[0].get('is_own'):
+          continue
         y = names.index(name)
         values = [row['above_exact'] for row in of_name]
         if of_name[0]['seed'] is None:
-          if not of_name[0]['is_own']:
-            panel.plot(values, [y], 'D', color='0.4', markersize=5)
+          panel.plot(values, [y], 'D', color='0.4', markersize=5)
           continue
         panel.plot(
           values,
