@@ -114,7 +114,10 @@ class SweepFolder:
 
   @contextlib.contextmanager
   def open(
-    self, points: Sequence[config_lib.SweepPoint], num_sequences: int
+    self,
+    points: Sequence[config_lib.SweepPoint],
+    num_sequences: int,
+    cpu_devices: int = 1,
   ) -> Iterator[TextIO]:
     """Holds the folder for a sweep, inside a `with`.
 
@@ -123,6 +126,7 @@ class SweepFolder:
     Args:
       points: Of the sweep.
       num_sequences: For the tables of all its runs.
+      cpu_devices: Of every run; another number rounds differently.
 
     Yields:
       The file whose lock is held, for child processes to hold it as well.
@@ -140,6 +144,7 @@ class SweepFolder:
       self._lock(lock)
       manifest = {
         'num_sequences': num_sequences,
+        'cpu_devices': cpu_devices,
         'points': [
           {
             'settings': point.settings,
@@ -148,7 +153,7 @@ class SweepFolder:
           for point in points
         ],
       }
-      self.check_same_sweep(points, num_sequences)
+      self.check_same_sweep(points, num_sequences, cpu_devices)
       # Before all else: what is here is a sweep.
       files.write_json(self.path / MANIFEST, manifest)
       for name in ('configs', 'points', 'logs'):
@@ -179,13 +184,17 @@ class SweepFolder:
         return
 
   def check_same_sweep(
-    self, points: Sequence[config_lib.SweepPoint], num_sequences: int
+    self,
+    points: Sequence[config_lib.SweepPoint],
+    num_sequences: int,
+    cpu_devices: int = 1,
   ) -> None:
     """Raises ValueError unless all that the folder holds is of a sweep.
 
     Args:
       points: Of the sweep; the folder may lack some of them.
       num_sequences: For the tables of its runs.
+      cpu_devices: Of every run.
     """
     path = self.path / MANIFEST
     if not path.exists():
@@ -201,8 +210,13 @@ class SweepFolder:
     }
     # Read as configs: fields that are newer than the folder have defaults.
     present = self.points()
+    manifest = files.read_json(path)
     differences = base_config.differences(
-      files.read_json(path).get('num_sequences'), num_sequences, 'num_sequences'
+      {
+        'num_sequences': manifest.get('num_sequences'),
+        'cpu_devices': manifest.get('cpu_devices', 1),
+      },
+      {'num_sequences': num_sequences, 'cpu_devices': cpu_devices},
     )
     for point in present:
       if point.name not in wanted:

@@ -122,7 +122,7 @@ def run_sweep(
       constants.check(config_lib.post_process_config(point.config))
     except ValueError as error:
       failed[point.config.name] = f'its config is not valid: {error}'
-  with of_sweep.open(points, num_sequences) as lock:
+  with of_sweep.open(points, num_sequences, cpu_devices) as lock:
     # Only now: whoever waits for the lock can be stopped like any program.
     with interrupting.catch() as interrupts:
       runner = _Runner(
@@ -526,7 +526,7 @@ def main(argv: list[str]) -> None:
     points, is_chosen = points_from_flags(values)
     if values.list:
       sweep_folder.SweepFolder(folder).check_same_sweep(
-        points, values.num_sequences
+        points, values.num_sequences, values.cpu_devices
       )
       _print_points(points, folder, is_chosen)
       return
@@ -544,6 +544,10 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:
     print('stopped; the same command goes on', file=sys.stderr)
     sys.exit(command_line.EXIT_STOPPED)
+  except BrokenPipeError:
+    # Whoever read what is printed has enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return
   except OSError as error:
     sys.exit(f'error: cannot write to {folder}: {error.strerror or error}')
   except ValueError as error:

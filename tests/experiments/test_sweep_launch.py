@@ -200,6 +200,9 @@ def test_folder_of_another_sweep_is_refused(tmp_path):
   with pytest.raises(ValueError, match='num_sequences: 16 -> 17'):
     with folder.open(points, 17):
       pass
+  with pytest.raises(ValueError, match='cpu_devices: 1 -> 2'):
+    with folder.open(points, 16, cpu_devices=2):
+      pass
   with pytest.raises(ValueError, match='tiny,ptw,rnn is not one of this sweep'):
     with folder.open(sweeps.small().points(), 16):
       pass
