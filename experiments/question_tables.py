@@ -48,6 +48,27 @@ def on_distribution(rows: Sequence[Row]) -> str:
   )
 
 
+def percent_above(rows: Sequence[Row]) -> str:
+  """Returns regret above the exact predictor, in percent of its own."""
+  own = {row['source']: row['regret'] for row in rows if row.get('is_own')}
+  of_networks = [row for row in rows if row['seed'] is not None]
+  by_cell = figures.groups(of_networks, 'predictor', 'source')
+
+  def cell(name: str, source: str) -> str:
+    of_cell = by_cell.get((name, source))
+    if of_cell is None:
+      return ''
+    return _mean(of_cell, 'above_exact', 100 / own[source], '.2f')
+
+  return _markdown(
+    ['predictor', *own],
+    [
+      [figures.label(name), *(cell(name, source) for source in own)]
+      for name in dict.fromkeys(row['predictor'] for row in of_networks)
+    ],
+  )
+
+
 def off_distribution(rows: Sequence[Row]) -> str:
   """Returns the regret above the tested source's exact predictor (nats)."""
   tested = list(dict.fromkeys(row['tested_on'] for row in rows))
@@ -257,6 +278,10 @@ TABLES: dict[str, tuple[tuple[str, Callable[[Sequence[Row]], str]], ...]] = {
       'On the source of training: regret in nats, in brackets above the exact '
       'predictor, which is in bold',
       on_distribution,
+    ),
+    (
+      'The same: regret above the exact predictor in percent of its own',
+      percent_above,
     ),
   ),
   'off_distribution': (

@@ -252,31 +252,22 @@ def length(
   # The length of training is an edge, also if it is odd.
   edges = np.arange(1, LENGTH_FACTOR * _BINS_PER_LENGTH + 1) * train_length
   edges = np.unique(np.maximum(edges // _BINS_PER_LENGTH, 2))
+  exact = sweep_networks.exact_predictors(sources, seq_length)
   rows = []
   with _bar(len(networks), use_tqdm) as bar:
-    for name, source in sources.items():
-      exact = sweep_networks.exact_predictors({name: source}, seq_length)
-      exact = {own: exact[own] for own in exact if own == name}
-      ((_, sequences),) = _sampled(
-        {name: source}, exact, seq_length, num_sequences, seed, question=1
-      )
-      for own, log_probs in sequences.log_probs.items():
-        rows += _length_rows(EXACT, own, None, log_probs, sequences, edges)
-      for network in networks:
-        if network.source == name:
-          members = sweep_networks.predict(network, sequences.symbols)
-          for member_seed, log_probs in zip(
-            network.seeds, members, strict=True
-          ):
-            rows += _length_rows(
-              network.architecture,
-              name,
-              member_seed,
-              log_probs,
-              sequences,
-              edges,
-            )
-          bar.update(1)
+    for name, sequences in _sampled(
+      sources, exact, seq_length, num_sequences, seed, question=1
+    ):
+      if name in exact:
+        rows += _length_rows(
+          EXACT, name, None, sequences.log_probs[name], sequences, edges
+        )
+      for network, member_seed, log_probs in _predictions(
+        networks, name, sequences, bar
+      ):
+        rows += _length_rows(
+          network.architecture, name, member_seed, log_probs, sequences, edges
+        )
   return rows
 
 
@@ -351,23 +342,13 @@ def after_switch(
           rows += _after_switch_rows(
             name, EXACT, own, None, regret, since, ages
           )
-      for network in networks:
-        if network.source == name:
-          members = sweep_networks.predict(network, sequences.symbols)
-          for member_seed, log_probs in zip(
-            network.seeds, members, strict=True
-          ):
-            regret = sweep_networks.regret(log_probs, sequences.parameters)
-            rows += _after_switch_rows(
-              name,
-              network.architecture,
-              name,
-              member_seed,
-              regret,
-              since,
-              ages,
-            )
-          bar.update(1)
+      for network, member_seed, log_probs in _predictions(
+        networks, name, sequences, bar
+      ):
+        regret = sweep_networks.regret(log_probs, sequences.parameters)
+        rows += _after_switch_rows(
+          name, network.architecture, name, member_seed, regret, since, ages
+        )
   return rows
 
 
@@ -584,6 +565,21 @@ def _sampled(
         jax.random.fold_in(key, index),
       ),
     )
+
+
+def _predictions(
+  networks: Networks,
+  source: str,
+  sequences: sweep_networks.Sequences,
+  bar: progress.Progress,
+) -> Iterator[tuple[sweep_networks.Network, int, np.ndarray]]:
+  """What all networks that were trained on a source predict, seed by seed."""
+  for network in networks:
+    if network.source == source:
+      members = sweep_networks.predict(network, sequences.symbols)
+      for member_seed, log_probs in zip(network.seeds, members, strict=True):
+        yield network, member_seed, log_probs
+      bar.update(1)
 
 
 def _train_length(networks: Networks) -> int:

@@ -245,3 +245,17 @@ def test_untrained_networks_are_those_that_training_started_from():
     runs.member_params(run, 1),
     params,
   )
+
+
+def test_every_question_and_source_has_sequences_of_its_own():
+  config = config_lib.DataConfig(trajectory_generator='lin')
+  drawn = [
+    sequences.symbols
+    for question in (0, 1)
+    for _, sequences in questions._sampled(
+      {'a': config, 'b': config}, {}, 16, 8, seed=0, question=question
+    )
+  ]
+  for i, first in enumerate(drawn):
+    for second in drawn[:i]:
+      assert not np.array_equal(first, second)

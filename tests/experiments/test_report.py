@@ -11,6 +11,7 @@ import pytest
 
 from nonstationary_mbml import files
 from nonstationary_mbml.experiments import question_figures
+from nonstationary_mbml.experiments import question_tables
 from nonstationary_mbml.experiments import report
 from nonstationary_mbml.experiments import sweep_folder
 from nonstationary_mbml.experiments import sweeps
@@ -93,6 +94,35 @@ def test_on_every_source_some_architecture_is_within_two_percent():
       if of_source == source and is_network
     ]
     assert min(means) < 0.02 * exact
+
+
+def test_networks_with_a_clock_predict_like_bayes_for_their_source():
+  """All recurrent ones and SIN_COS, on whatever source they are tested."""
+  cases = question_figures.groups(
+    [row for row in _rows('off_distribution') if row['seed'] is not None],
+    'predictor',
+    'trained_on',
+    'tested_on',
+  )
+  nearest = [
+    question_tables.nearest_exact(rows)[0] == trained_on
+    for (predictor, trained_on, _), rows in cases.items()
+    if predictor
+    in ('rnn', 'lstm', 'stack_rnn', 'stack_lstm', 'transformer_sin_cos')
+  ]
+  assert len(nearest) == 125 and all(nearest)
+
+
+def test_percent_is_of_the_exact_predictor_of_the_source():
+  row = {'source': 'lin', 'predictor': 'lstm', 'is_own': None}
+  rows = [
+    {**row, 'seed': 0, 'above_exact': 0.1},
+    {**row, 'seed': 1, 'above_exact': 0.3},
+    {**row, 'predictor': 'LAD', 'seed': None, 'regret': 4.0, 'is_own': 1},
+    {**row, 'predictor': 'KT', 'seed': None, 'regret': 9.0, 'is_own': 0},
+  ]
+  *_, line = question_tables.percent_above(rows).splitlines()
+  assert line == '| LSTM | 5.00 ± 2.50 |'
 
 
 def test_tables_and_figures_follow_from_the_committed_rows(tmp_path):

@@ -77,6 +77,7 @@ def test_sweep_that_is_killed_twice_has_every_point_once(tmp_path):
   process.send_signal(signal.SIGKILL)
   process.communicate()
 
+  killed = list(_points(tmp_path).glob('*/environment.json'))
   # Stopped once a point is finished.
   process = _start(tmp_path)
   _wait_until(
@@ -100,6 +101,11 @@ def test_sweep_that_is_killed_twice_has_every_point_once(tmp_path):
   for path, modified in finished.items():
     assert path.stat().st_mtime_ns == modified
 
+  # What was killed went on from where it was.
+  assert len(killed) == 2
+  for path in killed:
+    _, second, *_ = json.loads(path.read_text())['starts']
+    assert second['first_step'] > 0
   # All six, with all seeds, and every step of them once.
   ends = _starts(tmp_path)
   assert [of_point[-1] for of_point in ends.values()] == ['finished'] * 6
