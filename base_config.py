@@ -300,6 +300,9 @@ class TrainConfig(Config):
     gradient_chunk_length: The gradient is cut every so many symbols, which
       bounds the memory; None keeps the whole sequence. A network with a state
       carries it over; for one without, every chunk is a context of its own.
+    num_seed_shards: Groups into which the devices are divided, to share the
+      members of an ensemble; the devices of a group share each batch. None is
+      as many as divide both. It changes rounding and dropout masks only.
   """
 
   model_init_seed: int | tuple[int, ...] = 0
@@ -311,6 +314,7 @@ class TrainConfig(Config):
   clip_grad_norm: float | None = 1.0
   reset_predictor_init_state: bool = True
   gradient_chunk_length: int | None = None
+  num_seed_shards: int | None = None
 
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value is out of range."""
@@ -322,6 +326,14 @@ class TrainConfig(Config):
         f'train.model_init_seed is {seeds!r}; an ensemble has at least one '
         'seed, and each once'
       )
+    if self.num_seed_shards is not None:
+      check_int('train.num_seed_shards', self.num_seed_shards, 1)
+      num_members = len(seeds) if isinstance(seeds, tuple) else 1
+      if num_members % self.num_seed_shards:
+        raise ValueError(
+          f'train.num_seed_shards {self.num_seed_shards} does not divide the '
+          f'{num_members} seeds of train.model_init_seed'
+        )
     check_float('train.learning_rate', self.learning_rate, 0.0)
     check_int('train.seq_length', self.seq_length, 2, MAX_SEQ_LENGTH)
     check_bool('train.seq_length_fixed', self.seq_length_fixed)

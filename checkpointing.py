@@ -2,7 +2,10 @@
 
 Written by Orbax: in the background, and under another name until whole, so that
 a run that is killed leaves whole checkpoints only. Each carries a checksum,
-since a bit that a disk has lost need not make a file unreadable.
+since a bit that a disk has lost need not make a file unreadable. Of several
+processes (`processes`) each writes and reads its part, so that all must call
+`save`, `restore` and `move`; the folder is one that they share. What was saved
+by some processes can be restored by others.
 """
 
 import pathlib
@@ -15,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import meshes
+from nonstationary_mbml import processes
 
 
 class DamagedError(ValueError):
@@ -35,16 +40,26 @@ class Checkpoints:
       read_only: If False, remains of saves that were cut off are removed.
     """
     self.folder = folder.absolute()
-    # Not Orbax's option read_only, which warns of itself.
-    self._options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=not read_only
-    )
+    self._keep = keep
+    self._read_only = read_only
     self._manager = None
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
-      self.folder.mkdir(parents=True, exist_ok=True)
-      self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+      processes.first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+      # Not Orbax's option read_only, which warns of itself.
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=self._keep, cleanup_tmp_directories=not self._read_only
+      )
+      if processes.are_several():
+        # Then processes wait for each other in the coordinator; collectives of
+        # a thread in the background could meet those of training.
+        options.multiprocessing_options = ocp.options.MultiprocessingOptions(
+          active_processes=set(range(jax.process_count())),
+          barrier_sync_key_prefix=self.folder.name,
+        )
+        options.create = False
+      self._manager = ocp.CheckpointManager(self.folder, options=options)
     return self._manager
 
   def steps(self) -> tuple[int, ...]:
@@ -64,7 +79,7 @@ class Checkpoints:
     """
     manager = self._open()
     manager.wait_until_finished()
-    if step in self.steps():
+    if processes.first(lambda: step in self.steps()):
       return
     copy, checksum = _copy_with_checksum(tree)
     # Nothing else may be in flight on several devices.
@@ -93,14 +108,18 @@ class Checkpoints:
         f'{self.folder} has no step {step}; it has '
         f'{", ".join(map(str, self.steps())) or "none"}'
       )
+    everywhere = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(everywhere, jax.sharding.NamedSharding):
+      everywhere = meshes.replicated(everywhere.mesh)
     wanted = {
       'tree': abstract,
-      'checksum': jax.ShapeDtypeStruct(
-        (), jnp.uint32, sharding=jax.sharding.SingleDeviceSharding(_device())
-      ),
+      'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
     }
     try:
-      saved = self._open().restore(step, args=ocp.args.StandardRestore(wanted))
+      manager = self._open()
+      saved = processes.everywhere(
+        lambda: manager.restore(step, args=ocp.args.StandardRestore(wanted))
+      )
       # Copied: on a CPU, arrays from Orbax may share memory that is not JAX's
       # to give away.
       tree, checksum = _copy_with_checksum(saved['tree'])
@@ -124,9 +143,14 @@ class Checkpoints:
     Returns:
       Where it is now.
     """
-    target = free_path(folder / f'{self.folder.name}_{step}')
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.move(self.folder / str(step), target)
+
+    def move() -> pathlib.Path:
+      target = free_path(folder / f'{self.folder.name}_{step}')
+      folder.mkdir(parents=True, exist_ok=True)
+      shutil.move(self.folder / str(step), target)
+      return target
+
+    target = processes.first(move)
     self._open().reload()
     return target
 
@@ -182,7 +206,3 @@ def _copy_with_checksum(tree: Any) -> tuple[Any, jax.Array]:
 
   total = sum((words(x) for x in jax.tree.leaves(tree)), jnp.uint32(0))
   return jax.tree.map(jnp.copy, tree), total
-
-
-def _device() -> jax.Device:
-  return jax.local_devices()[0]

@@ -8,7 +8,8 @@
   set_aside/         what could not be read, moved out of the way
 
 Nothing is overwritten that cannot be made again, and nothing that is damaged is
-deleted.
+deleted. Of several processes (`processes`) all call the methods, and the first
+one writes, but for the states, of which each writes its part.
 """
 
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import jax
@@ -34,6 +36,7 @@ import jax
 from nonstationary_mbml import base_config
 from nonstationary_mbml import checkpointing
 from nonstationary_mbml import files
+from nonstationary_mbml import processes
 
 try:
   import fcntl
@@ -49,6 +52,8 @@ SET_ASIDE = 'set_aside'
 # Under this name the entries of an ensemble's members are in a line.
 _MEMBERS = 'members'
 _KEPT_CHECKPOINTS = 3
+# So old another machine's view of a network file system may be.
+_SHARED_SECONDS = 20.0
 _PACKAGES = (
   'jax',
   'jaxlib',
@@ -153,6 +158,9 @@ class RunFolder:
     The message names every field that differs. A folder without checkpoint and
     log has nothing to lose.
     """
+    processes.first(lambda: self._check(config))
+
+  def _check(self, config: base_config.Config) -> None:
     try:
       holds_run = (self.path / METRICS).exists() or any(
         (self.path / name).is_dir() for name in (CHECKPOINTS, SNAPSHOTS)
@@ -179,6 +187,9 @@ class RunFolder:
       SaveError: If it cannot be deleted.
       ValueError: If another process is training it.
     """
+    processes.first(self._clear)
+
+  def _clear(self) -> None:
     if not self.path.is_dir():
       return
     try:
@@ -205,18 +216,41 @@ class RunFolder:
     """
     self.check(config)
     with contextlib.ExitStack() as stack:
-      try:
-        self.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(self._locked())
-        files.write_json(self.path / CONFIG, base_config.to_dict(config))
-      except OSError as error:
-        raise _save_error(self.path, error) from error
+
+      def hold() -> None:
+        try:
+          self.path.mkdir(parents=True, exist_ok=True)
+          stack.enter_context(self._locked())
+          files.write_json(self.path / CONFIG, base_config.to_dict(config))
+        except OSError as error:
+          raise _save_error(self.path, error) from error
+
+      processes.first(hold)
+      processes.everywhere(lambda: self._check_shared(config))
       self._checkpoints = checkpointing.Checkpoints(
         self.path / CHECKPOINTS, _KEPT_CHECKPOINTS
       )
       self._snapshots = checkpointing.Checkpoints(self.path / SNAPSHOTS)
-      stack.callback(self._close)
+      stack.push(self._close)
       yield self
+
+  def _check_shared(self, config: base_config.Config) -> None:
+    """Raises ValueError if this process does not see what the first wrote."""
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not self._holds(config):
+      if time.monotonic() > deadline:
+        raise ValueError(
+          f'process {jax.process_index()} on {socket.gethostname()} does not '
+          f'see the {self.path} of process 0: all processes must share the '
+          'folder (--output_dir)'
+        )
+      time.sleep(0.1)
+
+  def _holds(self, config: base_config.Config) -> bool:
+    try:
+      return read_config(self.path, type(config)) == config
+    except ValueError:
+      return False
 
   @contextlib.contextmanager
   def _locked(self) -> Iterator[None]:
@@ -233,7 +267,15 @@ class RunFolder:
           pass  # A file system without locks.
       yield
 
-  def _close(self) -> None:
+  def _close(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    # Of several processes, one that has died would be waited for.
+    if error is not None and processes.are_several():
+      return
     # What can go wrong here was said before: by `finish`, or by the error that
     # ends the run.
     with contextlib.suppress(Exception):
@@ -264,43 +306,72 @@ class RunFolder:
       ValueError: If there is nothing to go on from; nothing was changed.
       SaveError: If the folder cannot be written to.
     """
-    path = self.path / METRICS
-    entries, torn = read_metrics(path)
-    messages = []
-    if torn:
-      messages.append(
-        f'{path}: the last line is torn, and left out: {torn[:60]!r}'
+    entries, torn, candidates = processes.first(
+      lambda: (
+        *read_metrics(self.path / METRICS),
+        tuple(reversed(self._checkpoints.steps())),
       )
+    )
     logged = {entry['step'] for entry in entries}
-    passed_over, problems = [], []
+    passed_over = {}
     step, tree = 0, None
-    for candidate in reversed(self._checkpoints.steps()):
+    for candidate in candidates:
       missing = [n for n in log_steps if n <= candidate and n not in logged]
       try:
         if missing:
           raise ValueError(
-            f'{path} has no entry of step {missing[0]}, which comes before the '
-            f'checkpoint of step {candidate}'
+            f'{self.path / METRICS} has no entry of step {missing[0]}, which '
+            f'comes before the checkpoint of step {candidate}'
           )
         tree = self._checkpoints.restore(candidate, abstract)
         step = candidate
         break
       except ValueError as error:
-        passed_over.append(candidate)
-        problems.append(str(error))
+        passed_over[candidate] = str(error)
     if tree is None and (passed_over or max(logged, default=0) > max_lost):
-      problems = problems or [f'{path} goes to step {max(logged)}']
+      problems = '; '.join(passed_over.values()) or (
+        f'{self.path / METRICS} goes to step {max(logged)}'
+      )
       raise ValueError(
-        f'{self.path} has no checkpoint to go on from ({"; ".join(problems)}); '
-        'nothing was changed: mend it, choose another name or folder '
+        f'{self.path} has no checkpoint to go on from ({problems}); nothing '
+        'was changed: mend it, choose another name or folder '
         '(--name, --output_dir), or begin anew (--overwrite)'
       )
+    messages = []
+    if torn:
+      messages.append(
+        f'{self.path / METRICS}: the last line is torn, and left out: '
+        f'{torn[:60]!r}'
+      )
     try:
-      for candidate, problem in zip(passed_over, problems, strict=True):
+      for candidate, problem in passed_over.items():
         target = self._checkpoints.move(candidate, self.path / SET_ASIDE)
         messages.append(f'{problem}; moved it to {target}')
-      kept = [entry for entry in entries if entry['step'] <= step]
-      if torn or (passed_over and len(kept) < len(entries)):
+    except OSError as error:
+      raise _save_error(self.path, error) from error
+    kept = [entry for entry in entries if entry['step'] <= step]
+    is_cut = bool(torn or (passed_over and len(kept) < len(entries)))
+    messages += processes.first(lambda: self._begin(step, kept, is_cut))
+    self._entries = kept
+    return step, tree, messages
+
+  def _begin(
+    self, step: int, kept: Sequence[Mapping[str, Any]], is_cut: bool
+  ) -> list[str]:
+    """Opens the log, and notes a start in environment.json.
+
+    Args:
+      step: Where the run stands.
+      kept: Entries to go on with.
+      is_cut: Whether the log has more of which a copy is kept.
+
+    Returns:
+      What a user should know.
+    """
+    path = self.path / METRICS
+    messages = []
+    try:
+      if is_cut:
         (self.path / SET_ASIDE).mkdir(exist_ok=True)
         target = checkpointing.free_path(self.path / SET_ASIDE / METRICS)
         shutil.copyfile(path, target)
@@ -312,9 +383,14 @@ class RunFolder:
       raise _save_error(self.path, error) from error
     if step:
       messages.append(f'{self.path}: going on from step {step}')
-    self._entries = kept
-    self._begin(step)
-    return step, tree, messages
+    try:
+      self._starts = files.read_json(self.path / ENVIRONMENT)['starts']
+    except (ValueError, KeyError, TypeError):
+      self._starts = []  # Not there yet, or not ours.
+    self._clock = time.monotonic()
+    self._starts.append({**describe_environment(), 'first_step': step})
+    self._note(step)
+    return messages
 
   @property
   def entries(self) -> list[dict[str, Any]]:
@@ -336,12 +412,13 @@ class RunFolder:
     line = dict(entry)
     if members:
       line[_MEMBERS] = list(members)
-    try:
-      self._metrics.write(_format_entries([line]))
-      self._metrics.flush()
-      os.fsync(self._metrics.fileno())
-    except OSError as error:
-      raise _save_error(self.path, error, self.last_checkpoint) from error
+    if processes.is_first():
+      try:
+        self._metrics.write(_format_entries([line]))
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+      except OSError as error:
+        raise _save_error(self.path, error, self.last_checkpoint) from error
     self._entries.append(line)
 
   @property
@@ -399,17 +476,10 @@ class RunFolder:
       raise _save_error(self.path, error, self.last_checkpoint) from error
     self._note(step, how)
 
-  def _begin(self, step: int) -> None:
-    """Notes a start in environment.json."""
-    try:
-      self._starts = files.read_json(self.path / ENVIRONMENT)['starts']
-    except (ValueError, KeyError, TypeError):
-      self._starts = []  # Not there yet, or not ours.
-    self._clock = time.monotonic()
-    self._starts.append({**describe_environment(), 'first_step': step})
-    self._note(step)
-
   def _note(self, step: int, how: str = 'running, or killed') -> None:
+    """Notes how far a start has come."""
+    if not processes.is_first():
+      return
     self._starts[-1] |= {
       'last_step': step,
       'seconds': round(time.monotonic() - self._clock, 3),
@@ -423,7 +493,6 @@ class RunFolder:
 
 def describe_environment() -> dict[str, Any]:
   """Returns what a run depends on besides its config, as plain data."""
-  devices = jax.local_devices()
   return {
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'command': sys.argv,
@@ -433,7 +502,8 @@ def describe_environment() -> dict[str, Any]:
     'packages': {name: _version(name) for name in _PACKAGES},
     'commit': _commit(),
     'backend': jax.default_backend(),
-    'devices': [device.device_kind for device in devices],
+    'devices': [device.device_kind for device in jax.devices()],
+    'processes': jax.process_count(),
   }
 
 

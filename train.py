@@ -3,14 +3,15 @@
 The key of step n = 1, 2, ... is fold_in(fold_in(key(seed), model_init_seed),
 n); step 0 is the initialisation. So a step does not depend on how often the run
 logs. All steps between two logs are one compiled call: data generation, loss,
-gradient and update never visit the host. With several devices the whole call
-runs inside one `jax.shard_map`: each draws and predicts its share of the batch,
-and gradients meet in a mean.
+gradient and update never visit the host. With several devices, of one process
+or of many (`processes`), the whole call runs inside one `jax.shard_map`: each
+draws and predicts its share of the batch, and gradients meet in a mean.
 
 With several seeds as `model_init_seed` an ensemble is trained: one member for
 each, as it would be trained alone (but for dropout masks, which differ with the
-number of devices that share a batch). Where the devices divide the members,
-each device trains some of them, and nothing has to meet. The members of a
+number of devices that share a batch). The devices are a grid (`meshes`): each
+row trains some of the members, and the devices of a row share their batches.
+Where there are as many rows as devices, nothing has to meet. The members of a
 device are under one `vmap`; on a CPU they run one after another.
 
 With a folder, a run can be killed at any time and goes on by itself when it is
@@ -25,7 +26,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import math
 import pathlib
+import signal
 import sys
 import time
 from typing import Any
@@ -41,12 +44,13 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
 from nonstationary_mbml import checkpointing
 from nonstationary_mbml import interrupts as interrupting
+from nonstationary_mbml import meshes
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml import processes
 from nonstationary_mbml import progress
 from nonstationary_mbml import run_folder
 
-_AXIS = 'devices'
 _REPLICATED = jax.sharding.PartitionSpec()
 # Of a network that reads whole sequences, on a CPU: at T = 256, twice and half
 # as many were no quicker.
@@ -342,8 +346,8 @@ def make_update(
     generator: Of the batches.
     predictor: To train.
     num_devices: If above 1, the function is for the inside of a `shard_map`
-      over that many. Where they split the batch, it takes and returns a
-      device's share of the predictor state.
+      over that many, in the mesh of `device_mesh`. Where they share a batch, it
+      takes and returns a device's share of the predictor state.
 
   Returns:
     (state, the member's `model_init_seed`) -> (state, what the step reports).
@@ -351,10 +355,8 @@ def make_update(
   train_config = config.train
   optimizer = make_optimizer(train_config)
   lengths = sequence_lengths(train_config)
-  splits_batch = num_devices > 1 and not _splits_members(
-    train_config, num_devices
-  )
-  share = train_config.batch_size // (num_devices if splits_batch else 1)
+  num_shares = num_devices // num_seed_shards(train_config, num_devices)
+  share = train_config.batch_size // num_shares
 
   def update(
     state: TrainState, model_init_seed: int | jax.Array
@@ -362,8 +364,8 @@ def make_update(
     step = state.step + 1
     keys = step_keys(config.seed, model_init_seed, step)
     data_keys = jax.random.split(keys.data, train_config.batch_size)
-    if splits_batch:
-      device = jax.lax.axis_index(_AXIS)
+    if num_shares > 1:
+      device = jax.lax.axis_index(meshes.BATCH)
       data_keys = jax.lax.dynamic_slice_in_dim(data_keys, device * share, share)
       keys = keys._replace(
         state=jax.random.fold_in(keys.state, device),
@@ -392,10 +394,10 @@ def make_update(
     loss, grads, predictor_state = jax.lax.switch(
       index, [at_length(seq_length) for seq_length in lengths]
     )
-    if splits_batch:
+    if num_shares > 1:
       # As one vector: the devices meet once, not once for every array.
       flat, unravel = jax.flatten_util.ravel_pytree((loss, grads))
-      loss, grads = unravel(jax.lax.pmean(flat, _AXIS))
+      loss, grads = unravel(jax.lax.pmean(flat, meshes.BATCH))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     if train_config.reset_predictor_init_state:
       predictor_state = None
@@ -431,7 +433,7 @@ def make_run_steps(
     update: From `make_update`, for as many devices.
     devices: To run on.
   """
-  splits_members = _splits_members(config.train, len(devices))
+  num_rows = num_seed_shards(config.train, len(devices))
 
   def run_steps(
     state: TrainState, sums: StepSums, num_steps: jax.Array
@@ -457,25 +459,28 @@ def make_run_steps(
     seeds = config.train.model_init_seed
     if _is_ensemble(config.train):
       seeds = jnp.asarray(seeds, jnp.uint32)
-      if splits_members:
-        device = jax.lax.axis_index(_AXIS)
-        seeds = seeds.reshape(len(devices), -1)[device]
+      if num_rows > 1:
+        row = jax.lax.axis_index(meshes.SEEDS)
+        seeds = seeds.reshape(num_rows, -1)[row]
       done = _map_members(run_member, (seeds, sums, *state[1:]))
     else:
       done = run_member((seeds, sums, *state[1:]))
     num_done, sums, *parts = done
+    if num_rows > 1:
+      # Every process reads those of all members.
+      num_done, sums = jax.lax.all_gather(
+        (num_done, sums), meshes.SEEDS, tiled=True
+      )
     return TrainState(state.step + num_steps, *parts), sums, num_done
 
   if len(devices) > 1:
-    spec = _state_spec(config.train, len(devices))
-    sums_spec = _REPLICATED
-    if splits_members:
-      sums_spec = jax.sharding.PartitionSpec(_AXIS)
+    spec = _state_spec(config.train)
+    sums_spec = spec.params
     run_steps = jax.shard_map(
       run_steps,
-      mesh=_mesh(devices),
+      mesh=device_mesh(config.train, devices),
       in_specs=(spec, sums_spec, _REPLICATED),
-      out_specs=(spec, sums_spec, sums_spec),
+      out_specs=(spec, _REPLICATED, _REPLICATED),
       # Replication is ours to keep: all that is replicated follows from means
       # over the devices.
       check_vma=False,
@@ -499,16 +504,15 @@ def init_state(
   devices: Sequence[jax.Device],
 ) -> TrainState:
   """Returns the state before the first step, laid out over the devices."""
-  init = lambda: _init(config, predictor, alphabet_size)
-  if len(devices) == 1:
-    return jax.jit(init)()
-  mesh = _mesh(devices)
-  spec = _state_spec(config.train, len(devices))
   # Computed on one device: on several, XLA would have to split it first.
+  state = jax.jit(lambda: _init(config, predictor, alphabet_size))()
+  if len(devices) == 1:
+    return state
+  mesh = device_mesh(config.train, devices)
   return TrainState(
     *(
-      jax.device_put(part, jax.sharding.NamedSharding(mesh, part_spec))
-      for part, part_spec in zip(jax.jit(init)(), spec, strict=True)
+      meshes.place(part, jax.sharding.NamedSharding(mesh, spec))
+      for part, spec in zip(state, _state_spec(config.train), strict=True)
     )
   )
 
@@ -560,7 +564,7 @@ class Parts(NamedTuple):
     generator: The source.
     predictor: The network.
     evaluator: Of the network.
-    devices: To train on.
+    devices: To train on: those of all processes.
   """
 
   generator: base_constants.DataGenerator
@@ -585,15 +589,19 @@ def build_parts(
     ValueError: If the config is not valid.
   """
   config.validate()
-  devices = jax.local_devices()
+  devices = jax.devices()
   train_config = config.train
-  num_shares = len(devices)
-  if _splits_members(train_config, len(devices)):
-    num_shares = 1
+  num_rows = num_seed_shards(train_config, len(devices))
+  num_shares, rest = divmod(len(devices), num_rows)
+  if rest:
+    raise ValueError(
+      f'train.num_seed_shards {num_rows} does not divide the {len(devices)} '
+      'devices'
+    )
   if train_config.batch_size % num_shares:
     raise ValueError(
-      f'train.batch_size {train_config.batch_size} does not divide over '
-      f'{len(devices)} devices'
+      f'train.batch_size {train_config.batch_size} does not divide over the '
+      f'{num_shares} devices that share it'
     )
   share = train_config.batch_size // num_shares
   if share % (train_config.microbatch_size or share):
@@ -634,7 +642,9 @@ def train(
   use_tqdm: bool = False,
   folder: str | pathlib.Path | None = None,
 ) -> TrainResult:
-  """Trains a predictor as configured, on all devices of the process.
+  """Trains a predictor as configured, on all devices of all processes.
+
+  If there are several processes, all call it, with the same arguments.
 
   Args:
     config: Of the experiment; also has a `data` field.
@@ -659,6 +669,7 @@ def train(
     run_folder.SaveError: If the folder cannot be written to.
   """
   parts = build_parts(config, build_data_generator, build_evaluator)
+  processes.check_same('the config', base_config.to_dict(config))
   run = None if folder is None else run_folder.RunFolder(folder)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(interrupting.catch(run is not None))
@@ -682,7 +693,7 @@ class _Training:
     self._parts = parts
     self._run = run
     self._interrupts = interrupts
-    self._use_tqdm = use_tqdm
+    self._use_tqdm = use_tqdm and processes.is_first()
     self._seeds = member_seeds(config.train)
     schedule = config.schedule
     self._log_steps = _multiples(
@@ -696,6 +707,7 @@ class _Training:
         max(1, schedule.ckpt_frequency // 2), schedule.training_steps
       )
       self._snapshot_steps = checkpointing.snapshot_steps(schedule)
+    self._param_norms = _make_param_norms(config.train, parts.devices)
     # Of every member; the only one if there is no ensemble.
     self._histories = [[] for _ in self._seeds]
     self._history = []
@@ -723,21 +735,22 @@ class _Training:
           state, sums, num_done = run_steps(state, sums, num_steps)
           sums, num_done = jax.device_get((sums, num_done))
           self._check_steps(step, num_steps, num_done, sums)
-          max_steps = _next_max_steps(
-            max_steps, num_steps, time.monotonic() - began
-          )
+          seconds = time.monotonic() - began
           step += num_steps
           bar.update(num_steps)
           if step == stop:
             sums = self._stop(step, state, sums, bar)
-          self._check_interrupts(step, state, sums)
+          seconds, received = self._agree(seconds)
+          max_steps = _next_max_steps(max_steps, num_steps, seconds)
+          self._check_interrupts(received, step, state, sums)
     if self._run is not None:
       self._run.finish(step, 'finished')
-      self._check_interrupts(step, state, sums)
+      _, received = self._agree(0.0)
+      self._check_interrupts(received, step, state, sums)
     is_ensemble = _is_ensemble(config.train)
     return TrainResult(
       predictor,
-      jax.device_put(state.params, devices[0]),
+      meshes.collect(state.params),
       self._history,
       evaluator,
       tuple(self._histories) if is_ensemble else (),
@@ -762,7 +775,7 @@ class _Training:
     step, saved, messages = self._run.restore(
       abstract, self._log_steps, config.schedule.ckpt_frequency
     )
-    for message in messages:
+    for message in messages if processes.is_first() else ():
       print(message, file=sys.stderr, flush=True)
     self._history, histories = run_folder.split_entries(self._run.entries)
     if not _is_ensemble(config.train):
@@ -809,7 +822,7 @@ class _Training:
     index = self._log_steps.index(step)
     num_steps = step - (self._log_steps[index - 1] if index else 0)
     means = jax.tree.map(lambda x: np.atleast_1d(x) / num_steps, sums)
-    params = jax.device_put(state.params, self._parts.devices[0])
+    params = meshes.collect(state.params)
     entries = []
     for member, seed in enumerate(self._seeds):
       metrics = self._parts.evaluator.step(
@@ -864,30 +877,47 @@ class _Training:
       f'{self._config.train.learning_rate}{kept}'
     )
 
+  def _agree(self, seconds: float) -> tuple[float, signal.Signals | None]:
+    """How long a call took at most, and a signal that some process got.
+
+    Every process is told the same, so that all do as many steps in a call and
+    stop after the same one.
+    """
+    received = self._interrupts.received or 0
+    milliseconds, number = processes.agree([int(1000 * seconds), received])
+    return milliseconds / 1000, signal.Signals(number) if number else None
+
   def _check_interrupts(
-    self, step: int, state: TrainState, sums: StepSums
+    self,
+    received: signal.Signals | None,
+    step: int,
+    state: TrainState,
+    sums: StepSums,
   ) -> None:
     """Raises StoppedError, with all saved, if somebody asked to stop."""
-    if self._run is None or self._interrupts.received is None:
+    if self._run is None or received is None:
       return
     self._run.save_checkpoint(step, RunState(state, sums), wait=True)
-    name = self._interrupts.received.name
-    self._run.finish(step, f'stopped by {name}')
+    self._run.finish(step, f'stopped by {received.name}')
     raise StoppedError(
-      f'stopped by {name} after step {step} of '
+      f'stopped by {received.name} after step {step} of '
       f'{self._config.schedule.training_steps}, which is saved in '
       f'{self._run.path}; started again, it goes on from there'
     )
 
-  def _param_norms(self, params: predictors.Params) -> jax.Array:
-    """Global norm of the parameters, `[M]` for an ensemble."""
-    if _is_ensemble(self._config.train):
-      return _member_norms(params)
-    return _norm(params)
 
-
-_norm = jax.jit(optax.tree.norm)
-_member_norms = jax.jit(jax.vmap(optax.tree.norm))
+def _make_param_norms(
+  config: base_config.TrainConfig, devices: Sequence[jax.Device]
+) -> Callable[[predictors.Params], jax.Array]:
+  """Global norm of the parameters, `[M]` for an ensemble."""
+  norm = optax.tree.norm
+  if _is_ensemble(config):
+    norm = jax.vmap(norm)
+  if len(devices) == 1:
+    return jax.jit(norm)
+  # Every process reads those of all members.
+  mesh = device_mesh(config, devices)
+  return jax.jit(norm, out_shardings=meshes.replicated(mesh))
 
 
 def zero_sums(config: base_config.TrainConfig, state: TrainState) -> StepSums:
@@ -968,27 +998,31 @@ def _length_index(
   return jax.random.randint(rng, (), 0, num_lengths)
 
 
-def _mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-  return jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
+def num_seed_shards(config: base_config.TrainConfig, num_devices: int) -> int:
+  """Returns over how many rows of devices the members are shared out."""
+  if not _is_ensemble(config):
+    return 1
+  if config.num_seed_shards is not None:
+    return config.num_seed_shards
+  return math.gcd(len(config.model_init_seed), num_devices)
 
 
-def _splits_members(config: base_config.TrainConfig, num_devices: int) -> bool:
-  """Whether every device trains members of its own, each on whole batches."""
-  if num_devices == 1 or not _is_ensemble(config):
-    return False
-  return len(config.model_init_seed) % num_devices == 0
+def device_mesh(
+  config: base_config.TrainConfig, devices: Sequence[jax.Device]
+) -> jax.sharding.Mesh:
+  """Returns the devices as a grid, on which a config is trained."""
+  return meshes.make(devices, num_seed_shards(config, len(devices)))
 
 
-def _state_spec(
-  config: base_config.TrainConfig, num_devices: int
-) -> TrainState:
-  """Where the parts of a TrainState lie over several devices."""
-  split = jax.sharding.PartitionSpec(_AXIS)
-  if _splits_members(config, num_devices):
-    return TrainState(_REPLICATED, split, split, split)
+def _state_spec(config: base_config.TrainConfig) -> TrainState:
+  """Where the parts of a TrainState lie in the mesh."""
   if _is_ensemble(config):
-    split = jax.sharding.PartitionSpec(None, _AXIS)
-  return TrainState(_REPLICATED, _REPLICATED, _REPLICATED, split)
+    by_member = jax.sharding.PartitionSpec(meshes.SEEDS)
+    by_sequence = jax.sharding.PartitionSpec(meshes.SEEDS, meshes.BATCH)
+  else:
+    by_member = _REPLICATED
+    by_sequence = jax.sharding.PartitionSpec(meshes.BATCH)
+  return TrainState(_REPLICATED, by_member, by_member, by_sequence)
 
 
 def _summary(entry: dict[str, float]) -> dict[str, str]:

@@ -11,12 +11,15 @@ from collections.abc import Callable
 import errno
 import pathlib
 import sys
+import traceback
 
 from absl import app
 from absl import flags
 from absl import logging
+import jax
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import processes
 from nonstationary_mbml import run_folder
 from nonstationary_mbml import runtime
 
@@ -37,6 +40,49 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     True,
     'Keep compiled programs for the next start, in '
     '~/.cache/nonstationary_mbml/jax or $JAX_COMPILATION_CACHE_DIR.',
+    flag_values=values,
+  )
+
+
+def define_distributed_flags(
+  values: flags.FlagValues = flags.FLAGS,
+) -> None:
+  """Defines the flags by which several processes find each other."""
+  flags.DEFINE_bool(
+    'distributed',
+    False,
+    'Compute with other processes, each on its own devices: start the same '
+    'command in all of them, with a folder that they share. On a TPU pod and '
+    'under SLURM or Open MPI they find each other; elsewhere give '
+    '--coordinator, --num_processes and --process_id. On a CPU each has one '
+    'device, or --cpu_devices.',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'host:port at which process 0 can be reached, with a port that is free.',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'num_processes',
+    None,
+    'How many processes there are.',
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'process_id',
+    None,
+    'Of this process: 0, 1, ...',
+    lower_bound=0,
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    'connect_timeout',
+    120.0,
+    'Seconds after which processes that have not all met give up.',
+    lower_bound=1.0,
     flag_values=values,
   )
 
@@ -67,7 +113,39 @@ def define_choice(
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs a script: `main` is called with what is no flag, then it exits."""
-  app.run(main, flags_parser=_parse_flags)
+
+  def run_main(argv: list[str]) -> None:
+    try:
+      main(argv)
+    except jax.errors.JaxRuntimeError as error:
+      if processes.are_several():
+        reason = str(error).splitlines()[0][:200]
+        print(
+          f'error: another process has ended, or cannot be reached ({reason}). '
+          'Start all of them again: they go on from the last checkpoint',
+          file=sys.stderr,
+        )
+      processes.end_at_once(EXIT_STOPPED)
+      raise
+    except Exception:
+      if processes.are_several():
+        traceback.print_exc()
+      processes.end_at_once(1)
+      raise
+
+  app.run(run_main, flags_parser=_parse_flags)
+
+
+def check_distributed_flags() -> None:
+  """Raises ValueError unless the flags of several processes fit together."""
+  values = flags.FLAGS
+  given = ('coordinator', 'num_processes', 'process_id')
+  with base_config.naming('--distributed'):
+    if not values.distributed:
+      for name in given:
+        if values[name].value is not None:
+          raise ValueError(f'--{name} needs it')
+    processes.check_address(*(values[name].value for name in given))
 
 
 def start(argv: list[str], cpu_devices: int = 1) -> None:
@@ -76,6 +154,9 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
   Args:
     argv: What absl left of the command line.
     cpu_devices: As in `runtime.start`.
+
+  Raises:
+    ValueError: If the processes of `--distributed` cannot meet.
   """
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
@@ -83,6 +164,13 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
     # Orbax tells what it does, and errors twice: we get them as exceptions.
     logging.set_verbosity(logging.FATAL)
   runtime.start(cpu_devices, flags.FLAGS.compilation_cache)
+  if 'distributed' in flags.FLAGS and flags.FLAGS.distributed:
+    processes.start(
+      flags.FLAGS.coordinator,
+      flags.FLAGS.num_processes,
+      flags.FLAGS.process_id,
+      flags.FLAGS.connect_timeout,
+    )
 
 
 def cannot_save(error: Exception) -> bool:

@@ -1,5 +1,9 @@
 """Regret of a predictor, beside that of the exact Bayes predictors.
 
+A batch is shared out over all devices, those of other processes included. Many
+sequences are read batch by batch, so that a device holds its share of one batch
+at a time, however many there are.
+
 The regret of a prediction q of a symbol drawn from p is KL(p || q) in nats: the
 cross entropy against the true parameters minus their entropy. The first symbol
 is left out, since networks do not predict it.
@@ -17,7 +21,9 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
+from nonstationary_mbml import meshes
 from nonstationary_mbml import predictors
+from nonstationary_mbml import processes
 from nonstationary_mbml import progress
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -50,7 +56,11 @@ def instantaneous_regret(
 
 
 class MetaLearningEvaluator:
-  """Evaluates a predictor and exact Bayes predictors on the same sequences."""
+  """Evaluates a predictor and exact Bayes predictors on the same sequences.
+
+  If there are several processes, all call `step`, `evaluate` and
+  `regrets_over_time`, with the same arguments.
+  """
 
   def __init__(
     self,
@@ -96,8 +106,9 @@ class MetaLearningEvaluator:
     for optimal in self.optimal_predictors.values():
       jax.eval_shape(lambda batch, p=optimal: p.unroll({}, None, batch), batch)
     # Compiled once, for `step` and `evaluate` alike.
-    self._regrets = jax.jit(self._sequence_regrets)
-    self._regrets_over_time = jax.jit(self._symbol_regrets)
+    self._mesh = meshes.make(jax.devices())
+    self._regrets = self._share_out(self._sequence_regrets)
+    self._regrets_over_time = self._share_out(self._symbol_regrets)
     self._metrics = jax.jit(self.metrics)
 
   def step(
@@ -119,7 +130,9 @@ class MetaLearningEvaluator:
       `cumulative_regret_above_optimal/<name>`. For each of these but the first
       its standard error over sequences, with `_stderr` before the slash.
     """
-    return self._metrics(self._regrets(predictor_params, predictor_state, rng))
+    return self._metrics(
+      self._regrets(self._place(predictor_params), predictor_state, rng)
+    )
 
   def predict(
     self,
@@ -234,40 +247,80 @@ class MetaLearningEvaluator:
     """Regrets of the first N sequences `[N, ...]`, batch by batch."""
     base_config.check_int('num_sequences', num_sequences, 1)
     keys = self.batch_keys(rng, num_sequences)
+    params = self._place(predictor_params)
     batches = []
     with progress.bar(
-      total=len(keys), desc='evaluation', unit='batch', enabled=use_tqdm
+      total=len(keys),
+      desc='evaluation',
+      unit='batch',
+      enabled=use_tqdm and processes.is_first(),
     ) as bar:
       for key in keys:
-        batches.append(
-          jax.device_get(batch_regrets(predictor_params, None, key))
-        )
+        # One at a time: collectives of two can deadlock a CPU.
+        batches.append(jax.device_get(batch_regrets(params, None, key)))
         bar.update(1)
     return {
       name: np.concatenate([batch[name] for batch in batches])[:num_sequences]
       for name in batches[0]
     }
 
+  def _place(self, params: predictors.Params) -> predictors.Params:
+    """Parameters on all devices."""
+    return meshes.place(params, meshes.replicated(self._mesh))
+
+  def _share_out(
+    self, regrets_of: Callable[..., dict[str, jax.Array]]
+  ) -> Callable[..., dict[str, jax.Array]]:
+    """Compiles a function of a device's share of a batch, for all devices.
+
+    Args:
+      regrets_of: (params, state, keys of the sequences) -> regrets by name.
+
+    Returns:
+      (params, state, key of the batch) -> regrets by name, on every device.
+    """
+    size, mesh = self.batch_size, self._mesh
+    everywhere = jax.sharding.PartitionSpec()
+    split = jax.sharding.PartitionSpec(mesh.axis_names)
+    of_share = jax.shard_map(
+      regrets_of,
+      mesh=mesh,
+      in_specs=(everywhere, split, split),
+      out_specs=split,
+      check_vma=False,  # Nothing is reduced over devices.
+    )
+    # Some sequences twice, if need be, so that each device has as many.
+    indices = np.arange(size + -size % mesh.size) % size
+
+    def regrets_of_batch(
+      params: predictors.Params, state: predictors.State, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+      keys, state = jax.tree.map(
+        lambda array: array[indices], (jax.random.split(rng, size), state)
+      )
+      regrets = of_share(params, state, keys)
+      return jax.tree.map(lambda array: array[:size], regrets)
+
+    return jax.jit(regrets_of_batch, out_shardings=meshes.replicated(mesh))
+
   def _sequence_regrets(
     self,
     predictor_params: predictors.Params,
     predictor_state: predictors.State,
-    rng: jax.Array,
+    keys: jax.Array,
   ) -> dict[str, jax.Array]:
-    """Cumulative regret of every sequence of a batch `[B]`, by name."""
-    regrets = self._symbol_regrets(predictor_params, predictor_state, rng)
+    """Cumulative regret of every sequence `[B]`, by name."""
+    regrets = self._symbol_regrets(predictor_params, predictor_state, keys)
     return {name: regret.sum(axis=-1) for name, regret in regrets.items()}
 
   def _symbol_regrets(
     self,
     predictor_params: predictors.Params,
     predictor_state: predictors.State,
-    rng: jax.Array,
+    keys: jax.Array,
   ) -> dict[str, jax.Array]:
-    """Regret of every symbol but the first of a batch `[B, T - 1]`."""
-    batch, parameters = self.generator.sample(
-      rng, self.batch_size, self.seq_length
-    )
+    """Regret of every symbol but the first `[B, T - 1]`, by name."""
+    batch, parameters = self.generator.sample_from_keys(keys, self.seq_length)
     predictions = self.predict(predictor_params, batch, predictor_state)
     return {
       name: instantaneous_regret(logits, parameters)

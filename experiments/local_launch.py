@@ -16,6 +16,12 @@ PTW, the evaluation) follows again:
 A run that was killed goes on when the same command is given again. Ctrl-C and
 SIGTERM save first, and exit with 75.
 
+Several machines train one network (or ensemble) together when each is given the
+same command, with a folder that they share. A TPU pod and SLURM tell them how
+to meet; elsewhere, on machine 0, 1, ...:
+
+  --distributed --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0
+
 Writes into <output_dir>/<name>/: config.json, environment.json, metrics.jsonl,
 checkpoints/ and snapshots/, and at the end table.json and figure.png.
 """
@@ -30,12 +36,14 @@ import time
 from typing import Any
 
 from absl import flags
+import jax
 from matplotlib import figure
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import files
 from nonstationary_mbml import interrupts
 from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import processes
 from nonstationary_mbml import run_folder
 from nonstationary_mbml import runtime
 from nonstationary_mbml import train
@@ -173,7 +181,8 @@ def run(
 ) -> list[dict[str, Any]]:
   """Trains and evaluates as configured, and writes what came of it.
 
-  A run that was stopped goes on from its last checkpoint.
+  A run that was stopped goes on from its last checkpoint. If there are several
+  processes, all call this, and the first one writes.
 
   Args:
     config: Complete, as `post_process_config` leaves it.
@@ -208,11 +217,43 @@ def run(
       num_sequences,
       use_tqdm=True,
     )
-    sequence = evaluator_lib.draw_sequence(
-      result.evaluator,
-      train.member_params(config.train, result.params, 0),
-      rng_figure,
+    processes.first(
+      lambda: _write_table(
+        config, result, table, rng_figure, folder, num_sequences
+      )
     )
+  if not processes.is_first():
+    return table.rows
+
+  source = config.eval.data.trajectory_generator
+  print(
+    f'\n{num_sequences} fresh sequences of {config.eval.seq_length} symbols '
+    f'from the {source} source, after {config.schedule.training_steps} steps '
+    f'({seconds:.0f} s):\n'
+  )
+  print(tables.format_table(table.rows))
+  if table.exact is None:
+    print(f'\n{tables.no_exact_predictor(source)}')
+  print(
+    f'\nCompiled {compilations.compiled} programs and loaded '
+    f'{compilations.loaded} from the cache, in {compilations.seconds:.1f} s.'
+  )
+  print(f'Wrote the run, table.json and figure.png to {folder}')
+  return table.rows
+
+
+def _write_table(
+  config: config_lib.ExperimentConfig,
+  result: train.TrainResult,
+  table: tables.Table,
+  rng: jax.Array,
+  folder: pathlib.Path,
+  num_sequences: int,
+) -> None:
+  """Writes figure and table of a run that has ended."""
+  sequence = evaluator_lib.draw_sequence(
+    result.evaluator, train.member_params(config.train, result.params, 0), rng
+  )
   drawn = {
     name: shown
     for name, shown in table.names.items()
@@ -236,22 +277,6 @@ def run(
       f'cannot write to {folder}: {error.strerror}; the run is whole'
     ) from error
 
-  source = config.eval.data.trajectory_generator
-  print(
-    f'\n{num_sequences} fresh sequences of {config.eval.seq_length} symbols '
-    f'from the {source} source, after {config.schedule.training_steps} steps '
-    f'({seconds:.0f} s):\n'
-  )
-  print(tables.format_table(table.rows))
-  if table.exact is None:
-    print(f'\n{tables.no_exact_predictor(source)}')
-  print(
-    f'\nCompiled {compilations.compiled} programs and loaded '
-    f'{compilations.loaded} from the cache, in {compilations.seconds:.1f} s.'
-  )
-  print(f'Wrote the run, table.json and figure.png to {folder}')
-  return table.rows
-
 
 def clear(folder: pathlib.Path) -> None:
   """Deletes what a run of the launch script wrote, to begin it anew.
@@ -261,8 +286,9 @@ def clear(folder: pathlib.Path) -> None:
     SaveError: If it cannot be deleted.
   """
   run_folder.RunFolder(folder).clear()
-  for name in ('table.json', 'figure.png'):
-    (folder / name).unlink(missing_ok=True)
+  if processes.is_first():
+    for name in ('table.json', 'figure.png'):
+      (folder / name).unlink(missing_ok=True)
 
 
 def sequence_figure(
@@ -292,6 +318,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     values: Where they are defined.
   """
   command_line.define_flags(values)
+  command_line.define_distributed_flags(values)
   command_line.define_choice(
     values,
     'source',
@@ -358,7 +385,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     None,
     'Devices that the CPU is split into, each with its share of the batch or '
     'of the networks; if unset, as many as cores (up to 8) as long as they '
-    'divide the batch.',
+    'divide the batch, or one with --distributed.',
     lower_bound=1,
   )
   flags.DEFINE_bool(
@@ -375,15 +402,25 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   try:
     config = config_from_flags(values)
-    command_line.start(
-      argv,
-      values.cpu_devices or runtime.num_cpu_devices(config.train.batch_size),
-    )
+    command_line.check_distributed_flags()
+    # Other processes may have the other cores.
+    default = 1
+    if not values.distributed:
+      default = runtime.num_cpu_devices(config.train.batch_size)
+    command_line.start(argv, values.cpu_devices or default)
     # What can be wrong with a config is found before the folder is touched.
     train.build_parts(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
     folder = pathlib.Path(values.output_dir) / config.name
+    processes.check_same(
+      'their flags',
+      {
+        'overwrite': values.overwrite,
+        'num_sequences': values.num_sequences,
+        **base_config.to_dict(config),
+      },
+    )
     if values.overwrite:
       clear(folder)
     if values.stop_with_stdin:
@@ -398,6 +435,7 @@ def main(argv: list[str]) -> None:
       'from there',
       file=sys.stderr,
     )
+    processes.end_at_once(command_line.EXIT_STOPPED)
     sys.exit(command_line.EXIT_STOPPED)
   except (ValueError, OSError, train.NonFiniteError) as error:
     if not command_line.cannot_save(error):
@@ -405,6 +443,8 @@ def main(argv: list[str]) -> None:
     # What is printed may go to the same disk.
     with contextlib.suppress(OSError):
       print(f'error: {error}', file=sys.stderr)
+    # The first process alone writes; the others end when it has.
+    processes.end_at_once(command_line.EXIT_CANNOT_SAVE)
     sys.exit(command_line.EXIT_CANNOT_SAVE)
 
 

@@ -17,7 +17,15 @@ PACKAGE = 'nonstationary_mbml'
 # Every module may import from the groups before its own, and inside its group
 # from the modules before itself.
 ORDER = (
-  ('base_config', 'runtime', 'files', 'interrupts', 'progress'),
+  (
+    'base_config',
+    'meshes',
+    'processes',
+    'runtime',
+    'files',
+    'interrupts',
+    'progress',
+  ),
   (
     'models.recurrent',
     'models.basic',

@@ -593,7 +593,10 @@ def test_training_leaves_its_config_as_it_is():
     ({'train.seq_length': 1}, 'train.seq_length is 1'),
     ({'train.seq_length': 0}, 'train.seq_length is 0'),
     ({'train.batch_size': 0}, 'train.batch_size is 0'),
-    ({'train.batch_size': 3}, 'batch_size 3 does not divide over 2 devices'),
+    (
+      {'train.batch_size': 3},
+      'batch_size 3 does not divide over the 2 devices',
+    ),
     ({'train.microbatch_size': 0}, 'train.microbatch_size is 0'),
     (
       {'train.batch_size': 8, 'train.microbatch_size': 3},
