@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import os
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -34,6 +35,11 @@ HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 30
 # JAX's own timeout ends the process with a stack trace; ours comes before it.
 _GRACE_SECONDS = 30
+# How the message of an error from XLA's runtime begins.
+_STATUS = (
+  'ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
+  'UNAVAILABLE|UNKNOWN'
+)
 # Messages of other sizes are other programs.
 _MIN_MESSAGE_BYTES = 1024
 
@@ -118,9 +124,15 @@ def start(
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
-    jax.devices()  # All of them meet here once more.
+    num_devices = jax.device_count()  # All of them meet here once more.
+    if num_devices != jax.process_count() * jax.local_device_count():
+      raise ValueError(
+        f'process {jax.process_index()} has {jax.local_device_count()} of '
+        f'{num_devices} devices; all {jax.process_count()} processes must have '
+        'as many'
+      )
   except ValueError as error:
-    if coordinator is not None:
+    if coordinator is not None or jax.distributed.is_initialized():
       raise
     raise ValueError(
       f'this is neither a TPU pod nor a job of SLURM or Open MPI ({error}): '
@@ -237,6 +249,17 @@ def wait_for_all() -> None:
   """Returns when every process has come here."""
   if are_several():
     multihost_utils.sync_global_devices('wait_for_all')
+
+
+def is_lost(error: Exception) -> bool:
+  """Whether an error is that another process could not be reached.
+
+  JAX raises such errors as several classes, ValueError among them.
+  """
+  return are_several() and (
+    isinstance(error, jax.errors.JaxRuntimeError)
+    or re.match(_STATUS, str(error)) is not None
+  )
 
 
 def end_at_once(code: int) -> None:

@@ -22,13 +22,15 @@ _COMPILED = '/jax/core/compile/backend_compile_duration'
 _LOADED = '/jax/compilation_cache/cache_hits'
 
 
-def num_cpu_devices(batch_size: int) -> int:
-  """As many as cores, up to a limit, as long as they divide the batch."""
+def num_cpu_devices(batch_size: int | None = None) -> int:
+  """As many as cores, up to a limit, as long as they divide a batch."""
   if hasattr(os, 'sched_getaffinity'):  # Those this process may use; on Linux.
     cores = len(os.sched_getaffinity(0))
   else:
     cores = os.cpu_count() or 1
   limit = min(cores, _MAX_CPU_DEVICES)
+  if batch_size is None:
+    return limit
   return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 

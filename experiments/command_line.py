@@ -16,7 +16,6 @@ import traceback
 from absl import app
 from absl import flags
 from absl import logging
-import jax
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import processes
@@ -117,17 +116,15 @@ def run(main: Callable[[list[str]], None]) -> None:
   def run_main(argv: list[str]) -> None:
     try:
       main(argv)
-    except jax.errors.JaxRuntimeError as error:
-      if processes.are_several():
+    except Exception as error:
+      if processes.is_lost(error):
         reason = str(error).splitlines()[0][:200]
         print(
           f'error: another process has ended, or cannot be reached ({reason}). '
           'Start all of them again: they go on from the last checkpoint',
           file=sys.stderr,
         )
-      processes.end_at_once(EXIT_STOPPED)
-      raise
-    except Exception:
+        processes.end_at_once(EXIT_STOPPED)
       if processes.are_several():
         traceback.print_exc()
       processes.end_at_once(1)

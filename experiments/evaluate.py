@@ -7,7 +7,9 @@
   python experiments/evaluate.py runs/lstm_ptw_seed0 --source=regular_shift \
     --set eval.data.trajectory_generator_kwargs.shift_period=8
 
-Prints the table and writes it to <run>/evaluations/.
+Prints the table and writes it to <run>/evaluations/. Sequences are read a batch
+at a time, shared out over all devices, so that a million of them
+(--num_sequences) take no more memory of a device than one batch (--batch_size).
 """
 
 import pathlib
@@ -21,7 +23,9 @@ import jax
 from nonstationary_mbml import base_config
 from nonstationary_mbml import checkpointing
 from nonstationary_mbml import files
+from nonstationary_mbml import processes
 from nonstationary_mbml import run_folder
+from nonstationary_mbml import runtime
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
@@ -191,6 +195,7 @@ def _is_same_evaluation(path: pathlib.Path, content: dict[str, Any]) -> bool:
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
   command_line.define_flags()
+  command_line.define_distributed_flags()
   command_line.define_choice(
     flags.FLAGS,
     'source',
@@ -212,6 +217,13 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
     'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
+  )
+  flags.DEFINE_integer(
+    'cpu_devices',
+    None,
+    'Devices that the CPU is split into, each with its share of a batch; if '
+    'unset, as many as cores (up to 8), or one with --distributed.',
+    lower_bound=1,
   )
   flags.DEFINE_multi_string(
     'set',
@@ -248,8 +260,10 @@ def main(argv: list[str]) -> None:
   warnings.showwarning = lambda message, *args, **kwargs: print(
     f'warning: {message}', file=sys.stderr
   )
-  command_line.start(argv[:1])
   try:
+    command_line.check_distributed_flags()
+    default = 1 if values.distributed else runtime.num_cpu_devices()
+    command_line.start(argv[:1], values.cpu_devices or default)
     config = make_config(
       run_folder.read_config(folder, config_lib.ExperimentConfig),
       values.source,
@@ -257,16 +271,24 @@ def main(argv: list[str]) -> None:
       values.batch_size,
       tuple(values['set'].value),
     )
-    content = evaluate(
-      folder,
-      config,
-      _parse_steps(folder, values.step),
-      values.num_sequences,
-      use_tqdm=True,
+    steps = processes.first(lambda: _parse_steps(folder, values.step))
+    processes.check_same(
+      'their flags',
+      {
+        'num_sequences': values.num_sequences,
+        **base_config.to_dict(config),
+      },
     )
-    path = write(folder, content)
+    content = evaluate(
+      folder, config, steps, values.num_sequences, use_tqdm=True
+    )
+    path = processes.first(lambda: write(folder, content))
   except ValueError as error:
+    if processes.is_lost(error):
+      raise
     sys.exit(f'error: {error}')
+  if not processes.is_first():
+    return
   source = config.eval.data.trajectory_generator
   print(
     f'{values.num_sequences} fresh sequences of {config.eval.seq_length} '

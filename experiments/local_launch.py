@@ -438,6 +438,8 @@ def main(argv: list[str]) -> None:
     processes.end_at_once(command_line.EXIT_STOPPED)
     sys.exit(command_line.EXIT_STOPPED)
   except (ValueError, OSError, train.NonFiniteError) as error:
+    if processes.is_lost(error):
+      raise
     if not command_line.cannot_save(error):
       sys.exit(f'error: {error}')
     # What is printed may go to the same disk.
