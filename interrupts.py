@@ -1,4 +1,8 @@
-"""SIGTERM and Ctrl-C as a wish to stop, not as the end."""
+"""SIGTERM and Ctrl-C as a wish to stop, not as the end.
+
+So are SIGUSR1 and SIGUSR2, with which schedulers of clusters warn a job whose
+time is up.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -7,7 +11,11 @@ import signal
 import threading
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NAMES = ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGUSR2')
+# Not all systems have all of them.
+_SIGNALS = tuple(
+  getattr(signal, name) for name in _NAMES if hasattr(signal, name)
+)
 
 
 class Interrupts:
@@ -23,7 +31,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def catch(enabled: bool = True) -> Iterator[Interrupts]:
-  """Notes, inside a `with`, the first SIGTERM or Ctrl-C instead of dying of it.
+  """Notes, inside a `with`, the first signal to stop instead of dying of it.
 
   A second one does what it would have done before.
 

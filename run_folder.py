@@ -143,6 +143,17 @@ def split_entries(
   return history, tuple(list(own) for own in zip(*members, strict=True))
 
 
+def is_training(folder: pathlib.Path) -> bool:
+  """Whether some process holds the folder of a run, as far as locks tell."""
+  try:
+    with RunFolder(folder)._locked():
+      return False
+  except ValueError:
+    return True
+  except OSError:
+    return False
+
+
 class RunFolder:
   """The folder of a run that is training; only one process can have it."""
 

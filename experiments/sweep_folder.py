@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import datetime
 import hashlib
 import json
 import pathlib
 import time
 from typing import Any
+from typing import BinaryIO
 from typing import NamedTuple
 from typing import TextIO
 
@@ -42,6 +44,8 @@ SUMMARY = 'summary.csv'
 TABLE = 'table.json'
 # Settings that tell seeds apart, and no groups.
 SEED_PATHS = ('seed', 'train.model_init_seed')
+# In a log, before what a run prints.
+_START = '--- started at'
 # Runs of a sweep that was killed get so long to save and end.
 _LOCK_SECONDS = 60.0
 
@@ -78,6 +82,31 @@ class SweepFolder:
   def log_path(self, name: str) -> pathlib.Path:
     """Returns the file with what a point's run has printed."""
     return self.path / 'logs' / f'{name}.txt'
+
+  def open_log(self, name: str) -> BinaryIO:
+    """Opens the log of a point, with a line that tells its starts apart.
+
+    Raises:
+      OSError: If it cannot be opened.
+    """
+    log = self.log_path(name).open('ab')
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    # A full disk is for the run to notice, which saves what it can.
+    with contextlib.suppress(OSError):
+      log.write(f'{_START} {now}\n'.encode())
+      log.flush()
+    return log
+
+  def last_lines(self, name: str, number: int) -> str:
+    """Returns the end of what a point's newest run has printed."""
+    try:
+      text = self.log_path(name).read_text(errors='replace')
+    except OSError:
+      text = ''
+    *_, of_start = text.split(_START)
+    # The rest of the line of the start is its time.
+    lines = of_start.strip().splitlines()[1:]
+    return '\n'.join(lines[-number:]) or 'it has printed nothing'
 
   def points(self) -> list[Point]:
     """Returns the points of the sweep that the folder holds.
@@ -258,6 +287,10 @@ class SweepFolder:
   def has_begun(self, name: str) -> bool:
     """Whether a point has a state to go on from."""
     return (self.run_path(name) / run_folder.CHECKPOINTS).is_dir()
+
+  def is_running(self, name: str) -> bool:
+    """Whether a process is training a point, as far as locks tell."""
+    return run_folder.is_training(self.run_path(name))
 
   def last_step(self, name: str) -> int:
     """Returns how many steps a point has done, as far as it has told."""

@@ -5,6 +5,8 @@
   python experiments/sweep_launch.py --sweep=tiny --list
   python experiments/sweep_launch.py --sweep=small --name=longer \
     --set schedule.training_steps=30000
+  python experiments/sweep_launch.py --sweep=paper --executor=slurm \
+    --cluster slurm_partition=gpu --cluster gpus_per_node=1 --cluster mem_gb=16
 
 Every point is a run of local_launch.py in a process of its own, so that one
 that fails leaves the others alone; the seeds of a point are trained together.
@@ -13,18 +15,24 @@ interrupted resumes, and what has failed is tried once more. Ctrl-C and SIGTERM
 let all runs save first, and exit with 75; a sweep that is killed takes its runs
 with it.
 
+With --executor=slurm every point is a job of a job array, submitted by submitit
+(pip install submitit). A job whose time is up, or whose node is taken, saves
+and is queued again. Ctrl-C stops watching and leaves the jobs; the same command
+again watches those that are left (<output_dir>/<name>/jobs.json knows them),
+and submits what is neither finished nor queued. --executor=local takes the same
+way with jobs on this machine, to try it out.
+
 Writes into <output_dir>/<name>/: points/, the folders of all runs; logs/; and
 after every point results.csv (all networks so far) and summary.csv (means over
 seeds). On a CPU every run has one device, whatever the machine, so that the
 same command gives the same numbers.
 """
 
+import ast
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import dataclasses
-import datetime
 import fnmatch
 import os
 import pathlib
@@ -32,7 +40,6 @@ import subprocess
 import sys
 import time
 from typing import Any
-from typing import BinaryIO
 
 from absl import flags
 
@@ -43,16 +50,14 @@ from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import sweep_folder
+from nonstationary_mbml.experiments import sweep_jobs
 from nonstationary_mbml.experiments import sweeps
 
-_SCRIPT = pathlib.Path(__file__).with_name('local_launch.py')
 _POLL_SECONDS = 0.2
 # How often steps are counted, and a line is printed where there is no terminal.
 _COUNT_SECONDS = 2.0
 _REPORT_SECONDS = 60.0
 _LOG_LINES = 5
-# In a log, before what a run prints.
-_START = '--- started at'
 
 
 @dataclasses.dataclass
@@ -74,46 +79,47 @@ class Outcome:
   cannot_save: str | None = None
 
 
-@dataclasses.dataclass
-class _Job:
-  """A run that is under way."""
-
-  name: str
-  slot: int
-  process: subprocess.Popen
-
-
 def run_sweep(
   points: Sequence[config_lib.SweepPoint],
   folder: pathlib.Path,
-  jobs: int = 1,
+  jobs: int | None = 1,
   num_sequences: int = 10_240,
   is_chosen: Callable[[str], bool] = lambda name: True,
   cpu_devices: int = 1,
   flags_of_runs: Sequence[str] = (),
   use_tqdm: bool = False,
+  executor: str = 'here',
+  cluster: Mapping[str, Any] | None = None,
 ) -> Outcome:
   """Runs all points of a sweep that are not finished.
 
   Args:
     points: Of the sweep.
     folder: Where it is, or goes on.
-    jobs: Runs at a time. On Linux each has its share of the cores.
+    jobs: Runs at a time; here, on Linux, each has its share of the cores. None
+      is one, or on SLURM as many as it gives.
     num_sequences: Fresh sequences for every table.
     is_chosen: Of the name of a point: whether to run it now.
     cpu_devices: Devices of each run, on a CPU.
     flags_of_runs: Further flags of local_launch.py.
     use_tqdm: Show progress over the whole sweep.
+    executor: One of `sweep_jobs.EXECUTORS`: where the runs are.
+    cluster: Parameters of submitit, for jobs on a cluster.
 
   Returns:
     What came of it. A point that fails, or whose config is not valid, is in it
     by name and stops no other one; a disk that is full stops all.
 
   Raises:
-    ValueError: If the folder holds another sweep, or another process runs it.
+    ValueError: If the folder holds another sweep, another process runs it, or
+      there is no such executor.
     OSError: If the folder cannot be made.
   """
-  base_config.check_int('jobs', jobs, 1)
+  if jobs is not None:
+    base_config.check_int('jobs', jobs, 1)
+  base_config.check_choice('executor', executor, sweep_jobs.EXECUTORS)
+  if cluster and executor == 'here':
+    raise ValueError('--cluster is for --executor=slurm and --executor=local')
   of_sweep = sweep_folder.SweepFolder(folder)
   failed = {}
   chosen = [point for point in points if is_chosen(point.config.name)]
@@ -123,18 +129,25 @@ def run_sweep(
     except ValueError as error:
       failed[point.config.name] = f'its config is not valid: {error}'
   with of_sweep.open(points, num_sequences, cpu_devices) as lock:
+    flags_of_runs = [
+      f'--num_sequences={num_sequences}',
+      f'--cpu_devices={cpu_devices}',
+      *flags_of_runs,
+    ]
+    if executor == 'here':
+      launcher = sweep_jobs.Here(
+        of_sweep, jobs or 1, flags_of_runs, lock.fileno()
+      )
+    else:
+      launcher = sweep_jobs.Cluster(
+        of_sweep, executor, jobs, cluster or {}, flags_of_runs
+      )
     # Only now: whoever waits for the lock can be stopped like any program.
     with interrupting.catch() as interrupts:
       runner = _Runner(
         of_sweep,
         [point for point in chosen if point.config.name not in failed],
-        jobs,
-        [
-          f'--num_sequences={num_sequences}',
-          f'--cpu_devices={cpu_devices}',
-          *flags_of_runs,
-        ],
-        lock.fileno(),
+        launcher,
         interrupts,
         use_tqdm,
       )
@@ -153,31 +166,31 @@ def run_sweep(
 
 
 class _Runner:
-  """Starts runs, watches them, and tells how far they are."""
+  """Has runs started, watches them, and tells how far they are."""
 
   def __init__(
     self,
     folder: sweep_folder.SweepFolder,
     points: Sequence[config_lib.SweepPoint],
-    jobs: int,
-    flags_of_runs: Sequence[str],
-    lock: int,
+    launcher: sweep_jobs.Launcher,
     interrupts: interrupting.Interrupts,
     use_tqdm: bool,
   ):
     self._folder = folder
-    self._jobs = jobs
-    self._flags = flags_of_runs
-    self._lock = lock
+    self._launcher = launcher
     self._interrupts = interrupts
     self._use_tqdm = use_tqdm
     self._steps = {
       p.config.name: p.config.schedule.training_steps for p in points
     }
     names = [name for name in self._steps if not folder.is_finished(name)]
+    self._running = launcher.resume(names)
+    running = {job.name for job in self._running}
     # What was interrupted comes first.
-    self._waiting = sorted(names, key=lambda name: not folder.has_begun(name))
-    self._running: list[_Job] = []
+    self._waiting = sorted(
+      (name for name in names if name not in running),
+      key=lambda name: not folder.has_begun(name),
+    )
     self.failed: dict[str, str] = {}
     self.cannot_save: str | None = None
 
@@ -193,9 +206,11 @@ class _Runner:
         while self._waiting or self._running:
           if self._interrupts.received or self.cannot_save:
             break
-          if self._waiting and len(self._running) < self._jobs:
-            self._start(self._waiting.pop(0))
-            continue
+          room = self._launcher.limit - len(self._running)
+          if self._waiting and room > 0:
+            starting = self._waiting[:room]
+            self._waiting = self._waiting[room:]
+            self._running += self._launcher.start(starting)
           now = time.monotonic()
           if has_ended or now - counted > _COUNT_SECONDS:
             counted = now
@@ -208,62 +223,27 @@ class _Runner:
           time.sleep(_POLL_SECONDS)
           has_ended = self._collect()
       finally:
-        self._stop()
+        self._launcher.stop(self._running)
         self._write_results()
-
-  def _start(self, name: str) -> None:
-    slots = {job.slot for job in self._running}
-    slot = next(i for i in range(self._jobs) if i not in slots)
-    environment = {
-      # Huge pages, as `make run` has them.
-      'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
-      # Of a GPU, each run may take its share.
-      'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / self._jobs:.3f}',
-      **os.environ,
-    }
-    with self._open_log(name) as log:
-      process = subprocess.Popen(
-        [
-          sys.executable,
-          _SCRIPT,
-          f'--config={self._folder.config_path(name)}',
-          f'--output_dir={self._folder.run_path(name).parent}',
-          '--stop_with_stdin',
-          *self._flags,
-        ],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        # As long as a run is alive, no other process runs the sweep.
-        pass_fds=() if os.name == 'nt' else (self._lock,),
-        # Ctrl-C is ours; runs are told by SIGTERM.
-        start_new_session=True,
-      )
-    self._running.append(_Job(name, slot, process))
-    if self._jobs > 1 and hasattr(os, 'sched_setaffinity'):
-      cores = sorted(os.sched_getaffinity(0))
-      if len(cores) >= self._jobs:
-        try:
-          os.sched_setaffinity(process.pid, cores[slot :: self._jobs])
-        except OSError:
-          pass  # It has ended already, or that is not allowed.
 
   def _collect(self) -> bool:
     """Notes which runs have ended; whether one has."""
-    ended = [job for job in self._running if job.process.poll() is not None]
-    for job in ended:
+    ended = [(job, job.ended()) for job in self._running]
+    ended = [(job, how) for job, how in ended if how is not None]
+    for job, how in ended:
       self._running.remove(job)
-      job.process.stdin.close()
-      code = job.process.returncode
       if self._folder.is_finished(job.name):
         continue
-      if code == command_line.EXIT_CANNOT_SAVE:
+      if how == sweep_jobs.CANNOT_SAVE:
         self.cannot_save = (
-          f'{job.name} could not be written: {self._last_lines(job.name, 1)}'
+          f'{job.name} could not be written: '
+          f'{self._folder.last_lines(job.name, 1)}'
         )
       else:
-        self.failed[job.name] = self._problem(job.name, code)
+        self.failed[job.name] = (
+          f'{how}; the end of {self._folder.log_path(job.name)}:\n'
+          f'{self._folder.last_lines(job.name, _LOG_LINES)}'
+        )
     if ended:
       self._write_results()
     return bool(ended)
@@ -275,37 +255,6 @@ class _Runner:
       self.cannot_save = self.cannot_save or (
         f'cannot write to {self._folder.path}: {error.strerror or error}'
       )
-
-  def _open_log(self, name: str) -> BinaryIO:
-    """The log of a point, with a line that tells its starts apart."""
-    log = self._folder.log_path(name).open('ab')
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    # A full disk is for the run to notice, which saves what it can.
-    with contextlib.suppress(OSError):
-      log.write(f'{_START} {now}\n'.encode())
-      log.flush()
-    return log
-
-  def _stop(self) -> None:
-    """Lets all runs save, and waits for them."""
-    for job in self._running:
-      job.process.terminate()
-    for job in self._running:
-      job.process.wait()
-      job.process.stdin.close()
-    self._running = []
-
-  def _problem(self, name: str, code: int) -> str:
-    how = f'killed by signal {-code}' if code < 0 else f'exit status {code}'
-    path = self._folder.log_path(name)
-    return f'{how}; the end of {path}:\n{self._last_lines(name, _LOG_LINES)}'
-
-  def _last_lines(self, name: str, number: int) -> str:
-    text = self._folder.log_path(name).read_text(errors='replace')
-    *_, of_start = text.split(_START)
-    # The rest of the line of the start is its time.
-    lines = of_start.strip().splitlines()[1:]
-    return '\n'.join(lines[-number:]) or 'it has printed nothing'
 
   def _steps_done(self) -> int:
     """Steps that all points have done."""
@@ -407,8 +356,27 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_integer(
     'jobs',
     None,
-    'Runs at a time; if unset, as many as cores, or one on an accelerator.',
+    'Runs at a time; if unset, as many as cores, or one on an accelerator. On '
+    'SLURM, most jobs at a time; if unset, as many as it gives.',
     lower_bound=1,
+    flag_values=values,
+  )
+  command_line.define_choice(
+    values,
+    'executor',
+    'here',
+    base_config.Registry(
+      'executor', {name: name for name in sweep_jobs.EXECUTORS}
+    ),
+    'Where points run: here, as jobs of SLURM, or as jobs on this machine that '
+    'are handled as those of SLURM are; both need submitit',
+  )
+  flags.DEFINE_multi_string(
+    'cluster',
+    [],
+    'name=value of any parameter of a job that submitit knows, such as '
+    'timeout_min, mem_gb, cpus_per_task, gpus_per_node, slurm_partition, '
+    'slurm_account; may be given several times.',
     flag_values=values,
   )
   flags.DEFINE_multi_string(
@@ -497,6 +465,24 @@ def points_from_flags(
   )
 
 
+def parse_parameters(items: Sequence[str]) -> dict[str, Any]:
+  """Returns the parameters of jobs that `name=value` items set.
+
+  Raises:
+    ValueError: If an item is not of that form.
+  """
+  parameters = {}
+  for item in items:
+    name, equals, text = item.partition('=')
+    if not name or not equals:
+      raise ValueError(f'--cluster {item!r} is not name=value')
+    try:
+      parameters[name] = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+      parameters[name] = text  # Most are names.
+  return parameters
+
+
 def _print_points(
   points: Sequence[config_lib.SweepPoint],
   folder: pathlib.Path,
@@ -530,15 +516,21 @@ def main(argv: list[str]) -> None:
       )
       _print_points(points, folder, is_chosen)
       return
+    executor = values.executor.lower()
+    jobs = values.jobs
+    if jobs is None and executor != 'slurm':
+      jobs = default_jobs()
     outcome = run_sweep(
       points,
       folder,
-      values.jobs or default_jobs(),
+      jobs,
       values.num_sequences,
       is_chosen,
       values.cpu_devices,
       () if values.compilation_cache else ('--nocompilation_cache',),
       use_tqdm=True,
+      executor=executor,
+      cluster=parse_parameters(values.cluster),
     )
     print(format_outcome(folder, outcome), flush=True)
   except KeyboardInterrupt:
@@ -556,8 +548,9 @@ def main(argv: list[str]) -> None:
     sys.exit(command_line.EXIT_CANNOT_SAVE)
   if outcome.stopped_by is not None and outcome.left:
     print(
-      f'stopped by {outcome.stopped_by}; all runs are saved, and the same '
-      'command goes on',
+      f'stopped by {outcome.stopped_by}; '
+      + ('the jobs go on' if executor == 'slurm' else 'all runs are saved')
+      + ', and the same command goes on',
       file=sys.stderr,
     )
     sys.exit(command_line.EXIT_STOPPED)

@@ -62,6 +62,7 @@ ORDER = (
     'experiments.export_run',
     'experiments.sweeps',
     'experiments.sweep_folder',
+    'experiments.sweep_jobs',
     'experiments.sweep_launch',
     'experiments.sweep_networks',
     'experiments.questions',
