@@ -124,6 +124,8 @@ class Checkpoints:
       # to give away.
       tree, checksum = _copy_with_checksum(saved['tree'])
     except Exception as error:  # Whatever a broken file makes Orbax raise.
+      if processes.is_lost(error):
+        raise
       reason = str(error).strip().split('\n')[0][:200]
       raise DamagedError(
         f'{self.folder / str(step)} cannot be read ({type(error).__name__}: '

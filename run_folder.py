@@ -472,6 +472,8 @@ class RunFolder:
         self._checkpoints.wait()
         self._snapshots.wait()
     except Exception as error:  # Whatever Orbax makes of a full disk.
+      if processes.is_lost(error):
+        raise
       raise _save_error(self.path, error, self.last_checkpoint) from error
 
   def finish(self, step: int, how: str) -> None:
@@ -484,6 +486,8 @@ class RunFolder:
       self._checkpoints.wait()
       self._snapshots.wait()
     except Exception as error:  # As above.
+      if processes.is_lost(error):
+        raise
       raise _save_error(self.path, error, self.last_checkpoint) from error
     self._note(step, how)
 
