@@ -1,0 +1,256 @@
+"""Sweeps as jobs of a cluster: submitit's local executor, and SLURM in small.
+
+SLURM itself is not at hand; `slurm` has its commands, as far as they are used.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nonstationary_mbml import files
+from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import sweep_folder
+from nonstationary_mbml.experiments import sweep_jobs
+from nonstationary_mbml.experiments import sweep_launch
+from nonstationary_mbml.experiments import sweeps
+from tests.experiments import slurm
+
+SCRIPT = pathlib.Path(sweep_launch.__file__)
+FLAGS = (
+  '--sweep=tiny',
+  '--output_dir=sweeps',
+  '--num_sequences=200',
+  '--jobs=2',
+  '--set=schedule.training_steps=200',
+  '--set=schedule.ckpt_frequency=20',
+)
+
+
+def _start(folder, *flags, environment=None):
+  cache = SCRIPT.parent.parent / '.cache' / 'jax'
+  return subprocess.Popen(
+    [sys.executable, SCRIPT, *FLAGS, *flags],
+    cwd=folder,
+    env={
+      **(environment or os.environ),
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _finish(process):
+  stdout, stderr = process.communicate(timeout=300)
+  assert process.returncode == 0, stderr + stdout
+  assert '6 points finished, 0 left, 0 failed' in stdout
+  return stdout
+
+
+def _points(folder):
+  return folder / 'sweeps' / 'tiny' / 'points'
+
+
+def _wait_for_a_log(folder, process, besides=()):
+  """The name of a point that has logged."""
+  while process.poll() is None:
+    for path in _points(folder).glob('*/metrics.jsonl'):
+      if path.stat().st_size and path.parent.name not in besides:
+        return path.parent.name
+    time.sleep(0.01)
+  raise AssertionError(process.communicate())
+
+
+def _starts(folder, name):
+  path = _points(folder) / name / 'environment.json'
+  return json.loads(path.read_text())['starts']
+
+
+def _assert_whole(folder):
+  """Every point is there once, with all seeds."""
+  rows = files.read_csv(folder / 'sweeps' / 'tiny' / 'results.csv')
+  seeds = collections.defaultdict(list)
+  for row in rows:
+    seeds[row['data'], row['model']].append(row['seed'])
+  assert len(seeds) == 6
+  assert all(of_point == [0, 1] for of_point in seeds.values())
+  for path in _points(folder).glob('*/metrics.jsonl'):
+    steps = [json.loads(line)['step'] for line in path.open()]
+    assert steps == [50, 100, 150, 200]
+
+
+@pytest.mark.slow
+def test_sweep_completes_through_the_local_executor(tmp_path):
+  process = _start(tmp_path, '--executor=local')
+  first = _wait_for_a_log(tmp_path, process)
+  process.terminate()
+  _, stderr = process.communicate(timeout=120)
+  assert process.returncode == command_line.EXIT_STOPPED, stderr
+  assert 'all runs are saved' in stderr
+  # Nobody trains any more.
+  folder = sweep_folder.SweepFolder(tmp_path / 'sweeps' / 'tiny')
+  assert not folder.is_running(first)
+  assert _starts(tmp_path, first)[0]['end'] == 'stopped by SIGTERM'
+  _finish(_start(tmp_path, '--executor=local'))
+  assert _starts(tmp_path, first)[1]['first_step'] > 0
+  _assert_whole(tmp_path)
+
+
+@pytest.mark.slow
+def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
+  tmp_path,
+):
+  state = tmp_path / 'slurm'
+  environment = slurm.install(state)
+  flags = (
+    '--executor=slurm',
+    '--cluster=timeout_min=30',
+    '--cluster=slurm_partition=gpu',
+  )
+  process = _start(tmp_path, *flags, environment=environment)
+  first = _wait_for_a_log(tmp_path, process)
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == command_line.EXIT_STOPPED, stderr
+  assert 'the jobs go on' in stderr
+  jobs = files.read_json(tmp_path / 'sweeps' / 'tiny' / sweep_jobs.JOBS)
+  assert sorted(jobs.values()) == [f'100_{index}' for index in range(6)]
+
+  # The scheduler takes the node of another point.
+  process = _start(tmp_path, *flags, environment=environment)
+  second = _wait_for_a_log(tmp_path, process, besides=[first])
+  preempt = ['scancel', jobs[second], '--signal', 'USR2']
+  subprocess.run(preempt, env=environment, check=True)
+  _finish(process)
+  ends = [start['end'] for start in _starts(tmp_path, second)]
+  assert ends == ['stopped by SIGTERM', 'finished']
+  assert _starts(tmp_path, second)[1]['first_step'] > 0
+  assert [start['end'] for start in _starts(tmp_path, first)] == ['finished']
+  _assert_whole(tmp_path)
+  # One array of all points, two at a time; the second launcher only watched.
+  (script,) = slurm.submitted(state)
+  for line in ('--array=0-5%2', '--partition=gpu', '--time=30'):
+    assert f'#SBATCH {line}\n' in script
+  # Nothing is left to do, and nothing is submitted.
+  _finish(_start(tmp_path, *flags, environment=environment))
+  assert len(slurm.submitted(state)) == 1
+
+
+@pytest.mark.slow
+def test_point_that_fails_in_its_job_is_named_with_its_log(tmp_path):
+  state = tmp_path / 'slurm'
+  environment = slurm.install(state)
+  flags = (
+    '--executor=slurm',
+    '--only=tiny,ptw,rnn',
+    '--only=tiny,lin,rnn',
+    '--set=train.learning_rate=1e38',
+    '--set=train.clip_grad_norm=none',
+  )
+  process = _start(tmp_path, *flags, environment=environment)
+  stdout, _ = process.communicate(timeout=300)
+  assert process.returncode == 1
+  for name in ('tiny,ptw,rnn', 'tiny,lin,rnn'):
+    assert f'FAILED {name}: exit status 1; the end of' in stdout
+  assert 'with train.learning_rate 1e+38' in stdout
+
+
+def _sweep_folder(path):
+  folder = sweep_folder.SweepFolder(path)
+  points = sweeps.SWEEPS['tiny']().points()[:1]
+  return folder, points
+
+
+def test_job_that_is_told_to_end_lets_its_run_save(tmp_path, monkeypatch):
+  """What submitit calls, in a signal handler, while the job waits."""
+  script = tmp_path / 'run.py'
+  script.write_text("""
+import pathlib, signal, sys, time
+def save(*args):
+  pathlib.Path('saved').touch()
+  sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path('running').touch()
+time.sleep(60)
+""")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(
+    sweep_jobs, 'command', lambda *args: [sys.executable, str(script)]
+  )
+  folder, points = _sweep_folder(tmp_path / 'sweep')
+  name = points[0].config.name
+  job = sweep_jobs.PointJob(str(folder.path), name, ['--x'])
+  told = []
+
+  class RequeuedError(Exception):
+    pass
+
+  def on_signal(*args):
+    told.append(job.checkpoint())
+    assert (tmp_path / 'saved').exists()
+    raise RequeuedError
+
+  before = signal.signal(signal.SIGUSR2, on_signal)
+  code = f"""
+import os, pathlib, time
+while not pathlib.Path('running').exists():
+  time.sleep(0.01)
+os.kill({os.getpid()}, {int(signal.SIGUSR2)})
+"""
+  with folder.open(points, 200):
+    killer = subprocess.Popen([sys.executable, '-c', code])
+    try:
+      with pytest.raises(RequeuedError):
+        job()
+    finally:
+      signal.signal(signal.SIGUSR2, before)
+      killer.wait()
+  (again,) = told
+  assert vars(again.function) == {**vars(job), '_process': None}
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'executor': 'slum'}, "executor 'slum' is not one of here, local, slurm"),
+    ({'executor': 'slurm'}, 'there is no srun here'),
+    (
+      {'executor': 'local', 'cluster': {'timeout_mins': 3}},
+      '--cluster: .*timeout_mins',
+    ),
+    ({'cluster': {'mem_gb': 3}}, '--cluster is for --executor=slurm'),
+  ],
+)
+def test_wrong_executors_are_refused(tmp_path, monkeypatch, kwargs, message):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  _, points = _sweep_folder(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    sweep_launch.run_sweep(points, tmp_path / 'sweep', **kwargs)
+
+
+def test_without_submitit_it_is_named(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'submitit', None)
+  folder, _ = _sweep_folder(tmp_path)
+  with pytest.raises(ValueError, match='pip install submitit'):
+    sweep_jobs.Cluster(folder, 'local', 1, {}, ())
+
+
+def test_parameters_of_jobs_are_numbers_or_names():
+  assert sweep_launch.parse_parameters(
+    ['mem_gb=1.5', 'slurm_partition=gpu', 'nodes=2', 'slurm_comment=a=b']
+  ) == {
+    'mem_gb': 1.5,
+    'slurm_partition': 'gpu',
+    'nodes': 2,
+    'slurm_comment': 'a=b',
+  }
+  with pytest.raises(ValueError, match="'mem_gb' is not name=value"):
+    sweep_launch.parse_parameters(['mem_gb'])
