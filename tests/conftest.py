@@ -6,7 +6,11 @@ import pathlib
 # The tests compile much and compute little: machine code need not be fast. XLA
 # reads this once, so it comes before JAX.
 os.environ['XLA_FLAGS'] = ' '.join(
-  [os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0']
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+  ]
 ).strip()
 
 import jax

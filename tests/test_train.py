@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import json
 import subprocess
 import sys
 
@@ -230,19 +232,56 @@ def test_two_devices_train_as_one():
   shared_losses, shared_state = _run_steps(config, 20, 2)
   np.testing.assert_allclose(shared_losses, losses, atol=1e-5)
   _assert_trees_close(shared_state.params, state.params, atol=1e-4)
-  # And so do eight, in a process that has them.
+
+
+# Rows of devices that share out the members, and the batch inside of each.
+GRIDS = {
+  'a batch over eight': {},
+  'each of two members over four': {'model_init_seed': (3, 7)},
+  'all three members over eight': {'model_init_seed': (0, 3, 7)},
+  'as it is told': {'model_init_seed': (0, 1, 2, 3), 'num_seed_shards': 2},
+}
+
+
+def _grid_config(name):
+  return _config(
+    steps=20, batch_size=8, reset_predictor_init_state=False, **GRIDS[name]
+  )
+
+
+def test_eight_devices_train_as_one():
+  """In a process that has them."""
   code = f"""
-import runpy, jax
+import json, runpy, jax
 jax.config.update('jax_num_cpu_devices', 8)
 module = runpy.run_path({__file__!r})
-config = module['_config'](steps=20, batch_size=8)
-print(*module['_run_steps'](config, 20, 8)[0])
+for name in module['GRIDS']:
+  losses, _ = module['_run_steps'](module['_grid_config'](name), 20, 8)
+  print(json.dumps(losses.tolist()))
 """
   result = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    [sys.executable, '-c', code], capture_output=True, text=True, check=False
   )
-  eight_losses = np.array(result.stdout.split(), float)
-  np.testing.assert_allclose(eight_losses, losses, atol=1e-5)
+  assert result.returncode == 0, result.stderr
+  for name, line in zip(GRIDS, result.stdout.splitlines(), strict=True):
+    config = _grid_config(name)
+    # The grid is for eight.
+    config.train.num_seed_shards = None
+    losses, _ = _run_steps(config, 20, 1)
+    np.testing.assert_allclose(json.loads(line), losses, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('num_members', 'num_devices', 'num_rows'),
+  [(8, 8, 8), (2, 8, 2), (3, 8, 1), (6, 4, 2), (16, 8, 8), (8, 1, 1)],
+)
+def test_members_are_shared_out_as_far_as_they_divide(
+  num_members, num_devices, num_rows
+):
+  config = base_config.TrainConfig(model_init_seed=tuple(range(num_members)))
+  assert train.num_seed_shards(config, num_devices) == num_rows
+  config.model_init_seed = 0
+  assert train.num_seed_shards(config, num_devices) == 1
 
 
 def test_no_program_is_compiled_after_the_first_log():
@@ -270,6 +309,17 @@ def test_no_program_is_compiled_after_the_first_log():
   assert counts[1:] == [counts[0], counts[0]]
 
 
+@functools.cache
+def _train_alone(seed):
+  """Losses and state of a member that has no others."""
+  config = _config(
+    model_init_seed=seed,
+    seq_length_fixed=False,
+    reset_predictor_init_state=False,
+  )
+  return _run_steps(config, 40, 1)
+
+
 # Two devices split three members' batches, and of four take two each.
 @pytest.mark.parametrize(
   ('num_devices', 'seeds'), [(1, (3, 7)), (2, (3, 0, 7)), (2, (3, 0, 1, 7))]
@@ -282,10 +332,8 @@ def test_members_of_an_ensemble_train_as_alone(num_devices, seeds):
   )
   losses, state = _run_steps(config, 40, num_devices)
   assert losses.shape == (40, len(seeds))
-  solo = _config(seq_length_fixed=False, reset_predictor_init_state=False)
   for member, seed in ((0, 3), (-1, 7)):
-    solo.train.model_init_seed = seed
-    expected, expected_state = _run_steps(solo, 40, num_devices)
+    expected, expected_state = _train_alone(seed)
     np.testing.assert_allclose(losses[:, member], expected, atol=1e-5)
     for name in ('params', 'opt_state', 'predictor_state'):
       _assert_trees_close(
@@ -598,6 +646,15 @@ def test_training_leaves_its_config_as_it_is():
       'batch_size 3 does not divide over the 2 devices',
     ),
     ({'train.microbatch_size': 0}, 'train.microbatch_size is 0'),
+    ({'train.num_seed_shards': 0}, 'train.num_seed_shards is 0'),
+    (
+      {'train.num_seed_shards': 2},
+      'num_seed_shards 2 does not divide the 1 seeds',
+    ),
+    (
+      {'train.num_seed_shards': 3, 'train.model_init_seed': (0, 1, 2)},
+      'num_seed_shards 3 does not divide the 2 devices',
+    ),
     (
       {'train.batch_size': 8, 'train.microbatch_size': 3},
       'train.microbatch_size 3 does not divide the 4 sequences of a device',

@@ -36,6 +36,7 @@ def _in_order(params):
   return [(module, name) for module in params for name in params[module]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [

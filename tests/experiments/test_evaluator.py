@@ -1,3 +1,5 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,51 @@ def test_many_sequences_are_evaluated_batch_by_batch():
     regrets['network'].std(ddof=1) / np.sqrt(40),
     rtol=1e-5,
   )
+
+
+def test_devices_share_a_batch_that_they_do_not_divide(monkeypatch):
+  predictor, params = _lstm()
+  of_two = _evaluator(predictor, batch_size=5)
+  monkeypatch.setattr(jax, 'devices', jax.local_devices()[:1].copy)
+  of_one = _evaluator(predictor, batch_size=5)
+  arguments = params, jax.random.key(3), 12
+  regrets = of_two.evaluate(*arguments)
+  expected = of_one.evaluate(*arguments)
+  assert regrets.keys() == expected.keys()
+  for name, values in regrets.items():
+    np.testing.assert_allclose(values, expected[name], atol=1e-5)
+  state = predictor.initial_state(params, None, 5)
+  metrics = [
+    evaluator.step(params, state, jax.random.key(4))
+    for evaluator in (of_two, of_one)
+  ]
+  for name, value in metrics[0].items():
+    np.testing.assert_allclose(value, metrics[1][name], atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_sequences(monkeypatch):
+  predictor, params = _lstm()
+  evaluator = _evaluator(predictor)
+  held = []
+
+  def held_at_most(num_sequences):
+    evaluator.evaluate(params, jax.random.key(0), num_sequences)
+    most = max(held)
+    held.clear()
+    return most
+
+  class Bar:
+    def update(self, number):
+      held.append(sum(array.nbytes for array in jax.live_arrays()))
+
+  monkeypatch.setattr(
+    evaluator_lib.progress,
+    'bar',
+    lambda **kwargs: contextlib.nullcontext(Bar()),
+  )
+  few = held_at_most(32)
+  # But for the keys of the batches.
+  assert held_at_most(3200) - few < 200 * 16
 
 
 def test_regrets_over_time_are_of_the_sequences_that_evaluate_sums_up():

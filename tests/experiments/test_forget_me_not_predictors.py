@@ -342,6 +342,7 @@ def test_beats_ptw_where_regimes_return():
   assert _standard_errors(gain) > 5
 
 
+@pytest.mark.slow
 def test_beats_ptw_and_lad_where_regimes_return_and_take_long_to_learn():
   # With two symbols LAD is better: a regime is learnt within a few nats, and
   # these switches cost more than that on a binary tree, even with a memory that

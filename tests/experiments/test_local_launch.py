@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+from absl import flags
 import pytest
 
 from nonstationary_mbml import base_config
@@ -13,10 +14,10 @@ from nonstationary_mbml.experiments import local_launch
 SCRIPT = pathlib.Path(local_launch.__file__)
 
 
-def _launch(tmp_path, *flags, env=None):
+def _launch(tmp_path, *args, env=None):
   cache = SCRIPT.parent.parent / '.cache' / 'jax'
   return subprocess.run(
-    [sys.executable, SCRIPT, '--output_dir=runs', *flags],
+    [sys.executable, SCRIPT, '--output_dir=runs', *args],
     cwd=tmp_path,
     env={
       **{k: v for k, v in os.environ.items() if not k.startswith('JAX_COMP')},
@@ -37,7 +38,7 @@ SHORT = (
 
 
 def test_run_writes_config_metrics_and_figure(tmp_path):
-  result = _launch(tmp_path, *SHORT, '--name=short')
+  result = _launch(tmp_path, *SHORT, '--name=short', '--cpu_devices=2')
   assert result.returncode == 0, result.stderr
   folder = tmp_path / 'runs' / 'short'
   assert sorted(path.name for path in folder.iterdir()) == [
@@ -78,7 +79,7 @@ def test_run_writes_config_metrics_and_figure(tmp_path):
 
   evaluated = subprocess.run(
     [sys.executable, SCRIPT.parent / 'evaluate.py', folder]
-    + ['--num_sequences=600'],
+    + ['--num_sequences=600', '--cpu_devices=2'],
     capture_output=True,
     text=True,
     check=False,
@@ -108,15 +109,10 @@ def test_source_without_exact_predictor_is_measured_from_the_best(tmp_path):
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
-    ('--source=ptww', "mean 'ptw'"),
-    ('--model_type=lstn', "mean 'lstm'"),
-    ('--steps=-1', '--steps=-1'),
-    ('--seq_length=1', '--seq_length=1'),
-    ('--batch_size=0', '--batch_size=0'),
     ('--stepps=3', 'steps'),
     ('--output_dir=/dev/null/runs', 'cannot write to /dev/null/runs'),
-    ('--num_seeds=0', '--num_seeds=0'),
-    ('--cpu_devices=3', 'batch_size 128 does not divide over 3 devices'),
+    ('--cpu_devices=3', 'batch_size 128 does not divide over the 3 devices'),
+    ('--process_id=0', '--distributed: --process_id needs it'),
   ],
 )
 def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
@@ -127,16 +123,36 @@ def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
   assert 'training' not in result.stderr.replace('training steps', '')
 
 
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--source=ptww', "mean 'ptw'"),
+    ('--model_type=lstn', "mean 'lstm'"),
+    ('--steps=-1', '--steps=-1'),
+    ('--seq_length=1', '--seq_length=1'),
+    ('--batch_size=0', '--batch_size=0'),
+    ('--num_seeds=0', '--num_seeds=0'),
+    ('--num_processes=0', '--num_processes=0'),
+  ],
+)
+def test_wrong_values_of_flags_are_flag_errors(flag, message):
+  values = flags.FlagValues()
+  local_launch.define_flags(values)
+  with pytest.raises(flags.Error, match=message):
+    values(['local_launch.py', flag])
+
+
+@pytest.mark.slow
 def test_second_start_compiles_nothing(tmp_path):
   cache = tmp_path / 'cache'
   env = {'XDG_CACHE_HOME': str(cache)}
-  flags = (*SHORT, '--overwrite', '--num_seeds=2', '--num_sequences=100')
-  first = _launch(tmp_path, *flags, env=env)
+  args = (*SHORT, '--overwrite', '--num_seeds=2', '--num_sequences=100')
+  first = _launch(tmp_path, *args, env=env)
   assert first.returncode == 0, first.stderr
   assert 'lstm, 2 seeds' in first.stdout
   kept = sorted(path.name for path in cache.rglob('*-cache'))
   assert kept
-  second = _launch(tmp_path, *flags, env=env)
+  second = _launch(tmp_path, *args, env=env)
   assert 'Compiled 0 programs and loaded' in second.stdout
   assert sorted(path.name for path in cache.rglob('*-cache')) == kept
   # What came of it is the same, too.

@@ -210,7 +210,9 @@ def test_tables_of_two_sweeps_are_not_mixed(tmp_path):
   [
     ('--question=lenght', "did you mean 'length'"),
     ('--sweep_dir=none', 'none is no folder of a sweep'),
-    ('--draw_only', 'out has no tables to draw'),
+    pytest.param(
+      '--draw_only', 'out has no tables to draw', marks=pytest.mark.slow
+    ),
     ('--sweep_dir=sweep', '0 of 6 points of sweep are finished'),
   ],
 )
