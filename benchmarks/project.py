@@ -12,6 +12,7 @@ import timing
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml import processes
 from nonstationary_mbml import runtime
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
@@ -61,7 +62,7 @@ def project_step(
     A function that trains on and returns the loss, and the bytes of temporary
     memory that it was compiled to take, on all devices.
   """
-  devices = jax.local_devices()[:num_devices]
+  devices = jax.devices()[:num_devices]
   generator = constants.build_data_generator(config.data)
   if predictor is None:
     predictor = predictor_factories.build_predictor(
@@ -128,10 +129,17 @@ def evaluation(job: timing.Job) -> timing.Work:
 
 def _start(job: timing.Job) -> int:
   """Starts JAX and returns the number of devices to train on."""
-  num_devices = runtime.num_cpu_devices(job.batch_size) if job.all_cores else 1
+  num_devices = job.num_devices or 1
+  if job.all_cores and not job.num_devices:
+    num_devices = runtime.num_cpu_devices(job.batch_size)
   # Compiled anew, so that no time is that of an older version.
   runtime.start(num_devices, use_compilation_cache=False)
-  return num_devices if jax.default_backend() == 'cpu' else 1
+  if job.num_processes > 1:
+    processes.start(job.coordinator, job.num_processes, job.process_id)
+    return jax.device_count()
+  if jax.default_backend() == 'cpu':
+    return num_devices
+  return min(job.num_devices or 1, jax.device_count())
 
 
 def _work(

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,10 @@ class Job:
     num_sequences: Of an evaluation.
     size: Of a matrix or a vector.
     all_cores: As many CPU devices as `make run` takes, else one.
+    num_devices: Of each process, if not 0: then `all_cores` is of no matter.
+    num_processes: That do it together.
+    process_id: Of the child.
+    coordinator: Where the processes meet.
     huge_pages: Memory as `make run` takes it, else as it comes.
     learning_rate: Adam's.
     clip_grad_norm: Largest global norm of a gradient.
@@ -77,6 +82,10 @@ class Job:
   num_sequences: int = 0
   size: int = 0
   all_cores: bool = False
+  num_devices: int = 0
+  num_processes: int = 1
+  process_id: int = 0
+  coordinator: str = ''
   huge_pages: bool = False
   learning_rate: float = 2e-3
   clip_grad_norm: float = 1.0
@@ -106,11 +115,7 @@ class Child:
   """A process that does a job whenever it is asked to."""
 
   def __init__(self, job: Job):
-    """Starts it, waits for its first turn, and keeps that as `first`.
-
-    Raises:
-      ChildError: If it does not get that far.
-    """
+    """Starts it."""
     self._stderr = tempfile.TemporaryFile('w+')
     self._process = subprocess.Popen(
       [sys.executable, str(_WORKER), json.dumps(dataclasses.asdict(job))],
@@ -120,26 +125,24 @@ class Child:
       stderr=self._stderr,
       text=True,
     )
-    start = time.perf_counter()
-    try:
-      self.first = self.turn()
-    except BaseException:
-      self.close()
-      raise
-    self.first['start_seconds'] = time.perf_counter() - start
 
-  def turn(self) -> dict[str, Any]:
-    """Returns the child's answer, `seconds` among it.
-
-    Raises:
-      ChildError: If there is none.
-    """
+  def ask(self) -> None:
+    """Asks it to take a turn."""
     try:
       self._process.stdin.write('\n')
       self._process.stdin.flush()
     except BrokenPipeError:
       pass  # It says why on stderr.
+
+  def answer(self) -> dict[str, Any]:
+    """Returns what it says of the turn, `seconds` among it.
+
+    Raises:
+      ChildError: If it says nothing.
+    """
     answer = self._process.stdout.readline()
+    while answer and not answer.startswith('{'):  # Gloo greets its peers.
+      answer = self._process.stdout.readline()
     if not answer:
       self._process.wait()
       self._stderr.seek(0)
@@ -149,15 +152,59 @@ class Child:
       )
     return json.loads(answer)
 
-  def close(self) -> None:
-    """Ends the process."""
+  def end(self) -> None:
+    """Lets the process end."""
     try:
       self._process.stdin.close()
     except BrokenPipeError:
       pass
+
+  def close(self) -> None:
+    """Ends the process, and waits for that."""
+    self.end()
     self._process.stdout.close()
     self._process.wait()
     self._stderr.close()
+
+
+class Team:
+  """The processes of a job: one, or several that do it together."""
+
+  def __init__(self, job: Job):
+    """Starts it, waits for its first turn, and keeps that as `first`.
+
+    Raises:
+      ChildError: If it does not get that far.
+    """
+    if job.num_processes > 1:
+      with socket.create_server(('127.0.0.1', 0)) as server:
+        host, port = server.getsockname()
+      job = dataclasses.replace(job, coordinator=f'{host}:{port}')
+    start = time.perf_counter()
+    self._children = [
+      Child(dataclasses.replace(job, process_id=process_id))
+      for process_id in range(job.num_processes)
+    ]
+    try:
+      self.first = self.turn()
+    except BaseException:
+      self.close()
+      raise
+    self.first['start_seconds'] = time.perf_counter() - start
+
+  def turn(self) -> dict[str, Any]:
+    """Returns the answer of the first one, as `Child.answer`."""
+    for child in self._children:
+      child.ask()
+    return [child.answer() for child in self._children][0]
+
+  def close(self) -> None:
+    """Ends all processes, and waits for that."""
+    # They end together.
+    for child in self._children:
+      child.end()
+    for child in self._children:
+      child.close()
 
 
 def environment(huge_pages: bool) -> dict[str, str]:
@@ -182,32 +229,32 @@ def take_turns(
     `first_loss` and `start_seconds` (with the first turn); and, for those that
     failed, why.
   """
-  children, failures, answers = {}, {}, {}
+  teams, failures, answers = {}, {}, {}
   try:
     for name, job in jobs.items():
       try:
-        children[name] = Child(job)
+        teams[name] = Team(job)
       except ChildError as error:
         failures[name] = str(error)
-    times = {name: [] for name in children}
+    times = {name: [] for name in teams}
     for _ in range(repeats):
-      for name, child in list(children.items()):
+      for name, team in list(teams.items()):
         try:
-          answers[name] = child.turn()
+          answers[name] = team.turn()
         except ChildError as error:
           failures[name] = str(error)
-          children.pop(name).close()
+          teams.pop(name).close()
           answers.pop(name, None)
           continue
         times[name].append(answers[name]['seconds'])
     for name, answer in answers.items():
-      first = children[name].first
+      first = teams[name].first
       answer['times'] = times[name]
       answer['first_loss'] = first['loss']
       answer['start_seconds'] = first['start_seconds']
   finally:
-    for child in children.values():
-      child.close()
+    for team in teams.values():
+      team.close()
   return answers, failures
 
 
