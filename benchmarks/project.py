@@ -117,14 +117,17 @@ def evaluation(job: timing.Job) -> timing.Work:
   rng = jax.random.key(0)
   symbols = jnp.zeros((1, job.seq_length, networks.ALPHABET_SIZE))
   params = predictor.init_params(rng, symbols, None)
-  step = jax.jit(lambda params, rng: evaluator.step(params, None, rng))
-  memory = step.lower(params, rng).compile().memory_analysis()
+  temp_bytes = None
+  if job.num_processes == 1:
+    step = jax.jit(lambda params, rng: evaluator.step(params, None, rng))
+    memory = step.lower(params, rng).compile().memory_analysis()
+    temp_bytes = memory.temp_size_in_bytes
 
   def run() -> None:
     # The regrets come back as arrays of the host.
     evaluator.evaluate(params, rng, job.num_sequences)
 
-  return _work(run, memory.temp_size_in_bytes, jax.local_device_count())
+  return _work(run, temp_bytes, jax.device_count())
 
 
 def _start(job: timing.Job) -> int:

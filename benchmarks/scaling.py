@@ -4,6 +4,7 @@
   python benchmarks/scaling.py --markdown
   python benchmarks/scaling.py --plan results/benchmarks.json
   python benchmarks/scaling.py --plan gpu.json --machines 8 40
+  python benchmarks/scaling.py --reckon 10 40 --machines 1 8 20
 
 The first measures: the same work on one device, on several CPU devices of one
 process, and on as many processes with one each, in turns. It writes
@@ -12,6 +13,11 @@ results/scaling.json. --markdown prints that as a table.
 --plan reckons, from the step times that benchmarks/run.py has written on some
 machine, how long the grid of the paper would take on so many machines like it.
 A machine trains one network at a time, on all of its devices.
+
+--reckon does so for an accelerator that nobody has measured, from what its
+products reach (TFLOP/s) and what a step over time costs a recurrent network,
+forwards and backwards, however small it is (microseconds). One accelerator
+trains all seeds of a source and an architecture together.
 """
 
 import argparse
@@ -159,27 +165,70 @@ def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
     + ' |',
     '|---' * (4 + len(machines)) + '|',
   ]
-  total = 0.0
+  runs = []
   for name in _ARCHITECTURES:
     if name not in steps:
       raise ValueError(f'there is no row of {name}, as ours in training')
     hours = steps[name]['value'] * 1e-3 * _STEPS / 3600
-    total += hours
-    columns = [_time(_hours_of_grid(hours, n)) for n in machines]
+    of_network = _SOURCES * _SEEDS * [hours]
+    runs += of_network
+    columns = [_time(_makespan(of_network, n)) for n in machines]
     memory = steps[name]['peak_bytes'] / 2**30
     lines.append(
       f'| {name} | {steps[name]["value"]:.4g} ms | {memory:.1f} GiB | '
       f'{_time(hours)} | ' + ' | '.join(columns) + ' |'
     )
-  columns = [_time(_hours_of_grid(total, n)) for n in machines]
+  columns = [_time(_makespan(runs, n)) for n in machines]
   lines.append(f'| all | | | | {" | ".join(columns)} |')
   return '\n'.join(lines)
 
 
-def _hours_of_grid(hours: float, machines: int) -> float:
-  """Of all sources and seeds; in the last round some machines may be idle."""
-  rounds = -(-_SOURCES * _SEEDS // machines)
-  return hours * rounds
+def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
+  """Returns what the grid of the paper would cost on accelerators, as a table.
+
+    step = max(seeds x operations / rate, T x time of a step over time)
+
+  where only recurrent networks step over time. Machines take turns with the
+  longest runs first.
+
+  Args:
+    tflops: 10^12 operations a second that products reach.
+    microseconds: Of a step over time, forwards and backwards.
+    machines: How many accelerators; a column for each.
+  """
+  lines = [
+    f'| network | step of {_SEEDS} seeds | one run of them | '
+    + ' | '.join(_count(n, 'accelerator') for n in machines)
+    + ' |',
+    '|---' * (3 + len(machines)) + '|',
+  ]
+  runs = []
+  for name in _ARCHITECTURES:
+    network, _, length = name.partition(', T=')
+    model_type, kwargs = networks.networks(int(length), num_layers=5)[network]
+    flops = networks.step_flops(model_type, kwargs, 128, int(length))
+    seconds = _SEEDS * flops / (1e12 * tflops)
+    if 'Transformer' not in name:
+      seconds = max(seconds, 1e-6 * microseconds * int(length))
+    hours = seconds * _STEPS / 3600
+    runs += _SOURCES * [hours]
+    columns = [_time(_makespan(_SOURCES * [hours], n)) for n in machines]
+    lines.append(
+      f'| {name} | {1e3 * seconds:.3g} ms | {_time(hours)} | '
+      + ' | '.join(columns)
+      + ' |'
+    )
+  columns = [_time(_makespan(runs, n)) for n in machines]
+  lines.append(f'| all | | | {" | ".join(columns)} |')
+  return '\n'.join(lines)
+
+
+def _makespan(hours: Sequence[float], machines: int) -> float:
+  """When the last of some runs ends, if the longest begin first."""
+  ends = [0.0] * machines
+  for run in sorted(hours, reverse=True):
+    ends[ends.index(min(ends))] += run
+  return max(ends)
 
 
 def _count(number: int, thing: str) -> str:
@@ -200,6 +249,9 @@ def main() -> None:
   parser.add_argument('--output', type=pathlib.Path, default=_OUTPUT)
   parser.add_argument('--markdown', action='store_true')
   parser.add_argument('--plan', type=pathlib.Path, help='Of benchmarks/run.py.')
+  parser.add_argument(
+    '--reckon', type=float, nargs=2, metavar=('TFLOPS', 'MICROSECONDS')
+  )
   parser.add_argument('--machines', type=int, nargs='+', default=[1, 8, 40])
   arguments = parser.parse_args()
   try:
@@ -208,6 +260,10 @@ def main() -> None:
     if arguments.plan is not None:
       content = files.read_json(arguments.plan)
       print(plan(content['rows'], arguments.machines))
+    elif arguments.reckon is not None:
+      for number in arguments.reckon:
+        base_config.check_float('--reckon', number, 1e-3)
+      print(reckon(*arguments.reckon, arguments.machines))
     elif arguments.markdown:
       print(markdown(files.read_json(arguments.output)['rows']))
     else:

@@ -97,15 +97,45 @@ def command(
   ]
 
 
-def _environment(jobs_at_once: int) -> dict[str, str]:
-  """The environment of a run; what the user has set stays."""
-  return {
+def gpus() -> tuple[str, ...]:
+  """Returns the NVIDIA GPUs that runs may use, without starting JAX."""
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+  if visible is not None:
+    return tuple(index for index in visible.split(',') if index.strip())
+  if shutil.which('nvidia-smi') is None:
+    return ()
+  listed = subprocess.run(
+    ['nvidia-smi', '--query-gpu=index', '--format=csv,noheader'],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return tuple(listed.stdout.split()) if listed.returncode == 0 else ()
+
+
+def environment(slot: int = 0, limit: int = 1) -> dict[str, str]:
+  """Returns the environment of a run; what the user has set stays.
+
+  Several runs at a time have a GPU each, or share them evenly; a single one has
+  all of them.
+
+  Args:
+    slot: Of the run: less than `limit`, and of no other run at the time.
+    limit: Runs at a time.
+  """
+  settings = {
     # Huge pages, as `make run` has them.
     'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
-    # Of a GPU, each run may take its share.
-    'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / jobs_at_once:.3f}',
     **os.environ,
   }
+  choice = gpus() if limit > 1 else ()
+  if choice:
+    settings['CUDA_VISIBLE_DEVICES'] = choice[slot % len(choice)]
+  runs_of_gpu = -(-limit // max(1, len(choice)))
+  settings.setdefault(
+    'XLA_PYTHON_CLIENT_MEM_FRACTION', f'{0.9 / runs_of_gpu:.3f}'
+  )
+  return settings
 
 
 class _Run:
@@ -149,7 +179,8 @@ class Here:
 
     Args:
       folder: Of the sweep.
-      limit: Runs at a time. On Linux each has its share of the cores.
+      limit: Runs at a time. Each has its share of the GPUs, and on Linux of the
+        cores.
       flags_of_runs: Of local_launch.py.
       lock: File descriptor; as long as a run is alive, it holds the sweep.
     """
@@ -175,7 +206,7 @@ class Here:
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=_environment(self.limit),
+        env=environment(slot, self.limit),
         pass_fds=() if os.name == 'nt' else (self._lock,),
         # Ctrl-C is ours; runs are told by SIGTERM.
         start_new_session=True,
@@ -232,7 +263,7 @@ class PointJob:
           stdin=subprocess.PIPE,
           stdout=log,
           stderr=subprocess.STDOUT,
-          env=_environment(jobs_at_once=1),
+          env=environment(),
           start_new_session=True,
         )
       # Not `wait`, whose lock `checkpoint` would find held.

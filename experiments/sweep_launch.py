@@ -275,7 +275,7 @@ class _Runner:
 
 
 def default_jobs() -> int:
-  """Returns as many runs as cores, or one where JAX finds an accelerator."""
+  """Returns as many runs as cores; where JAX finds them, as GPUs; or one."""
   # In another process: whoever asks takes the memory of a GPU.
   backend = subprocess.run(
     [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
@@ -284,7 +284,7 @@ def default_jobs() -> int:
     check=False,
   ).stdout.strip()
   if backend not in ('cpu', ''):
-    return 1
+    return max(1, len(sweep_jobs.gpus()))
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -356,8 +356,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_integer(
     'jobs',
     None,
-    'Runs at a time; if unset, as many as cores, or one on an accelerator. On '
-    'SLURM, most jobs at a time; if unset, as many as it gives.',
+    'Runs at a time, each on its share of cores or GPUs; if unset, as many as '
+    'there are cores, or GPUs, or one on a TPU. On SLURM, most jobs at a time; '
+    'if unset, as many as it gives.',
     lower_bound=1,
     flag_values=values,
   )

@@ -218,6 +218,25 @@ os.kill({os.getpid()}, {int(signal.SIGUSR2)})
 
 
 @pytest.mark.parametrize(
+  ('visible', 'limit', 'devices', 'fraction'),
+  [
+    ('0,1', 2, ['0', '1'], '0.900'),
+    ('2,5', 4, ['2', '5', '2', '5'], '0.450'),
+    # All of them for one run.
+    ('0,1', 1, ['0,1'], '0.900'),
+    ('', 2, ['', ''], '0.450'),
+  ],
+)
+def test_runs_share_the_gpus(monkeypatch, visible, limit, devices, fraction):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+  monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+  of_runs = [sweep_jobs.environment(slot, limit) for slot in range(limit)]
+  assert [run['CUDA_VISIBLE_DEVICES'] for run in of_runs] == devices
+  assert of_runs[0]['XLA_PYTHON_CLIENT_MEM_FRACTION'] == fraction
+  assert of_runs[0]['GLIBC_TUNABLES']
+
+
+@pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
     ({'executor': 'slum'}, "executor 'slum' is not one of here, local, slurm"),
