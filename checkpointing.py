@@ -10,6 +10,7 @@ by some processes can be restored by others.
 
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ import orbax.checkpoint as ocp
 from nonstationary_mbml import base_config
 from nonstationary_mbml import meshes
 from nonstationary_mbml import processes
+
+# What Orbax calls the only thing that it saves at a step.
+_ITEM = 'default'
 
 
 class DamagedError(ValueError):
@@ -103,11 +107,6 @@ class Checkpoints:
       ValueError: If there is no such step.
       DamagedError: If it cannot be read, or is not of that form.
     """
-    if step not in self.steps():
-      raise ValueError(
-        f'{self.folder} has no step {step}; it has '
-        f'{", ".join(map(str, self.steps())) or "none"}'
-      )
     everywhere = jax.tree.leaves(abstract)[0].sharding
     if isinstance(everywhere, jax.sharding.NamedSharding):
       everywhere = meshes.replicated(everywhere.mesh)
@@ -115,25 +114,54 @@ class Checkpoints:
       'tree': abstract,
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
     }
+    # What one process cannot read, none of them takes for restored.
+    saved = processes.everywhere(lambda: self._read(step, wanted))
+    # Copied: on a CPU, arrays from Orbax may share memory that is not JAX's to
+    # give away.
+    tree, checksum = _copy_with_checksum(saved['tree'])
+
+    def check() -> None:
+      if int(checksum) != int(saved['checksum']):
+        raise DamagedError(f'{self.folder / str(step)} has a wrong checksum')
+
+    processes.everywhere(check)
+    return tree
+
+  def _read(self, step: int, wanted: Any) -> Any:
+    """Reads what this process has of a step; waits for no other process."""
+    deadline = time.monotonic() + processes.SHARED_SECONDS
+    while step not in self.steps():
+      if not processes.are_several() or time.monotonic() > deadline:
+        raise ValueError(
+          f'{self.folder} has no step {step}; it has '
+          f'{", ".join(map(str, self.steps())) or "none"}'
+        )
+      time.sleep(0.1)
     try:
-      manager = self._open()
-      saved = processes.everywhere(
-        lambda: manager.restore(step, args=ocp.args.StandardRestore(wanted))
+      if not processes.are_several():
+        manager = self._open()
+        return manager.restore(step, args=ocp.args.StandardRestore(wanted))
+      # The manager would wait for the others, even for one that has failed.
+      alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f'process_{jax.process_index()}',
       )
-      # Copied: on a CPU, arrays from Orbax may share memory that is not JAX's
-      # to give away.
-      tree, checksum = _copy_with_checksum(saved['tree'])
+      reader = ocp.Checkpointer(
+        ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        multiprocessing_options=alone,
+      )
+      with reader:
+        return reader.restore(
+          self.folder / str(step) / _ITEM,
+          args=ocp.args.StandardRestore(wanted),
+        )
     except Exception as error:  # Whatever a broken file makes Orbax raise.
-      if processes.is_lost(error):
-        raise
       reason = str(error).strip().split('\n')[0][:200]
       raise DamagedError(
         f'{self.folder / str(step)} cannot be read ({type(error).__name__}: '
         f'{reason})'
       ) from error
-    if int(checksum) != int(saved['checksum']):
-      raise DamagedError(f'{self.folder / str(step)} has a wrong checksum')
-    return tree
 
   def move(self, step: int, folder: pathlib.Path) -> pathlib.Path:
     """Moves what was saved at a step out of the way.

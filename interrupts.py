@@ -4,6 +4,7 @@ So are SIGUSR1 and SIGUSR2, with which schedulers of clusters warn a job whose
 time is up.
 """
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
 import os
@@ -11,11 +12,13 @@ import signal
 import threading
 from typing import Any
 
-_NAMES = ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGUSR2')
-# Not all systems have all of them.
-_SIGNALS = tuple(
-  getattr(signal, name) for name in _NAMES if hasattr(signal, name)
-)
+# Not all systems have them.
+_WARNINGS = {
+  getattr(signal, name)
+  for name in ('SIGUSR1', 'SIGUSR2')
+  if hasattr(signal, name)
+}
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *_WARNINGS)
 
 
 class Interrupts:
@@ -33,7 +36,8 @@ class Interrupts:
 def catch(enabled: bool = True) -> Iterator[Interrupts]:
   """Notes, inside a `with`, the first signal to stop instead of dying of it.
 
-  A second one does what it would have done before.
+  A second SIGTERM, and Ctrl-C after any other, does what it would have done
+  before.
 
   Args:
     enabled: If False, or outside of the main thread, nothing changes: Python
@@ -45,8 +49,11 @@ def catch(enabled: bool = True) -> Iterator[Interrupts]:
     return
 
   def on_signal(number: int, frame: Any) -> None:
+    # A scheduler may send several, of which each is the same wish.
+    restore({number, signal.SIGINT} - _WARNINGS)
+    if interrupts.received is not None:
+      return
     interrupts.received = signal.Signals(number)
-    restore()
     # Not through sys.stderr, which may be in the middle of a line.
     os.write(
       2,
@@ -56,15 +63,16 @@ def catch(enabled: bool = True) -> Iterator[Interrupts]:
 
   before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
 
-  def restore() -> None:
-    for number, handler in before.items():
+  def restore(numbers: Iterable[int]) -> None:
+    for number in numbers:
+      handler = before[number]
       # None is a handler that Python did not install.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
   try:
     yield interrupts
   finally:
-    restore()
+    restore(before)
 
 
 def terminate_with_stdin() -> None:

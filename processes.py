@@ -31,11 +31,14 @@ from nonstationary_mbml import base_config
 _T = TypeVar('_T')
 
 HEARTBEAT_SECONDS = 30
+# So old a machine's view of a network file system may be.
+SHARED_SECONDS = 20.0
 # So long a process that has ended waits for the others to end.
 _SHUTDOWN_SECONDS = 30
 # JAX's own timeout ends the process with a stack trace; ours comes before it.
 _GRACE_SECONDS = 30
-# How the message of an error from XLA's runtime begins.
+# How the message of an error from XLA's runtime begins; others, such as that
+# of a device out of memory, have nothing to do with other processes.
 _STATUS = (
   'ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
   'UNAVAILABLE|UNKNOWN'
@@ -98,6 +101,12 @@ def start(
     shown = 'the other processes'
   else:
     shown = f'all of {num_processes} processes at {coordinator}'
+    # Of some mistakes, such as another number in process 0, JAX dies.
+    print(
+      f'process {process_id} joins {num_processes} processes at {coordinator}',
+      file=sys.stderr,
+      flush=True,
+    )
 
   def give_up() -> None:
     print(
@@ -162,12 +171,12 @@ def _check_port(coordinator: str) -> None:
 
 
 def are_several() -> bool:
-  """Whether there are other processes; does not start JAX."""
+  """Whether there are other processes; starts JAX only if there may be."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-  """Whether this process writes what is written once; does not start JAX."""
+  """Whether this process writes what is written once."""
   return not are_several() or jax.process_index() == 0
 
 
@@ -245,21 +254,12 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
   everywhere(check)
 
 
-def wait_for_all() -> None:
-  """Returns when every process has come here."""
-  if are_several():
-    multihost_utils.sync_global_devices('wait_for_all')
-
-
 def is_lost(error: Exception) -> bool:
   """Whether an error is that another process could not be reached.
 
   JAX raises such errors as several classes, ValueError among them.
   """
-  return are_several() and (
-    isinstance(error, jax.errors.JaxRuntimeError)
-    or re.match(_STATUS, str(error)) is not None
-  )
+  return are_several() and re.match(_STATUS, str(error)) is not None
 
 
 def end_at_once(code: int) -> None:
@@ -289,7 +289,8 @@ def _broadcast(content: Any, source: int) -> Any:
       message = pickle.dumps(content)
       pickle.loads(message)
     except Exception:  # Some exceptions cannot be pickled.
-      message = pickle.dumps((None, RuntimeError(repr(content[1]))))
+      _, error = content
+      message = pickle.dumps((None, RuntimeError(repr(error or content))))
   (size,) = agree([len(message)])
   # A power of two, so that few programs are compiled.
   buffer = np.zeros(max(_MIN_MESSAGE_BYTES, 1 << size.bit_length()), np.uint8)

@@ -52,8 +52,6 @@ SET_ASIDE = 'set_aside'
 # Under this name the entries of an ensemble's members are in a line.
 _MEMBERS = 'members'
 _KEPT_CHECKPOINTS = 3
-# So old another machine's view of a network file system may be.
-_SHARED_SECONDS = 20.0
 _PACKAGES = (
   'jax',
   'jaxlib',
@@ -247,7 +245,7 @@ class RunFolder:
 
   def _check_shared(self, config: base_config.Config) -> None:
     """Raises ValueError if this process does not see what the first wrote."""
-    deadline = time.monotonic() + _SHARED_SECONDS
+    deadline = time.monotonic() + processes.SHARED_SECONDS
     while not self._holds(config):
       if time.monotonic() > deadline:
         raise ValueError(
@@ -338,6 +336,8 @@ class RunFolder:
         step = candidate
         break
       except ValueError as error:
+        if processes.is_lost(error):
+          raise
         passed_over[candidate] = str(error)
     if tree is None and (passed_over or max(logged, default=0) > max_lost):
       problems = '; '.join(passed_over.values()) or (

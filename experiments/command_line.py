@@ -53,8 +53,9 @@ def define_distributed_flags(
     'Compute with other processes, each on its own devices: start the same '
     'command in all of them, with a folder that they share. On a TPU pod and '
     'under SLURM or Open MPI they find each other; elsewhere give '
-    '--coordinator, --num_processes and --process_id. On a CPU each has one '
-    'device, or --cpu_devices.',
+    '--coordinator, --num_processes and --process_id. A process has all GPUs '
+    'of its machine, or those of CUDA_VISIBLE_DEVICES; a task of SLURM has '
+    'one; on a CPU it has one device, or --cpu_devices.',
     flag_values=values,
   )
   flags.DEFINE_string(

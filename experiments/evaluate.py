@@ -272,6 +272,9 @@ def main(argv: list[str]) -> None:
       tuple(values['set'].value),
     )
     steps = processes.first(lambda: _parse_steps(folder, values.step))
+    if processes.are_several() and steps == (None,):
+      # While the run trains, each of them could find another one.
+      steps = processes.first(lambda: runs.saved_steps(folder)[-1:])
     processes.check_same(
       'their flags',
       {

@@ -282,23 +282,26 @@ class MetaLearningEvaluator:
     size, mesh = self.batch_size, self._mesh
     everywhere = jax.sharding.PartitionSpec()
     split = jax.sharding.PartitionSpec(mesh.axis_names)
-    of_share = jax.shard_map(
-      regrets_of,
-      mesh=mesh,
-      in_specs=(everywhere, split, split),
-      out_specs=split,
-      check_vma=False,  # Nothing is reduced over devices.
-    )
     # Some sequences twice, if need be, so that each device has as many.
     indices = np.arange(size + -size % mesh.size) % size
 
     def regrets_of_batch(
       params: predictors.Params, state: predictors.State, rng: jax.Array
     ) -> dict[str, jax.Array]:
-      keys, state = jax.tree.map(
-        lambda array: array[indices], (jax.random.split(rng, size), state)
+      # Exact predictors know the time, which all sequences have in common.
+      specs = jax.tree.map(
+        lambda array: split if jnp.ndim(array) else everywhere, state
       )
-      regrets = of_share(params, state, keys)
+      state = jax.tree.map(
+        lambda array: array[indices] if jnp.ndim(array) else array, state
+      )
+      regrets = jax.shard_map(
+        regrets_of,
+        mesh=mesh,
+        in_specs=(everywhere, specs, split),
+        out_specs=split,
+        check_vma=False,  # Nothing is reduced over devices.
+      )(params, state, jax.random.split(rng, size)[indices])
       return jax.tree.map(lambda array: array[:size], regrets)
 
     return jax.jit(regrets_of_batch, out_shardings=meshes.replicated(mesh))

@@ -286,9 +286,12 @@ def clear(folder: pathlib.Path) -> None:
     SaveError: If it cannot be deleted.
   """
   run_folder.RunFolder(folder).clear()
-  if processes.is_first():
+
+  def clear_tables() -> None:
     for name in ('table.json', 'figure.png'):
       (folder / name).unlink(missing_ok=True)
+
+  processes.first(clear_tables)
 
 
 def sequence_figure(
@@ -402,6 +405,7 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   try:
     config = config_from_flags(values)
+    folder = pathlib.Path(values.output_dir) / config.name
     command_line.check_distributed_flags()
     # Other processes may have the other cores.
     default = 1
@@ -412,7 +416,6 @@ def main(argv: list[str]) -> None:
     train.build_parts(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
-    folder = pathlib.Path(values.output_dir) / config.name
     processes.check_same(
       'their flags',
       {

@@ -4,6 +4,7 @@
   configs/      the config of every point, to start it from
   points/       the folder of every point's run, by name
   logs/         what every run has printed
+  jobs.json, submitit/  on a cluster: the jobs of the points, and their files
   results.csv   a row for every network that is trained
   summary.csv   means and standard errors over the seeds of every setting
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from typing import Protocol
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import files
+from nonstationary_mbml import processes
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import sweep_folder
 
@@ -31,14 +33,30 @@ EXECUTORS = ('here', 'local', 'slurm')
 JOBS = 'jobs.json'
 # Of submitit: pickles, and what the jobs themselves have printed.
 SUBMITIT = 'submitit'
+# States of SLURM from which a job does not come back.
+_END_STATES = (
+  'BOOT_FAIL',
+  'CANCELLED',
+  'COMPLETED',
+  'DEADLINE',
+  'FAILED',
+  'NODE_FAIL',
+  'OUT_OF_MEMORY',
+  'TIMEOUT',
+)
 _SCRIPT = pathlib.Path(__file__).with_name('local_launch.py')
 _POLL_SECONDS = 0.2
+# Of a cluster, whose file system and scheduler others use, too.
+_CLUSTER_POLL_SECONDS = 5.0
 # Unless the user says more: most clusters want to know. A run goes on where it
 # was, as often as it takes.
 _TIMEOUT_MINUTES = 24 * 60
 _MAX_TIMEOUTS = 1000
 # A scheduler that has stopped a run soon stops its job as well.
 _GRACE_SECONDS = 60.0
+# How long before its end a job is told, and how long a run then has to save.
+_SIGNAL_DELAY_SECONDS = 120
+_SAVE_SECONDS = 90.0
 
 
 class Job(Protocol):
@@ -60,11 +78,11 @@ class Launcher(Protocol):
 
   Attributes:
     limit: Most runs at a time.
-    outlives_us: Whether runs go on when the launcher stops.
+    poll_seconds: How often to ask for their end.
   """
 
   limit: int
-  outlives_us: bool
+  poll_seconds: float
 
   def resume(self, names: Sequence[str]) -> list[Job]:
     """Returns the runs of points that an earlier launcher has left behind."""
@@ -75,11 +93,12 @@ class Launcher(Protocol):
 
     Raises:
       OSError: If that is not possible.
+      ValueError: If the cluster does not take them.
     """
     ...
 
   def stop(self, jobs: Sequence[Job]) -> None:
-    """Lets runs save and end, and waits for them, unless they outlive us."""
+    """Lets runs save and end, and waits for them, unless SLURM has them."""
     ...
 
 
@@ -166,7 +185,7 @@ CANNOT_SAVE = exit_status(command_line.EXIT_CANNOT_SAVE)
 class Here:
   """Runs points as child processes, which end with this one."""
 
-  outlives_us = False
+  poll_seconds = _POLL_SECONDS
 
   def __init__(
     self,
@@ -236,17 +255,25 @@ class PointJob:
   handler before the job is to end.
   """
 
-  def __init__(self, folder: str, name: str, flags_of_runs: Sequence[str]):
+  def __init__(
+    self,
+    folder: str,
+    name: str,
+    flags_of_runs: Sequence[str],
+    launcher: int | None = None,
+  ):
     """Initializes the job.
 
     Args:
       folder: Of the sweep; absolute, and there on all nodes.
       name: Of the point.
       flags_of_runs: Of local_launch.py.
+      launcher: Process with which the job ends, on the same machine.
     """
     self._folder = folder
     self._name = name
     self._flags = tuple(flags_of_runs)
+    self._launcher = launcher
     self._process = None
 
   def __call__(self) -> None:
@@ -255,6 +282,14 @@ class PointJob:
     Raises:
       RuntimeError: If it fails.
     """
+    # Which submitit ignores: some clusters say no more when they take a node.
+    before = signal.signal(signal.SIGTERM, lambda *args: self._terminate())
+    try:
+      self._run()
+    finally:
+      signal.signal(signal.SIGTERM, before)
+
+  def _run(self) -> None:
     folder = sweep_folder.SweepFolder(self._folder)
     while not folder.is_finished(self._name):
       with folder.open_log(self._name) as log:
@@ -268,51 +303,118 @@ class PointJob:
         )
       # Not `wait`, whose lock `checkpoint` would find held.
       while (code := self._process.poll()) is None:
+        if self._launcher is not None and not _is_alive(self._launcher):
+          self._terminate()
         time.sleep(_POLL_SECONDS)
       if code == command_line.EXIT_STOPPED:
+        if self._launcher is not None and not _is_alive(self._launcher):
+          raise RuntimeError('its launcher has ended')
         # Somebody has told the run, and not us. Either the node is about to be
         # taken, or the run can go on.
         time.sleep(_GRACE_SECONDS)
+      elif code < 0:
+        raise RuntimeError(f'killed by signal {-code}')
       elif code:
-        how = f'killed by signal {-code}' if code < 0 else exit_status(code)
-        raise RuntimeError(how)
+        raise RuntimeError(exit_status(code))
+      elif not folder.is_finished(self._name):
+        raise RuntimeError('it has left no table')
 
   def checkpoint(self) -> Any:
     """Lets the run save; returns what submitit shall queue again."""
     import submitit
 
-    process = self._process
-    if process is not None:
-      with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGTERM)
-      # Leaves the exit status to whoever polls: this is a signal handler.
-      with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    self._terminate()
+    deadline = time.monotonic() + _SAVE_SECONDS
+    while not self._has_ended():
+      if time.monotonic() > deadline:
+        # It goes on from the checkpoint before.
+        self._process.kill()
+        break
+      time.sleep(_POLL_SECONDS)
     return submitit.helpers.DelayedSubmission(
-      PointJob(self._folder, self._name, self._flags)
+      PointJob(self._folder, self._name, self._flags, self._launcher)
     )
+
+  def _terminate(self) -> None:
+    if self._process is not None:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(self._process.pid, signal.SIGTERM)
+
+  def _has_ended(self) -> bool:
+    if self._process is None:
+      return True
+    try:
+      # Leaves the exit status to whoever polls: this is a signal handler.
+      options = os.WEXITED | os.WNOWAIT | os.WNOHANG
+      return os.waitid(os.P_PID, self._process.pid, options) is not None
+    except ChildProcessError:
+      return True
+
+
+def _is_alive(process_id: int) -> bool:
+  try:
+    os.kill(process_id, 0)
+  except ProcessLookupError:
+    return False
+  return True
 
 
 class _ClusterJob:
-  """A job of submitit."""
+  """A job of submitit, of which each outcome is asked for once."""
 
-  def __init__(self, name: str, job: Any):
+  def __init__(
+    self,
+    name: str,
+    job: Any,
+    folder: sweep_folder.SweepFolder,
+    is_local: bool = False,
+  ):
     self.name = name
     self._job = job
+    self._folder = folder
+    self._is_local = is_local
+    self._done_at: float | None = None
+    self._how: str | None = None
+
+  @property
+  def job_id(self) -> str:
+    return self._job.job_id
+
+  def is_done(self) -> bool:
+    """Whether the job will not come back, as far as is known."""
+    if self._job.paths.result_pickle.exists():
+      return True
+    if self._is_local:
+      return self._job.done()
+    # Not `done`, to which a job that is suspended, say, has ended.
+    return self._job.state.split(' ')[0].rstrip('+') in _END_STATES
 
   def ended(self) -> str | None:
-    if not self._job.done():
+    if self._how is None and self.is_done():
+      self._done_at = self._done_at or time.monotonic()
+      self._how = self._outcome()
+    return self._how
+
+  def _outcome(self) -> str | None:
+    """How it ended; None as long as the files that say so may be on the way."""
+    is_late = time.monotonic() > self._done_at + processes.SHARED_SECONDS
+    if self._job.paths.result_pickle.exists():
+      error = self._job.exception()
+      if error is not None:
+        return _last_error(str(error))
+      if self._folder.is_finished(self.name) or is_late:
+        return exit_status(0)
       return None
-    error = self._job.exception()
-    if error is None:
-      return exit_status(0)
-    # The last line of the traceback that submitit has brought back.
-    lines = [line for line in str(error).splitlines() if line.strip(' -')]
-    reasons = [line for line in lines if line.startswith('RuntimeError: ')]
-    return reasons[-1].removeprefix('RuntimeError: ') if reasons else lines[0]
+    return f'the job has ended: {self._job.state}' if is_late else None
 
   def cancel(self) -> None:
     self._job.cancel(check=False)
+
+
+def _last_error(text: str) -> str:
+  """The error at the end of the traceback that submitit brings back."""
+  lines = [line for line in text.splitlines() if re.match(r'[\w.]+: ', line)]
+  return lines[-1].removeprefix('RuntimeError: ') if lines else text[:200]
 
 
 class Cluster:
@@ -340,80 +442,141 @@ class Cluster:
       ValueError: If submitit or SLURM is not there, or does not take a
         parameter.
     """
-    try:
-      import submitit
-    except ImportError as error:
-      raise ValueError(
-        f'--executor={executor} needs submitit: pip install submitit'
-      ) from error
+    submitit = _import_submitit()
     if executor == 'slurm' and shutil.which('srun') is None:
       raise ValueError(
         '--executor=slurm: there is no srun here; start the sweep where jobs '
         'of SLURM are submitted'
       )
+    for name in ('nodes', 'tasks_per_node'):
+      if parameters.get(name, 1) != 1:
+        raise ValueError(
+          f'--cluster {name}={parameters[name]}: a point is one process; '
+          'local_launch.py --distributed trains one network with several'
+        )
     self._folder = folder
     self._flags = list(flags_of_runs)
     self._path = folder.path.absolute()
+    self._is_local = executor == 'local'
     # SLURM keeps to the limit itself.
-    self.outlives_us = executor == 'slurm'
-    self.limit = (limit or 1) if executor == 'local' else sys.maxsize
-    self._job_class = {
-      'local': submitit.LocalJob,
-      'slurm': submitit.SlurmJob,
-    }[executor]
-    parameters = {
-      'name': folder.path.name,
-      'timeout_min': _TIMEOUT_MINUTES,
-      **parameters,
-    }
-    if executor == 'slurm' and limit is not None:
-      parameters['slurm_array_parallelism'] = limit
+    self.limit = (limit or 1) if self._is_local else sys.maxsize
+    self.poll_seconds = (
+      _POLL_SECONDS if self._is_local else _CLUSTER_POLL_SECONDS
+    )
+    defaults = {'name': folder.path.name, 'timeout_min': _TIMEOUT_MINUTES}
+    if self._is_local:
+      defaults['gpus_per_node'] = len(gpus())
+    else:
+      # As many as there are points, or fewer; submitit says 256.
+      defaults['slurm_array_parallelism'] = limit or sys.maxsize
+      defaults['slurm_signal_delay_s'] = _SIGNAL_DELAY_SECONDS
     self._executor = submitit.AutoExecutor(
-      self._path / SUBMITIT / '%j',
+      self._path / SUBMITIT,
       cluster=executor,
       **{f'{executor}_max_num_timeout': _MAX_TIMEOUTS},
     )
     try:
-      self._executor.update_parameters(**parameters)
+      self._executor.update_parameters(**{**defaults, **parameters})
     except (NameError, TypeError, ValueError) as error:
       raise ValueError(f'--cluster: {error}') from error
 
   def resume(self, names: Sequence[str]) -> list[Job]:
-    jobs = []
-    for name, job_id in self._job_ids().items():
-      if name in names:
-        job = self._job_class(self._path / SUBMITIT / '%j', job_id)
-        if not job.done(force_check=True):
-          jobs.append(_ClusterJob(name, job))
-    return jobs
+    if self._is_local:
+      return []  # They end with their launcher.
+    return queued(self._folder, names)
 
   def start(self, names: Sequence[str]) -> list[Job]:
-    points = [PointJob(str(self._path), name, self._flags) for name in names]
-    # In a batch, they are one array.
-    with self._executor.batch():
-      jobs = [self._executor.submit(point) for point in points]
-    ids = {name: job.job_id for name, job in zip(names, jobs, strict=True)}
-    files.write_json(self._folder.path / JOBS, {**self._job_ids(), **ids})
-    return [
-      _ClusterJob(name, job) for name, job in zip(names, jobs, strict=True)
+    # What an earlier launcher has left behind is saving.
+    while any(self._folder.is_running(name) for name in names):
+      time.sleep(_POLL_SECONDS)
+    launcher = os.getpid() if self._is_local else None
+    points = [
+      PointJob(str(self._path), name, self._flags, launcher) for name in names
     ]
+    try:
+      # In a batch, they are one array.
+      with self._executor.batch():
+        jobs = [self._executor.submit(point) for point in points]
+    except RuntimeError as error:
+      reason = ' '.join(str(error).split())
+      raise ValueError(f'the jobs were not submitted: {reason}') from error
+    jobs = [
+      _ClusterJob(name, job, self._folder, self._is_local)
+      for name, job in zip(names, jobs, strict=True)
+    ]
+    if not self._is_local:
+      ids = {job.name: job.job_id for job in jobs}
+      files.write_json(self._folder.path / JOBS, {**_ids(self._folder), **ids})
+    return jobs
 
   def stop(self, jobs: Sequence[Job]) -> None:
-    if self.outlives_us:
+    if not self._is_local:
       return
     for job in jobs:
       job.cancel()
     # A run outlives its job, to save.
     while any(
-      job.ended() is None or self._folder.is_running(job.name) for job in jobs
+      not job.is_done() or self._folder.is_running(job.name) for job in jobs
     ):
       time.sleep(_POLL_SECONDS)
 
-  def _job_ids(self) -> dict[str, str]:
-    """The newest job of every point."""
-    try:
-      ids = files.read_json(self._folder.path / JOBS)
-      base_config.check_mapping(JOBS, ids)
-      return dict(ids)
-    except ValueError:
-      return {}  # None was submitted yet.
+
+def queued(
+  folder: sweep_folder.SweepFolder, names: Sequence[str]
+) -> list[_ClusterJob]:
+  """Returns the jobs of SLURM that still run or wait, of some points.
+
+  Raises:
+    ValueError: If there may be some, but submitit is not there to ask.
+  """
+  ids = {n: job_id for n, job_id in _ids(folder).items() if n in names}
+  if not ids:
+    return []
+  submitit = _import_submitit()
+  # Not absolute when the sweep was copied; submitit's files are beside it.
+  path = folder.path.absolute() / SUBMITIT
+  jobs = {name: submitit.SlurmJob(path, job_id) for name, job_id in ids.items()}
+  # Once for all of them.
+  submitit.SlurmJob.watcher.update()
+  found = [_ClusterJob(name, job, folder) for name, job in jobs.items()]
+  for job in found:
+    if jobs[job.name].state == 'UNKNOWN' and not job.is_done():
+      print(
+        f'SLURM does not know job {job.job_id} of {job.name} (yet); if it is '
+        f'gone, delete {folder.path / JOBS} to submit it again',
+        file=sys.stderr,
+      )
+  return [job for job in found if not job.is_done()]
+
+
+def check_not_queued(
+  folder: sweep_folder.SweepFolder, names: Sequence[str]
+) -> None:
+  """Raises ValueError if SLURM still has jobs of some points."""
+  jobs = queued(folder, names)
+  if jobs:
+    array = sorted({job.job_id.split('_')[0] for job in jobs})
+    raise ValueError(
+      f'SLURM has jobs of {len(jobs)} points of {folder.path}: go on with '
+      f'--executor=slurm, or cancel them first (scancel {" ".join(array)})'
+    )
+
+
+def _ids(folder: sweep_folder.SweepFolder) -> dict[str, str]:
+  """The newest job of every point on SLURM."""
+  try:
+    ids = files.read_json(folder.path / JOBS)
+    base_config.check_mapping(JOBS, ids)
+    return dict(ids)
+  except ValueError:
+    return {}  # None was submitted yet.
+
+
+def _import_submitit() -> Any:
+  try:
+    import submitit
+  except ImportError as error:
+    raise ValueError(
+      'jobs of a cluster need submitit: pip install submitit'
+    ) from error
+  return submitit

@@ -134,6 +134,11 @@ def run_sweep(
       f'--cpu_devices={cpu_devices}',
       *flags_of_runs,
     ]
+    if executor != 'slurm':
+      names = [point.config.name for point in chosen]
+      sweep_jobs.check_not_queued(
+        of_sweep, [name for name in names if not of_sweep.is_finished(name)]
+      )
     if executor == 'here':
       launcher = sweep_jobs.Here(
         of_sweep, jobs or 1, flags_of_runs, lock.fileno()
@@ -200,7 +205,9 @@ class _Runner:
     with progress.bar(
       sum(self._steps.values()), 'sweep', 'step', self._use_tqdm, done
     ) as bar:
-      counted = reported = time.monotonic()
+      counted = reported = polled = time.monotonic()
+      poll_seconds = self._launcher.poll_seconds
+      count_seconds = max(_COUNT_SECONDS, poll_seconds)
       has_ended = False
       try:
         while self._waiting or self._running:
@@ -212,7 +219,7 @@ class _Runner:
             self._waiting = self._waiting[room:]
             self._running += self._launcher.start(starting)
           now = time.monotonic()
-          if has_ended or now - counted > _COUNT_SECONDS:
+          if has_ended or now - counted > count_seconds:
             counted = now
             steps = self._steps_done()
             bar.update(steps - done)
@@ -220,8 +227,12 @@ class _Runner:
           if has_ended or now - reported > _REPORT_SECONDS:
             reported = now
             bar.report(self._report())
+          # Not longer at once: a signal may come.
           time.sleep(_POLL_SECONDS)
-          has_ended = self._collect()
+          has_ended = False
+          if time.monotonic() - polled >= poll_seconds:
+            polled = time.monotonic()
+            has_ended = self._collect()
       finally:
         self._launcher.stop(self._running)
         self._write_results()

@@ -44,3 +44,13 @@ def test_other_threads_train_without_handlers():
   thread.start()
   thread.join()
   assert received == [None]
+
+
+def test_warnings_of_a_scheduler_and_the_signal_after_them_are_one_wish():
+  with interrupts.catch() as caught:
+    for number in (signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM):
+      signal.raise_signal(number)
+    assert caught.received == signal.SIGUSR2
+    # A second of the same is another.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL

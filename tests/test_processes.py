@@ -120,6 +120,9 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     'other': 'ValueError: processes 0 and 1 differ in their x (x: 0 -> 1): '
     'start all with the same command',
     'large': 100_000,
+    'unseen': f'ValueError: {tmp_path}/checkpoints has no step 2; it has 1',
+    'unreadable': f'DamagedError: {tmp_path}/checkpoints/3 cannot be read'[:60],
+    'restored': [0.0, 1.0, 2.0],
   }
   # To the bit: two devices add the same two numbers, wherever they are.
   assert both[0] == expected
@@ -166,7 +169,6 @@ def test_one_process_agrees_with_itself():
   assert processes.first(lambda: 'x') == 'x'
   assert processes.everywhere(lambda: 'x') == 'x'
   processes.check_same('x', {})
-  processes.wait_for_all()
   processes.end_at_once(1)
   assert not processes.is_lost(ValueError('INTERNAL: of JAX'))
 

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import checkpointing
+from nonstationary_mbml import meshes
 from nonstationary_mbml import processes
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
@@ -66,7 +68,7 @@ def results(folder):
   }
 
 
-def agreement():
+def agreement(folder):
   """What processes learn from each other, for JSON."""
   own = jax.process_index()
 
@@ -79,6 +81,29 @@ def agreement():
       function()
     except Exception as error:
       return f'{type(error).__name__}: {error}'
+
+  checkpoints = checkpointing.Checkpoints(folder / 'checkpoints')
+  mesh = meshes.make(jax.devices())
+  tree = meshes.place({'x': np.arange(3.0)}, meshes.replicated(mesh))
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
+  for step in (1, 2):
+    checkpoints.save(step, tree)
+  checkpoints.wait()
+
+  def restore(step):
+    return checkpoints.restore(step, abstract)['x'].addressable_data(0).tolist()
+
+  # What one process does not see, or cannot read.
+  if own == 1:
+    steps = checkpoints.steps
+    checkpoints.steps = lambda: steps()[:1]
+    processes.SHARED_SECONDS = 0
+  unseen = message(lambda: restore(2))
+  checkpoints.steps = lambda: (1, 2, 3)
+  unreadable = message(lambda: restore(3 if own == 1 else 2))
+  restored = restore(1)
 
   class UnpicklableError(Exception):
     def __init__(self, first, second):
@@ -96,6 +121,9 @@ def agreement():
     'same': message(lambda: processes.check_same('their x', {'x': 3})),
     'other': message(lambda: processes.check_same('their x', {'x': own})),
     'large': len(processes.first(lambda: 'x' * 100_000)),
+    'unseen': unseen,
+    'unreadable': unreadable[:60],
+    'restored': restored,
   }
 
 
@@ -104,7 +132,7 @@ def main():
   process_id, folder = int(process_id), pathlib.Path(folder)
   jax.config.update('jax_num_cpu_devices', 1)
   processes.start(f'127.0.0.1:{port}', 2, process_id, timeout=120)
-  content = {'agreement': agreement(), **results(folder)}
+  content = {'agreement': agreement(folder), **results(folder)}
   (folder / f'{process_id}.json').write_text(json.dumps(content))
 
 

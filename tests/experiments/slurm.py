@@ -3,8 +3,8 @@
   slurm.install(folder) makes the commands sbatch, srun, sacct, scontrol and
   scancel, which keep their state in the folder.
 
-A job is `<array>_<index>`. Its state is what sacct would tell, its process the
-task that srun has started.
+A job is `<array>_<index>`, or a number if it is in no array. Its state is what
+sacct would tell, its process the task that srun has started.
 """
 
 import os
@@ -41,6 +41,8 @@ def _write(path, text):
 
 
 def sbatch(folder, script):
+  if '--partition=nowhere' in pathlib.Path(script).read_text():
+    sys.exit('sbatch: error: invalid partition specified: nowhere')
   array = 100 + len(list(folder.glob('*.sbatch')))
   copy = folder / f'{array}.sbatch'
   copy.write_text(pathlib.Path(script).read_text())
@@ -57,11 +59,16 @@ def run(folder, array):
   """The scheduler: runs the jobs of an array, some at a time."""
   script = folder / f'{array}.sbatch'
   found = re.search(r'--array=0-(\d+)%(\d+)', script.read_text())
-  last, limit = map(int, found.groups())
+  last, limit = map(int, found.groups()) if found else (0, 1)
   free = threading.Semaphore(limit)
 
   def run_job(index):
-    state = folder / f'{array}_{index}.state'
+    job_id = f'{array}_{index}' if found else array
+    state = folder / f'{job_id}.state'
+    of_array = {
+      'SLURM_ARRAY_JOB_ID': array,
+      'SLURM_ARRAY_TASK_ID': str(index),
+    }
     with free:
       while True:
         _write(state, 'RUNNING')
@@ -69,9 +76,8 @@ def run(folder, array):
           ['bash', script],
           env={
             **os.environ,
-            'SLURM_JOB_ID': f'{array}{index:03d}',
-            'SLURM_ARRAY_JOB_ID': array,
-            'SLURM_ARRAY_TASK_ID': str(index),
+            **(of_array if found else {}),
+            'SLURM_JOB_ID': f'{array}{index:03d}' if found else array,
             'SLURM_NTASKS': '1',
             'SLURM_JOB_NUM_NODES': '1',
             'SLURM_NODEID': '0',
@@ -80,14 +86,14 @@ def run(folder, array):
           },
           check=False,
         )
-        requeued = folder / f'{array}_{index}.requeued'
+        requeued = folder / f'{job_id}.requeued'
         if not requeued.exists():
           break
         requeued.unlink()
       _write(state, 'FAILED' if job.returncode else 'COMPLETED')
 
   jobs = range(last + 1)
-  for index in jobs:
+  for index in jobs if found else ():
     _write(folder / f'{array}_{index}.state', 'PENDING')
   threads = [threading.Thread(target=run_job, args=(index,)) for index in jobs]
   for thread in threads:
@@ -98,20 +104,20 @@ def run(folder, array):
 
 def srun(folder, *args):
   array, index = (
-    os.environ[f'SLURM_ARRAY_{name}_ID'] for name in ('JOB', 'TASK')
+    os.environ.get(f'SLURM_ARRAY_{name}_ID', '') for name in ('JOB', 'TASK')
   )
+  job_id = f'{array}_{index}' if array else os.environ['SLURM_JOB_ID']
   files, args = {}, list(args)
   while args[0].startswith('--'):
     option = args.pop(0)
     if option in ('--output', '--error'):
       path = args.pop(0).replace('%A', array).replace('%a', index)
-      path = pathlib.Path(path.replace('%t', '0'))
-      path.parent.mkdir(parents=True, exist_ok=True)
+      path = pathlib.Path(path.replace('%t', '0').replace('%j', job_id))
       files[option] = path.open('ab')
   process = subprocess.Popen(
     args, stdout=files['--output'], stderr=files['--error']
   )
-  _write(folder / f'{array}_{index}.pid', str(process.pid))
+  _write(folder / f'{job_id}.pid', str(process.pid))
   sys.exit(process.wait() != 0)
 
 

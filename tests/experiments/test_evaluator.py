@@ -193,6 +193,19 @@ def test_devices_share_a_batch_that_they_do_not_divide(monkeypatch):
     np.testing.assert_allclose(value, metrics[1][name], atol=1e-5)
 
 
+def test_exact_predictor_is_evaluated_from_a_given_state():
+  """Whose time is that of all sequences."""
+  predictor = ptw_predictors.PTWPredictor(5)
+  evaluator = _evaluator(predictor)
+  state = predictor.initial_state({}, None, 16)
+  metrics = [
+    evaluator.step({}, state_or_none, jax.random.key(0))
+    for state_or_none in (state, None)
+  ]
+  for name, value in metrics[0].items():
+    np.testing.assert_allclose(value, metrics[1][name], atol=1e-6)
+
+
 def test_memory_does_not_grow_with_the_number_of_sequences(monkeypatch):
   predictor, params = _lstm()
   evaluator = _evaluator(predictor)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -124,6 +125,10 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   jobs = files.read_json(tmp_path / 'sweeps' / 'tiny' / sweep_jobs.JOBS)
   assert sorted(jobs.values()) == [f'100_{index}' for index in range(6)]
 
+  # Without the flag, the same points would run twice.
+  _, stderr = _start(tmp_path, environment=environment).communicate()
+  assert 'SLURM has jobs of' in stderr and 'scancel 100' in stderr
+
   # The scheduler takes the node of another point.
   process = _start(tmp_path, *flags, environment=environment)
   second = _wait_for_a_log(tmp_path, process, besides=[first])
@@ -161,6 +166,55 @@ def test_point_that_fails_in_its_job_is_named_with_its_log(tmp_path):
   for name in ('tiny,ptw,rnn', 'tiny,lin,rnn'):
     assert f'FAILED {name}: exit status 1; the end of' in stdout
   assert 'with train.learning_rate 1e+38' in stdout
+
+
+@pytest.mark.slow
+def test_refused_jobs_are_one_line_and_a_point_alone_is_a_job(tmp_path):
+  environment = slurm.install(tmp_path / 'slurm')
+  flags = ('--executor=slurm', '--only=tiny,ptw,rnn')
+  process = _start(
+    tmp_path,
+    *flags,
+    '--cluster=slurm_partition=nowhere',
+    environment=environment,
+  )
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert 'error: the jobs were not submitted: ' in stderr.splitlines()[-1]
+  assert 'invalid partition specified: nowhere' in stderr.splitlines()[-1]
+  process = _start(tmp_path, *flags, environment=environment)
+  stdout, stderr = process.communicate(timeout=300)
+  assert process.returncode == 0, stderr
+  assert '1 points finished' in stdout
+  jobs = files.read_json(tmp_path / 'sweeps' / 'tiny' / sweep_jobs.JOBS)
+  assert jobs == {'tiny,ptw,rnn': '100'}
+
+
+@pytest.mark.parametrize(
+  ('state', 'has_ended'),
+  [
+    ('RUNNING', False),
+    ('SUSPENDED', False),
+    ('UNKNOWN', False),
+    ('REQUEUE_HOLD', False),
+    ('CANCELLED by 1000', True),
+    ('TIMEOUT', True),
+    ('OUT_OF_MEMORY', True),
+  ],
+)
+def test_job_has_ended_when_slurm_will_not_bring_it_back(
+  tmp_path, monkeypatch, state, has_ended
+):
+  paths = types.SimpleNamespace(result_pickle=tmp_path / 'result.pkl')
+  job = types.SimpleNamespace(paths=paths, state=state)
+  folder = sweep_folder.SweepFolder(tmp_path)
+  of_point = sweep_jobs._ClusterJob('point', job, folder)
+  assert of_point.is_done() == has_ended
+  assert of_point.ended() is None
+  # What it has left behind may be on its way, but not for ever.
+  monkeypatch.setattr(sweep_jobs.processes, 'SHARED_SECONDS', -1)
+  how = f'the job has ended: {state}' if has_ended else None
+  assert of_point.ended() == how
 
 
 def _sweep_folder(path):
@@ -246,6 +300,10 @@ def test_runs_share_the_gpus(monkeypatch, visible, limit, devices, fraction):
       '--cluster: .*timeout_mins',
     ),
     ({'cluster': {'mem_gb': 3}}, '--cluster is for --executor=slurm'),
+    (
+      {'executor': 'local', 'cluster': {'nodes': 2}},
+      '--cluster nodes=2: a point is one process',
+    ),
   ],
 )
 def test_wrong_executors_are_refused(tmp_path, monkeypatch, kwargs, message):
@@ -264,11 +322,11 @@ def test_without_submitit_it_is_named(tmp_path, monkeypatch):
 
 def test_parameters_of_jobs_are_numbers_or_names():
   assert sweep_launch.parse_parameters(
-    ['mem_gb=1.5', 'slurm_partition=gpu', 'nodes=2', 'slurm_comment=a=b']
+    ['mem_gb=1.5', 'slurm_partition=gpu', 'gpus=2', 'slurm_comment=a=b']
   ) == {
     'mem_gb': 1.5,
     'slurm_partition': 'gpu',
-    'nodes': 2,
+    'gpus': 2,
     'slurm_comment': 'a=b',
   }
   with pytest.raises(ValueError, match="'mem_gb' is not name=value"):
