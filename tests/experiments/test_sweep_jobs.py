@@ -61,10 +61,11 @@ def _points(folder):
 
 
 def _wait_for_a_log(folder, process, besides=()):
-  """The name of a point that has logged."""
+  """The name of a point that has begun to log."""
   while process.poll() is None:
     for path in _points(folder).glob('*/metrics.jsonl'):
-      if path.stat().st_size and path.parent.name not in besides:
+      num_logs = path.read_text().count('\n')
+      if 0 < num_logs < 3 and path.parent.name not in besides:
         return path.parent.name
     time.sleep(0.01)
   raise AssertionError(process.communicate())
@@ -75,7 +76,7 @@ def _starts(folder, name):
   return json.loads(path.read_text())['starts']
 
 
-def _assert_whole(folder):
+def _assert_whole(folder, training_steps=200):
   """Every point is there once, with all seeds."""
   rows = files.read_csv(folder / 'sweeps' / 'tiny' / 'results.csv')
   seeds = collections.defaultdict(list)
@@ -85,7 +86,7 @@ def _assert_whole(folder):
   assert all(of_point == [0, 1] for of_point in seeds.values())
   for path in _points(folder).glob('*/metrics.jsonl'):
     steps = [json.loads(line)['step'] for line in path.open()]
-    assert steps == [50, 100, 150, 200]
+    assert steps == list(range(50, training_steps + 1, 50))
 
 
 @pytest.mark.slow
@@ -115,6 +116,8 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
     '--executor=slurm',
     '--cluster=timeout_min=30',
     '--cluster=slurm_partition=gpu',
+    # Long enough to be preempted in the middle.
+    '--set=schedule.training_steps=1000',
   )
   process = _start(tmp_path, *flags, environment=environment)
   first = _wait_for_a_log(tmp_path, process)
@@ -126,7 +129,8 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   assert sorted(jobs.values()) == [f'100_{index}' for index in range(6)]
 
   # Without the flag, the same points would run twice.
-  _, stderr = _start(tmp_path, environment=environment).communicate()
+  here = _start(tmp_path, flags[-1], environment=environment)
+  _, stderr = here.communicate(timeout=60)
   assert 'SLURM has jobs of' in stderr and 'scancel 100' in stderr
 
   # The scheduler takes the node of another point.
@@ -139,7 +143,7 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   assert ends == ['stopped by SIGTERM', 'finished']
   assert _starts(tmp_path, second)[1]['first_step'] > 0
   assert [start['end'] for start in _starts(tmp_path, first)] == ['finished']
-  _assert_whole(tmp_path)
+  _assert_whole(tmp_path, 1000)
   # One array of all points, two at a time; the second launcher only watched.
   (script,) = slurm.submitted(state)
   for line in ('--array=0-5%2', '--partition=gpu', '--time=30'):
