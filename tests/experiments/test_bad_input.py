@@ -78,8 +78,9 @@ CASES = {
   ('train.seq_length_fixed=1',): '_fixed=1.*: the value must be true or false',
   ('train.batch_size=0',): 'train.batch_size is 0; it must be an int >= 1',
   ('train.batch_size=1e10',): 'train.batch_size is .* <= 2147483647',
-  ('train.batch_size=3',): 'train.batch_size 3 does not divide over 2 devices',
+  ('train.batch_size=3',): 'batch_size 3 does not divide over the 2 devices',
   ('train.microbatch_size=0',): 'train.microbatch_size is 0',
+  ('train.num_seed_shards=2',): 'num_seed_shards 2 does not divide the 1 seeds',
   ('train.microbatch_size=48',): 'train.microbatch_size 48 does not divide',
   ('train.clip_grad_norm=0',): 'train.clip_grad_norm is 0; None turns',
   ('train.clip_grad_norm=nan',): 'train.clip_grad_norm is nan',
@@ -312,7 +313,7 @@ def test_folder_without_a_config_is_named(tmp_path):
     (['--set=trian.seed=3'], "did you mean 'train'?"),
     (['--config=old.json'], "old.json: train has no 'batch'"),
     (['--set', 'seed=3', 'name=a'], 'unexpected arguments: name=a'),
-    (['--cpu_devices=3'], 'batch_size 128 does not divide over 3 devices'),
+    (['--cpu_devices=3'], 'batch_size 128 does not divide over the 3 devices'),
   ],
 )
 def test_script_says_what_is_wrong_in_one_line(tmp_path, given, message):
