@@ -52,6 +52,9 @@ class Evaluator(Protocol):
   ) -> Mapping[str, jax.Array]:
     """Returns metrics over one batch of fresh sequences.
 
+    Of several processes that train together, each calls it, and each has the
+    parameters whole, on its first device.
+
     Args:
       predictor_params: Of the predictor the evaluator was built with. Training
         overwrites them after the call: to keep them, copy them.

@@ -10,9 +10,11 @@ computation get an error, and those that hear nothing of it for
 `HEARTBEAT_SECONDS` are ended by JAX.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import os
 import pickle
 import re
@@ -122,7 +124,8 @@ def start(
   timer.daemon = True
   timer.start()
   # It would handle SIGTERM before us.
-  jax.config.update('jax_enable_preemption_service', False)
+  with contextlib.suppress(AttributeError):  # Not in every version of JAX.
+    jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
       coordinator,
@@ -133,12 +136,12 @@ def start(
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
-    num_devices = jax.device_count()  # All of them meet here once more.
-    if num_devices != jax.process_count() * jax.local_device_count():
+    # All of them meet here once more.
+    devices = collections.Counter(d.process_index for d in jax.devices())
+    if len(set(devices.values())) > 1:
       raise ValueError(
-        f'process {jax.process_index()} has {jax.local_device_count()} of '
-        f'{num_devices} devices; all {jax.process_count()} processes must have '
-        'as many'
+        'all processes must have as many devices; they have '
+        f'{", ".join(str(number) for _, number in sorted(devices.items()))}'
       )
   except ValueError as error:
     if coordinator is not None or jax.distributed.is_initialized():
@@ -268,8 +271,11 @@ def end_at_once(code: int) -> None:
   With a single one, does nothing.
   """
   if are_several():
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(
+        OSError, ValueError
+      ):  # A full disk, a closed pipe.
+        stream.flush()
     os._exit(code)
 
 

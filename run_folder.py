@@ -144,7 +144,7 @@ def split_entries(
 def is_training(folder: pathlib.Path) -> bool:
   """Whether some process holds the folder of a run, as far as locks tell."""
   try:
-    with RunFolder(folder)._locked():
+    with RunFolder(folder)._locked(wait_seconds=0):
       return False
   except ValueError:
     return True
@@ -262,18 +262,25 @@ class RunFolder:
       return False
 
   @contextlib.contextmanager
-  def _locked(self) -> Iterator[None]:
-    """Holds the lock of the folder, which ends with the process."""
+  def _locked(self, wait_seconds: float = 1.0) -> Iterator[None]:
+    """Holds the lock of the folder, which ends with the process.
+
+    Waits a little: somebody may just ask whether it is held.
+    """
+    deadline = time.monotonic() + wait_seconds
     with open(self.path / '.lock', 'a') as lock:
-      if fcntl is not None:
+      while fcntl is not None:
         try:
           fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          break
         except BlockingIOError as error:
-          raise ValueError(
-            f'{self.path} is being trained by another process'
-          ) from error
+          if time.monotonic() >= deadline:
+            raise ValueError(
+              f'{self.path} is being trained by another process'
+            ) from error
+          time.sleep(0.05)
         except OSError:
-          pass  # A file system without locks.
+          break  # A file system without locks.
       yield
 
   def _close(

@@ -13,6 +13,7 @@ Axes: B batch, T time, K alphabet size.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -130,9 +131,8 @@ class MetaLearningEvaluator:
       `cumulative_regret_above_optimal/<name>`. For each of these but the first
       its standard error over sequences, with `_stderr` before the slash.
     """
-    return self._metrics(
-      self._regrets(self._place(predictor_params), predictor_state, rng)
-    )
+    params, state = self._place((predictor_params, predictor_state))
+    return self._metrics(self._regrets(params, state, rng))
 
   def predict(
     self,
@@ -264,9 +264,9 @@ class MetaLearningEvaluator:
       for name in batches[0]
     }
 
-  def _place(self, params: predictors.Params) -> predictors.Params:
-    """Parameters on all devices."""
-    return meshes.place(params, meshes.replicated(self._mesh))
+  def _place(self, tree: Any) -> Any:
+    """Arrays on all devices."""
+    return meshes.place(tree, meshes.replicated(self._mesh))
 
   def _share_out(
     self, regrets_of: Callable[..., dict[str, jax.Array]]

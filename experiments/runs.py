@@ -18,6 +18,7 @@ from nonstationary_mbml import checkpointing
 from nonstationary_mbml import files
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml import processes
 from nonstationary_mbml import run_folder
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
@@ -104,7 +105,9 @@ def _load_params(
   """The parameters of a step, or of the newest that can be read."""
   checkpoints, snapshots = _open(folder)
   steps = saved_steps(folder)
-  if step is not None and step not in steps:
+  # Of several processes each may see another state of the folder.
+  is_missing = step not in steps and not processes.are_several()
+  if step is not None and is_missing:
     raise ValueError(
       f'{folder} has kept nothing of step {step}, only of '
       f'{", ".join(map(str, steps)) or "none"}'

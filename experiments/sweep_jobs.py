@@ -25,7 +25,6 @@ from typing import Protocol
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import files
-from nonstationary_mbml import processes
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import sweep_folder
 
@@ -44,16 +43,34 @@ _END_STATES = (
   'OUT_OF_MEMORY',
   'TIMEOUT',
 )
+# Those of the others in which submitit asks again.
+_LIVE_STATES = (
+  'COMPLETING',
+  'PENDING',
+  'PREEMPTED',
+  'READY',
+  'REQUEUED',
+  'RUNNING',
+  'UNKNOWN',
+)
 _SCRIPT = pathlib.Path(__file__).with_name('local_launch.py')
 _POLL_SECONDS = 0.2
 # Of a cluster, whose file system and scheduler others use, too.
 _CLUSTER_POLL_SECONDS = 5.0
-# Unless the user says more: most clusters want to know. A run goes on where it
-# was, as often as it takes.
+# Unless the user says more: most clusters want to know. On SLURM a run goes on
+# where it was, as often as it takes.
 _TIMEOUT_MINUTES = 24 * 60
 _MAX_TIMEOUTS = 1000
 # A scheduler that has stopped a run soon stops its job as well.
 _GRACE_SECONDS = 60.0
+# What tells a run to stop, however often it comes.
+_STOP = getattr(signal, 'SIGUSR1', signal.SIGTERM)
+# Before it trains and after, a run dies of the signals that ask it to stop.
+_STOPPED_BY = {signal.SIGTERM, _STOP, getattr(signal, 'SIGUSR2', _STOP)}
+# What a job has left behind may be on its way over a network file system, and
+# SLURM may bring back a job that it has preempted.
+_LATE_SECONDS = 90.0
+_PREEMPTED_SECONDS = 600.0
 # How long before its end a job is told, and how long a run then has to save.
 _SIGNAL_DELAY_SECONDS = 120
 _SAVE_SECONDS = 90.0
@@ -261,6 +278,7 @@ class PointJob:
     name: str,
     flags_of_runs: Sequence[str],
     launcher: int | None = None,
+    settings: Mapping[str, str] | None = None,
   ):
     """Initializes the job.
 
@@ -269,11 +287,13 @@ class PointJob:
       name: Of the point.
       flags_of_runs: Of local_launch.py.
       launcher: Process with which the job ends, on the same machine.
+      settings: Of the run's environment, besides those of the job.
     """
     self._folder = folder
     self._name = name
     self._flags = tuple(flags_of_runs)
     self._launcher = launcher
+    self._settings = dict(settings or {})
     self._process = None
 
   def __call__(self) -> None:
@@ -292,13 +312,14 @@ class PointJob:
   def _run(self) -> None:
     folder = sweep_folder.SweepFolder(self._folder)
     while not folder.is_finished(self._name):
+      self._check_launcher()
       with folder.open_log(self._name) as log:
         self._process = subprocess.Popen(
           command(folder, self._name, self._flags),
           stdin=subprocess.PIPE,
           stdout=log,
           stderr=subprocess.STDOUT,
-          env=environment(),
+          env={**environment(), **self._settings},
           start_new_session=True,
         )
       # Not `wait`, whose lock `checkpoint` would find held.
@@ -306,9 +327,8 @@ class PointJob:
         if self._launcher is not None and not _is_alive(self._launcher):
           self._terminate()
         time.sleep(_POLL_SECONDS)
-      if code == command_line.EXIT_STOPPED:
-        if self._launcher is not None and not _is_alive(self._launcher):
-          raise RuntimeError('its launcher has ended')
+      if code == command_line.EXIT_STOPPED or -code in _STOPPED_BY:
+        self._check_launcher()
         # Somebody has told the run, and not us. Either the node is about to be
         # taken, or the run can go on.
         time.sleep(_GRACE_SECONDS)
@@ -332,13 +352,19 @@ class PointJob:
         break
       time.sleep(_POLL_SECONDS)
     return submitit.helpers.DelayedSubmission(
-      PointJob(self._folder, self._name, self._flags, self._launcher)
+      PointJob(
+        self._folder, self._name, self._flags, self._launcher, self._settings
+      )
     )
+
+  def _check_launcher(self) -> None:
+    if self._launcher is not None and not _is_alive(self._launcher):
+      raise RuntimeError('its launcher has ended')
 
   def _terminate(self) -> None:
     if self._process is not None:
       with contextlib.suppress(ProcessLookupError):
-        os.kill(self._process.pid, signal.SIGTERM)
+        os.kill(self._process.pid, _STOP)
 
   def _has_ended(self) -> bool:
     if self._process is None:
@@ -386,18 +412,38 @@ class _ClusterJob:
       return True
     if self._is_local:
       return self._job.done()
-    # Not `done`, to which a job that is suspended, say, has ended.
-    return self._job.state.split(' ')[0].rstrip('+') in _END_STATES
+    state = self._state()
+    if state not in (*_END_STATES, *_LIVE_STATES):
+      # submitit takes a job that is suspended, say, for one that has ended, and
+      # would not ask again.
+      self._job.watcher.clear()
+    return state in _END_STATES
+
+  def _state(self) -> str:
+    """Without whoever has cancelled it."""
+    return self._job.state.split(' ')[0].rstrip('+')
 
   def ended(self) -> str | None:
-    if self._how is None and self.is_done():
-      self._done_at = self._done_at or time.monotonic()
-      self._how = self._outcome()
+    if self._how is not None:
+      return self._how
+    is_preempted = not self._is_local and self._state() == 'PREEMPTED'
+    if not is_preempted and not self.is_done():
+      self._done_at = None
+      return None
+    self._done_at = self._done_at or time.monotonic()
+    self._how = self._outcome(
+      _PREEMPTED_SECONDS if is_preempted else _LATE_SECONDS
+    )
+    if self._how is not None and not self._is_local:
+      _forget(self._folder, self.name)
     return self._how
 
-  def _outcome(self) -> str | None:
+  def _outcome(self, patience: float) -> str | None:
     """How it ended; None as long as the files that say so may be on the way."""
-    is_late = time.monotonic() > self._done_at + processes.SHARED_SECONDS
+    is_late = time.monotonic() > self._done_at + patience
+    path = self._job.paths.folder
+    with contextlib.suppress(OSError):
+      path.chmod(path.stat().st_mode)  # Makes a network file system look again.
     if self._job.paths.result_pickle.exists():
       error = self._job.exception()
       if error is not None:
@@ -448,25 +494,28 @@ class Cluster:
         '--executor=slurm: there is no srun here; start the sweep where jobs '
         'of SLURM are submitted'
       )
-    for name in ('nodes', 'tasks_per_node'):
-      if parameters.get(name, 1) != 1:
-        raise ValueError(
-          f'--cluster {name}={parameters[name]}: a point is one process; '
-          'local_launch.py --distributed trains one network with several'
-        )
+    for name, value in parameters.items():
+      generic = name.removeprefix('slurm_')
+      if generic in ('nodes', 'tasks_per_node', 'ntasks_per_node'):
+        if value != 1:
+          raise ValueError(
+            f'--cluster {name}={value}: a point is one process; '
+            'local_launch.py --distributed trains one network with several'
+          )
+      elif generic == 'time':
+        raise ValueError(f'--cluster {name}: say timeout_min')
     self._folder = folder
     self._flags = list(flags_of_runs)
     self._path = folder.path.absolute()
     self._is_local = executor == 'local'
+    self._slots: dict[int, _ClusterJob] = {}
     # SLURM keeps to the limit itself.
     self.limit = (limit or 1) if self._is_local else sys.maxsize
     self.poll_seconds = (
       _POLL_SECONDS if self._is_local else _CLUSTER_POLL_SECONDS
     )
     defaults = {'name': folder.path.name, 'timeout_min': _TIMEOUT_MINUTES}
-    if self._is_local:
-      defaults['gpus_per_node'] = len(gpus())
-    else:
+    if not self._is_local:
       # As many as there are points, or fewer; submitit says 256.
       defaults['slurm_array_parallelism'] = limit or sys.maxsize
       defaults['slurm_signal_delay_s'] = _SIGNAL_DELAY_SECONDS
@@ -477,7 +526,7 @@ class Cluster:
     )
     try:
       self._executor.update_parameters(**{**defaults, **parameters})
-    except (NameError, TypeError, ValueError) as error:
+    except (AssertionError, NameError, TypeError, ValueError) as error:
       raise ValueError(f'--cluster: {error}') from error
 
   def resume(self, names: Sequence[str]) -> list[Job]:
@@ -486,12 +535,15 @@ class Cluster:
     return queued(self._folder, names)
 
   def start(self, names: Sequence[str]) -> list[Job]:
-    # What an earlier launcher has left behind is saving.
-    while any(self._folder.is_running(name) for name in names):
-      time.sleep(_POLL_SECONDS)
-    launcher = os.getpid() if self._is_local else None
+    slots = self._free_slots(len(names)) if self._is_local else []
     points = [
-      PointJob(str(self._path), name, self._flags, launcher) for name in names
+      PointJob(
+        str(self._path),
+        name,
+        self._flags,
+        *((os.getpid(), self._settings(slots[i])) if slots else ()),
+      )
+      for i, name in enumerate(names)
     ]
     try:
       # In a batch, they are one array.
@@ -504,10 +556,24 @@ class Cluster:
       _ClusterJob(name, job, self._folder, self._is_local)
       for name, job in zip(names, jobs, strict=True)
     ]
-    if not self._is_local:
+    if self._is_local:
+      self._slots |= dict(zip(slots, jobs, strict=True))
+    else:
       ids = {job.name: job.job_id for job in jobs}
       files.write_json(self._folder.path / JOBS, {**_ids(self._folder), **ids})
     return jobs
+
+  def _free_slots(self, number: int) -> list[int]:
+    taken = {slot for slot, job in self._slots.items() if not job.is_done()}
+    return [slot for slot in range(self.limit) if slot not in taken][:number]
+
+  def _settings(self, slot: int) -> dict[str, str]:
+    """What a local run's environment has of the launcher's, for GPUs."""
+    settings = environment(slot, self.limit)
+    if self.limit == 1:
+      settings['CUDA_VISIBLE_DEVICES'] = ','.join(gpus())
+    names = ('CUDA_VISIBLE_DEVICES', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
+    return {name: settings[name] for name in names if name in settings}
 
   def stop(self, jobs: Sequence[Job]) -> None:
     if not self._is_local:
@@ -543,7 +609,7 @@ def queued(
     if jobs[job.name].state == 'UNKNOWN' and not job.is_done():
       print(
         f'SLURM does not know job {job.job_id} of {job.name} (yet); if it is '
-        f'gone, delete {folder.path / JOBS} to submit it again',
+        f'gone, take its line out of {folder.path / JOBS}',
         file=sys.stderr,
       )
   return [job for job in found if not job.is_done()]
@@ -564,12 +630,19 @@ def check_not_queued(
 
 def _ids(folder: sweep_folder.SweepFolder) -> dict[str, str]:
   """The newest job of every point on SLURM."""
-  try:
-    ids = files.read_json(folder.path / JOBS)
-    base_config.check_mapping(JOBS, ids)
-    return dict(ids)
-  except ValueError:
-    return {}  # None was submitted yet.
+  path = folder.path / JOBS
+  if not path.exists():
+    return {}
+  ids = files.read_json(path)
+  base_config.check_mapping(str(path), ids)
+  return dict(ids)
+
+
+def _forget(folder: sweep_folder.SweepFolder, name: str) -> None:
+  """Leaves a job out that has ended."""
+  ids = _ids(folder)
+  if ids.pop(name, None) is not None:
+    files.write_json(folder.path / JOBS, ids)
 
 
 def _import_submitit() -> Any:

@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import fnmatch
+import itertools
 import os
 import pathlib
 import subprocess
@@ -215,9 +216,7 @@ class _Runner:
             break
           room = self._launcher.limit - len(self._running)
           if self._waiting and room > 0:
-            starting = self._waiting[:room]
-            self._waiting = self._waiting[room:]
-            self._running += self._launcher.start(starting)
+            self._start(room)
           now = time.monotonic()
           if has_ended or now - counted > count_seconds:
             counted = now
@@ -236,6 +235,14 @@ class _Runner:
       finally:
         self._launcher.stop(self._running)
         self._write_results()
+
+  def _start(self, room: int) -> None:
+    """Starts what waits, but for points that another process still has."""
+    ready = (n for n in self._waiting if not self._folder.is_running(n))
+    starting = list(itertools.islice(ready, room))
+    if starting:
+      self._waiting = [n for n in self._waiting if n not in starting]
+      self._running += self._launcher.start(starting)
 
   def _collect(self) -> bool:
     """Notes which runs have ended; whether one has."""
@@ -368,8 +375,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'jobs',
     None,
     'Runs at a time, each on its share of cores or GPUs; if unset, as many as '
-    'there are cores, or GPUs, or one on a TPU. On SLURM, most jobs at a time; '
-    'if unset, as many as it gives.',
+    'there are cores, or GPUs, or one on a TPU. On SLURM, most jobs of an '
+    'array at a time; if unset, as many as it gives.',
     lower_bound=1,
     flag_values=values,
   )

@@ -185,6 +185,8 @@ def test_devices_share_a_batch_that_they_do_not_divide(monkeypatch):
   for name, values in regrets.items():
     np.testing.assert_allclose(values, expected[name], atol=1e-5)
   state = predictor.initial_state(params, None, 5)
+  # On one device for good.
+  state = jax.device_put(state, jax.local_devices()[0])
   metrics = [
     evaluator.step(params, state, jax.random.key(4))
     for evaluator in (of_two, of_one)

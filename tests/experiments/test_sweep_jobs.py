@@ -107,6 +107,20 @@ def test_sweep_completes_through_the_local_executor(tmp_path):
 
 
 @pytest.mark.slow
+def test_local_jobs_end_with_their_launcher_and_save(tmp_path):
+  process = _start(
+    tmp_path, '--executor=local', '--set=schedule.training_steps=20000'
+  )
+  first = _wait_for_a_log(tmp_path, process)
+  process.kill()
+  process.communicate()
+  folder = sweep_folder.SweepFolder(tmp_path / 'sweeps' / 'tiny')
+  while folder.is_running(first):
+    time.sleep(0.1)
+  assert _starts(tmp_path, first)[0]['end'] == 'stopped by SIGUSR1'
+
+
+@pytest.mark.slow
 def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   tmp_path,
 ):
@@ -140,7 +154,7 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   subprocess.run(preempt, env=environment, check=True)
   _finish(process)
   ends = [start['end'] for start in _starts(tmp_path, second)]
-  assert ends == ['stopped by SIGTERM', 'finished']
+  assert ends == ['stopped by SIGUSR1', 'finished']
   assert _starts(tmp_path, second)[1]['first_step'] > 0
   assert [start['end'] for start in _starts(tmp_path, first)] == ['finished']
   _assert_whole(tmp_path, 1000)
@@ -209,16 +223,23 @@ def test_refused_jobs_are_one_line_and_a_point_alone_is_a_job(tmp_path):
 def test_job_has_ended_when_slurm_will_not_bring_it_back(
   tmp_path, monkeypatch, state, has_ended
 ):
-  paths = types.SimpleNamespace(result_pickle=tmp_path / 'result.pkl')
-  job = types.SimpleNamespace(paths=paths, state=state)
+  asked_again = []
+  job = types.SimpleNamespace(
+    paths=types.SimpleNamespace(
+      result_pickle=tmp_path / 'result.pkl', folder=tmp_path
+    ),
+    state=state,
+    watcher=types.SimpleNamespace(clear=lambda: asked_again.append(state)),
+  )
   folder = sweep_folder.SweepFolder(tmp_path)
   of_point = sweep_jobs._ClusterJob('point', job, folder)
   assert of_point.is_done() == has_ended
   assert of_point.ended() is None
   # What it has left behind may be on its way, but not for ever.
-  monkeypatch.setattr(sweep_jobs.processes, 'SHARED_SECONDS', -1)
+  monkeypatch.setattr(sweep_jobs, '_LATE_SECONDS', -1)
   how = f'the job has ended: {state}' if has_ended else None
   assert of_point.ended() == how
+  assert bool(asked_again) == (state in ('SUSPENDED', 'REQUEUE_HOLD'))
 
 
 def _sweep_folder(path):
@@ -235,7 +256,7 @@ import pathlib, signal, sys, time
 def save(*args):
   pathlib.Path('saved').touch()
   sys.exit(75)
-signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
 pathlib.Path('running').touch()
 time.sleep(60)
 """)
@@ -307,6 +328,18 @@ def test_runs_share_the_gpus(monkeypatch, visible, limit, devices, fraction):
     (
       {'executor': 'local', 'cluster': {'nodes': 2}},
       '--cluster nodes=2: a point is one process',
+    ),
+    (
+      {'executor': 'local', 'cluster': {'slurm_ntasks_per_node': 8}},
+      'slurm_ntasks_per_node=8: a point is one process',
+    ),
+    (
+      {'executor': 'local', 'cluster': {'slurm_time': '1-0'}},
+      'slurm_time: say timeout_min',
+    ),
+    (
+      {'executor': 'local', 'cluster': {'mem_gb': '16G'}},
+      '--cluster: .*mem_gb',
     ),
   ],
 )
