@@ -113,11 +113,13 @@ def test_local_jobs_end_with_their_launcher_and_save(tmp_path):
   )
   first = _wait_for_a_log(tmp_path, process)
   process.kill()
-  process.communicate()
+  # Not yet `communicate`: the jobs hold its pipes.
+  process.wait()
   folder = sweep_folder.SweepFolder(tmp_path / 'sweeps' / 'tiny')
   while folder.is_running(first):
     time.sleep(0.1)
   assert _starts(tmp_path, first)[0]['end'] == 'stopped by SIGUSR1'
+  process.communicate(timeout=60)
 
 
 @pytest.mark.slow
@@ -204,8 +206,10 @@ def test_refused_jobs_are_one_line_and_a_point_alone_is_a_job(tmp_path):
   stdout, stderr = process.communicate(timeout=300)
   assert process.returncode == 0, stderr
   assert '1 points finished' in stdout
-  jobs = files.read_json(tmp_path / 'sweeps' / 'tiny' / sweep_jobs.JOBS)
-  assert jobs == {'tiny,ptw,rnn': '100'}
+  (script,) = slurm.submitted(tmp_path / 'slurm')
+  assert '--array' not in script
+  # It has ended, and is forgotten.
+  assert not files.read_json(tmp_path / 'sweeps' / 'tiny' / sweep_jobs.JOBS)
 
 
 @pytest.mark.parametrize(
