@@ -116,7 +116,15 @@ def test_chunks_with_the_state_carried_equal_the_whole(name):
   )
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('lstm', 'transformer')
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in ALL
+  ],
+)
 def test_three_steps_lower_the_loss_on_a_fixed_batch(name):
   predictor, batch = _build(name), _batch(4, 8)
   params = _init(predictor, batch)

@@ -476,7 +476,15 @@ def test_sequences_of_one_symbol_are_refused():
     train.loss_and_grads(predictor, params, None, batch, None)
 
 
-@pytest.mark.parametrize('chunk_length', [3, 5, 10, 50])
+@pytest.mark.parametrize(
+  'chunk_length',
+  [
+    3,
+    pytest.param(5, marks=pytest.mark.slow),
+    pytest.param(10, marks=pytest.mark.slow),
+    50,
+  ],
+)
 def test_chunks_change_the_gradient_but_not_the_loss(chunk_length):
   """Every target counts the same, however the chunks divide the sequence."""
   predictor, params, batch = _predictor_and_batch()

@@ -93,6 +93,7 @@ def test_run_writes_config_metrics_and_figure(tmp_path):
   assert of_step['table'] == table['table']
 
 
+@pytest.mark.slow
 def test_source_without_exact_predictor_is_measured_from_the_best(tmp_path):
   result = _launch(
     tmp_path,

@@ -209,7 +209,11 @@ def test_pieces_have_room_for_little_more_than_their_past(used, room):
 
 
 @pytest.mark.parametrize(
-  ('dtype', 'tolerance'), [(np.float64, 1e-10), (np.float32, 2e-5)]
+  ('dtype', 'tolerance'),
+  [
+    pytest.param(np.float64, 1e-10, marks=pytest.mark.slow),
+    (np.float32, 2e-5),
+  ],
 )
 def test_switch_posterior_of_a_long_sequence(x64, dtype, tolerance):
   symbols = (np.random.default_rng(0).random(200) < 0.03).astype(int)

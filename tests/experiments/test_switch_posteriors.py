@@ -5,6 +5,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -12,6 +13,7 @@ from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.experiments import switch_posteriors
 
 
+@pytest.mark.slow
 def test_figure_is_of_one_sequence_and_its_own_posterior():
   figure = switch_posteriors.make_figure('ptw', 32, seed=1)
   top, ptw, *_ = figure.axes

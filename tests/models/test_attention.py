@@ -90,8 +90,11 @@ def _assert_same(attend, args, weights, window=None, tolerance=1e-5):
 @pytest.mark.parametrize(
   ('encoding', 'seq_length', 'window'),
   [
-    *((encoding, 8, None) for encoding in _ENCODINGS),
     *((encoding, 6, 3) for encoding in _ENCODINGS),
+    *(
+      pytest.param(encoding, 8, None, marks=pytest.mark.slow)
+      for encoding in _ENCODINGS
+    ),
     ('RELATIVE', 5, 1),
     ('RELATIVE', 1, None),
   ],
@@ -225,6 +228,7 @@ def test_gradient_checkpointing_changes_no_value():
   )
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_keeps_less_than_half_of_a_layer():
   def temporary_bytes(num_layers, gradient_checkpointing):
     model = hk.transform(

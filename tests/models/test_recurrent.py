@@ -121,7 +121,7 @@ def test_initial_parameters_are_haikus(name):
   ('stack_size', 'n_stacks', 'inner_core'),
   [
     (1, 1, recurrent.VanillaRNN),
-    (2, 2, recurrent.VanillaRNN),
+    pytest.param(2, 2, recurrent.VanillaRNN, marks=pytest.mark.slow),
     (4, 2, hk.LSTM),
     (T + 2, 1, recurrent.VanillaRNN),
   ],
