@@ -599,7 +599,6 @@ def queued(
   if not ids:
     return []
   submitit = _import_submitit()
-  # Not absolute when the sweep was copied; submitit's files are beside it.
   path = folder.path.absolute() / SUBMITIT
   jobs = {name: submitit.SlurmJob(path, job_id) for name, job_id in ids.items()}
   # Once for all of them.
