@@ -1,4 +1,4 @@
-"""Evaluates a run: any of its snapshots, on any source and any length.
+r"""Evaluates a run: any of its snapshots, on any source and any length.
 
   python experiments/evaluate.py runs/lstm_ptw_seed0
   python experiments/evaluate.py runs/lstm_ptw_seed0 --source=lin

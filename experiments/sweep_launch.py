@@ -1,11 +1,11 @@
-"""Runs a sweep: all points of a preset, as many at once as asked.
+r"""Runs a sweep: all points of a preset, as many at once as asked.
 
   python experiments/sweep_launch.py --sweep=small
   python experiments/sweep_launch.py --sweep=small --only='*,lin,*' --jobs=1
   python experiments/sweep_launch.py --sweep=tiny --list
-  python experiments/sweep_launch.py --sweep=small --name=longer \\
+  python experiments/sweep_launch.py --sweep=small --name=longer \
     --set schedule.training_steps=30000
-  python experiments/sweep_launch.py --sweep=paper --executor=slurm \\
+  python experiments/sweep_launch.py --sweep=paper --executor=slurm \
     --cluster slurm_partition=gpu --cluster gpus_per_node=1 --cluster mem_gb=16
 
 Every point is a run of local_launch.py in a process of its own, so that one
