@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -137,8 +138,12 @@ class SweepFolder:
         raise ValueError(f'it is not of a sweep: {error!r}') from error
 
   def digest(self) -> str:
-    """Returns what tells the sweep from others: a hash of its configs."""
-    configs = [base_config.to_dict(point.config) for point in self.points()]
+    """Returns what tells the sweep from others: a hash of its configs.
+
+    Fields that have their defaults are left out, so that a sweep stays the same
+    when the code gets new ones.
+    """
+    configs = [_not_default(point.config) for point in self.points()]
     text = json.dumps(configs, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -359,6 +364,17 @@ class SweepFolder:
     files.write_csv(self.path / RESULTS, rows)
     files.write_csv(self.path / SUMMARY, summary)
     return summary
+
+
+def _not_default(config: base_config.Config) -> dict[str, Any]:
+  """The fields that are not as the class has them."""
+  default, values = type(config)(), {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if value != getattr(default, field.name):
+      is_config = isinstance(value, base_config.Config)
+      values[field.name] = _not_default(value) if is_config else value
+  return values
 
 
 def _seed(config: config_lib.ExperimentConfig, member: int) -> int | str:

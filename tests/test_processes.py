@@ -119,6 +119,8 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     'same': None,
     'other': 'ValueError: processes 0 and 1 differ in their x (x: 0 -> 1): '
     'start all with the same command',
+    # They train on those of both.
+    'devices': [0, 1],
     'large': 100_000,
     'unseen': f'ValueError: {tmp_path}/checkpoints has no step 2; it has 1',
     'unreadable': f'DamagedError: {tmp_path}/checkpoints/3 cannot be read'[:60],

@@ -272,6 +272,35 @@ for name in module['GRIDS']:
 
 
 @pytest.mark.parametrize(
+  ('seeds', 'num_held'), [((0, 1, 2, 3), 2), ((0, 1, 2), 3), (0, None)]
+)
+def test_device_holds_the_members_of_its_row(seeds, num_held):
+  """Two devices: rows of one, or a row of both."""
+  config = _config(model_init_seed=seeds, reset_predictor_init_state=False)
+  devices = jax.local_devices()
+  predictor = _predictor(config)
+  generator = constants.build_data_generator(config.data)
+  state = train.init_state(config, predictor, 2, devices)
+  update = train.make_update(config, generator, predictor, 2)
+  run_steps = train.make_run_steps(config, update, devices)
+  after, *_ = run_steps(state, train.zero_sums(config.train, state), 1)
+  held = lambda tree: {
+    shard.data.shape
+    for array in jax.tree.leaves(tree)
+    for shard in array.addressable_shards
+  }
+  if num_held is not None:
+    for tree in (after.params, after.predictor_state):
+      assert {shape[0] for shape in held(tree)} == {num_held}
+  # Of the batch of 4, all or a half.
+  axis = 0 if num_held is None else 1
+  num_sequences = 4 if num_held == 2 else 2
+  assert {shape[axis] for shape in held(after.predictor_state)} == {
+    num_sequences
+  }
+
+
+@pytest.mark.parametrize(
   ('num_members', 'num_devices', 'num_rows'),
   [(8, 8, 8), (2, 8, 2), (3, 8, 1), (6, 4, 2), (16, 8, 8), (8, 1, 1)],
 )

@@ -120,6 +120,14 @@ def agreement(folder):
     'fails_strangely': message(lambda: processes.first(fail_strangely)),
     'same': message(lambda: processes.check_same('their x', {'x': 3})),
     'other': message(lambda: processes.check_same('their x', {'x': own})),
+    'devices': [
+      device.process_index
+      for device in train.build_parts(
+        make_config(),
+        constants.build_data_generator,
+        evaluator_lib.build_evaluator,
+      ).devices
+    ],
     'large': len(processes.first(lambda: 'x' * 100_000)),
     'unseen': unseen,
     'unreadable': unreadable[:60],

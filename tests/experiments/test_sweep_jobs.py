@@ -319,6 +319,23 @@ def test_runs_share_the_gpus(monkeypatch, visible, limit, devices, fraction):
   assert of_runs[0]['GLIBC_TUNABLES']
 
 
+def test_runs_at_the_same_time_are_given_other_gpus(tmp_path, monkeypatch):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
+  code = "import os; print('on', os.environ['CUDA_VISIBLE_DEVICES'])"
+  monkeypatch.setattr(
+    sweep_jobs, 'command', lambda *args: [sys.executable, '-c', code]
+  )
+  folder = sweep_folder.SweepFolder(tmp_path)
+  points = sweeps.SWEEPS['tiny']().points()[:2]
+  names = [point.config.name for point in points]
+  with folder.open(points, 16) as lock:
+    launcher = sweep_jobs.Here(folder, 2, (), lock.fileno())
+    for run in launcher.start(names):
+      assert run.process.wait() == 0
+      run.process.stdin.close()
+  assert [folder.last_lines(name, 1) for name in names] == ['on 3', 'on 5']
+
+
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [

@@ -151,6 +151,22 @@ def _tiny_points(number, **overrides):
   ]
 
 
+def test_sweep_is_the_same_when_configs_get_new_fields(tmp_path):
+  """Those have their defaults in what an older version has written."""
+  folder = sweep_folder.SweepFolder(tmp_path)
+  with folder.open(_tiny_points(2), 16):
+    pass
+  digest = folder.digest()
+  manifest = files.read_json(tmp_path / sweep_folder.MANIFEST)
+  for point in manifest['points']:
+    assert point['config']['train'].pop('num_seed_shards') is None
+  files.write_json(tmp_path / sweep_folder.MANIFEST, manifest)
+  assert folder.digest() == digest
+  manifest['points'][0]['config']['train']['num_seed_shards'] = 2
+  files.write_json(tmp_path / sweep_folder.MANIFEST, manifest)
+  assert folder.digest() != digest
+
+
 def test_points_that_fail_are_named_and_leave_the_others_alone(tmp_path):
   points = _tiny_points(3)
   broken, diverges, _ = (point.config for point in points)
