@@ -34,7 +34,7 @@ _MAX_SEED = SEQ_LENGTH_STREAM - 1
 SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
-_MAX_INT32 = 2**31 - 1
+MAX_INT32 = 2**31 - 1
 
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
@@ -67,6 +67,36 @@ def naming(field: str) -> Iterator[None]:
     yield
   except ValueError as error:
     raise ValueError(f'{field}: {error}') from error
+
+
+class EqualByValue:
+  """Base of objects that are equal if their class and attributes are.
+
+  So a function that is compiled for one of them (a static argument of
+  `jax.jit`) serves all that are equal to it. An object with an attribute that
+  has no hash, such as an array, is equal to itself alone.
+  """
+
+  def __eq__(self, other: object) -> bool:
+    if type(self) is not type(other):
+      return NotImplemented
+    if self is other:
+      return True
+    own, its = self._value(), other._value()
+    return own is not None and its is not None and own == its
+
+  def __hash__(self) -> int:
+    value = self._value()
+    return object.__hash__(self) if value is None else hash(value)
+
+  def _value(self) -> tuple[Any, ...] | None:
+    """Class and attributes, if they have a hash."""
+    value = (type(self), *sorted(vars(self).items()))
+    try:
+      hash(value)
+    except TypeError:
+      return None
+    return value
 
 
 class Registry(dict):
@@ -142,8 +172,8 @@ def check_int(
   Without a maximum it is that of int32, since sizes and counts are.
   """
   is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if maximum is None and is_int and value > _MAX_INT32:
-    maximum = _MAX_INT32
+  if maximum is None and is_int and value > MAX_INT32:
+    maximum = MAX_INT32
   if not is_int or value < minimum or (maximum is not None and value > maximum):
     limit = f' and <= {maximum}' if maximum is not None else ''
     raise ValueError(

@@ -253,12 +253,13 @@ class RNNPredictor(Predictor):
     return rng, init_state
 
 
-class ScanPredictor(Predictor):
+class ScanPredictor(base_config.EqualByValue, Predictor):
   """A predictor without parameters, defined by what one symbol does.
 
   A subclass gives `initial_state`, `update` and `output_from_state`. `unroll`
   is a `lax.scan`, for which the state has to keep its shapes; a subclass with
-  another state gives its own.
+  another state gives its own. Two predictors with equal attributes are equal,
+  and share their compiled programs.
   """
 
   has_state = True
@@ -339,9 +340,9 @@ class OptimalPredictor(ScanPredictor):
 
   def prior(self, alphabet_size: int, dtype: Any) -> jax.Array:
     """Returns the concentration of every symbol, `[K]`."""
-    return jnp.broadcast_to(
-      jnp.asarray(self.concentration, dtype), (alphabet_size,)
-    )
+    # By NumPy, which compiles nothing.
+    prior = np.asarray(self.concentration, dtype)
+    return jax.device_put(np.broadcast_to(prior, (alphabet_size,)))
 
   def _start(self, batch: jax.Array, init_state: State) -> State:
     """Checks a batch and returns the state to start from."""
@@ -401,6 +402,7 @@ class OptimalCategoricalPredictor(OptimalPredictor):
 
   def update(self, symbols: jax.Array, state: KTState) -> KTState:
     self._check_update(symbols, state)
+    _check_count(state.counts, 1)
     return KTState(state.counts + symbols.astype(jnp.int32))
 
   def output_from_state(self, state: KTState) -> jax.Array:
@@ -415,9 +417,11 @@ class OptimalCategoricalPredictor(OptimalPredictor):
     init_state: KTState | None = None,
   ) -> tuple[jax.Array, KTState]:
     state = self._start(batch, init_state)
+    _check_count(state.counts, batch.shape[1])
     seen = jnp.cumsum(batch.astype(jnp.int32), axis=1)
     counts = state.counts[:, None] + seen  # [B, T, K]
-    return self._log_probs(counts, dtype_of(batch)), KTState(counts[:, -1])
+    log_probs = self._log_probs(counts, compute_dtype(batch))
+    return log_probs.astype(dtype_of(batch)), KTState(counts[:, -1])
 
   def _log_probs(self, counts: jax.Array, dtype: Any) -> jax.Array:
     return jnp.log(kt_probs(counts, self.prior(counts.shape[-1], dtype)))
@@ -427,7 +431,7 @@ class OptimalCategoricalPredictor(OptimalPredictor):
 def _scan(
   predictor: ScanPredictor, batch: jax.Array, init_state: State
 ) -> tuple[jax.Array, State]:
-  """Unrolls `predictor`; compiled once for each object and shape."""
+  """Unrolls `predictor`; compiled once for equal ones and a shape."""
 
   def step(state: State, symbols: jax.Array) -> tuple[State, jax.Array]:
     state = predictor.update(symbols, state)
@@ -448,11 +452,35 @@ def kt_probs(counts: jax.Array, prior: jax.Array) -> jax.Array:
   return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def dtype_of(batch: jax.Array) -> Any:
-  """The dtype to compute in: the batch's, or the default for integers."""
-  if jnp.issubdtype(batch.dtype, jnp.floating):
-    return batch.dtype
+def _check_count(counts: jax.Array, num_symbols: int) -> None:
+  """Raises ValueError if concrete counts `[B, K]` would leave int32."""
+  if isinstance(counts, jax.core.Tracer):
+    return
+  most = int(np.asarray(counts).sum(axis=-1, dtype=np.int64).max(initial=0))
+  if most + num_symbols > base_config.MAX_INT32:
+    raise ValueError(
+      f'{most + num_symbols} symbols are more than can be counted: '
+      f'{base_config.MAX_INT32}'
+    )
+
+
+def dtype_of(batch: jax.Array | np.ndarray) -> Any:
+  """Returns the dtype of predictions: the batch's, as JAX holds it.
+
+  For integers it is the default float.
+  """
+  dtype = jnp.result_type(batch)
+  if jnp.issubdtype(dtype, jnp.floating):
+    return dtype
   return jnp.result_type(float)
+
+
+def compute_dtype(batch: jax.Array | np.ndarray) -> Any:
+  """Returns the dtype in which exact predictors compute.
+
+  At least float32: narrower floats do not hold the counts.
+  """
+  return jnp.promote_types(dtype_of(batch), jnp.float32)
 
 
 def check_batch(batch: jax.Array) -> None:

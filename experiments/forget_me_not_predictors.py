@@ -135,7 +135,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
   ) -> ForgetMeNotState:
     self._check_update(symbols, state)
     self._check_time(state, 1)
-    dtype = predictors.dtype_of(symbols)
+    dtype = predictors.compute_dtype(symbols)
     updated = jax.vmap(
       _update_one, in_axes=(0, _BATCH_AXES, None), out_axes=_BATCH_AXES
     )(
@@ -160,7 +160,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
   ) -> tuple[jax.Array, ForgetMeNotState]:
     state = self._start(batch, init_state)
     self._check_time(state, batch.shape[1])
-    dtype = predictors.dtype_of(batch)
+    dtype = predictors.compute_dtype(batch)
     predictions, final_state = _advance(
       batch.astype(dtype),
       _cast(state, dtype),
@@ -170,6 +170,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
     final_state = final_state._replace(
       time=state.time + np.int32(batch.shape[1])
     )
+    predictions = predictions.astype(predictors.dtype_of(batch))
     return predictions, _cast(final_state, state.log_odds.dtype)
 
   def _check_state(self, state: ForgetMeNotState) -> None:
@@ -248,7 +249,9 @@ def _levels(
   in_block, remembered = state.counts[:, :1], state.counts[:, 1:]
   counts = jnp.concatenate([in_block, in_block + remembered], axis=1)
   kts = predictors.kt_probs(counts, prior)
-  segments = (jnp.exp(state.log_weights)[..., None] * kts).sum(axis=1)
+  # Normalised again: what rounding has added up to in a long block is not.
+  weights = jax.nn.softmax(state.log_weights, axis=-1)
+  segments = (weights[..., None] * kts).sum(axis=1)
   split = jax.nn.sigmoid(state.log_odds)
   whole = jax.nn.sigmoid(-state.log_odds)
   mixtures = [segments[-1]]

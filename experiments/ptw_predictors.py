@@ -21,6 +21,16 @@ contain it,
   P(a segment starts in the middle of the block) = prod sigmoid(L_i), i <= j
   P(the current segment is the open level-j block)
                                   = sigmoid(-L_j) prod sigmoid(L_i), i < j
+
+In a long block p_{j+1} and kt_j hardly differ, and the difference of their
+logarithms would be rounding. So what the symbol that came adds to L_j is
+log1p(d_j / kt_j), with d_j = p_{j+1} - kt_j from differences of counts: r times
+the symbol and s times another came in the block before its open half, n and m
+times in that half, with A the sum of the prior,
+
+  kt_{j+1} - kt_j = [kt_{j+1} s - (1 - kt_{j+1}) r] / (n + m + r + s + A)
+  d_j             = (p_{j+1} - kt_{j+1}) + (kt_{j+1} - kt_j)
+  p_j - kt_j      = sigmoid(L_j) d_j
 """
 
 from collections.abc import Sequence
@@ -61,11 +71,14 @@ class PTWState(NamedTuple):
     counts: Of the symbols in the open block of each level, int32
       `[B, d + 1, K]`.
     log_odds: L_j of the open blocks, `[B, d]`.
+    log_odds_residual: What rounding has left out of L_j, `[B, d]`: a long
+      stream adds terms that are too small for it.
   """
 
   time: jax.Array
   counts: jax.Array
   log_odds: jax.Array
+  log_odds_residual: jax.Array
 
 
 class PTWPredictor(predictors.OptimalPredictor):
@@ -104,34 +117,22 @@ class PTWPredictor(predictors.OptimalPredictor):
       time=np.int32(0),
       counts=jnp.zeros((batch_size, self.depth + 1, alphabet_size), jnp.int32),
       log_odds=jnp.zeros((batch_size, self.depth)),
+      log_odds_residual=jnp.zeros((batch_size, self.depth)),
     )
 
   def update(self, symbols: jax.Array, state: PTWState) -> PTWState:
     self._check_update(symbols, state)
     self._check_time(state, 1)
-    dtype = predictors.dtype_of(symbols)
-    kts, mixtures = self._levels(state, dtype)
-    symbols = symbols.astype(dtype)
-    log_kts = jnp.log(jnp.einsum('bk,bjk->bj', symbols, kts))
-    log_mixtures = jnp.log(jnp.einsum('bk,bjk->bj', symbols, mixtures))
-    log_odds = state.log_odds + log_mixtures[:, 1:] - log_kts[:, :-1]
-    counts = state.counts + symbols.astype(jnp.int32)[:, None]
-    # A block that has just ended makes way for an empty one.
-    time = state.time + 1
-    lengths = 1 << np.arange(self.depth, -1, -1)  # [d + 1]
-    still_open = time % lengths != 0
-    return PTWState(
-      time=time,
-      counts=jnp.where(still_open[:, None], counts, 0),
-      log_odds=jnp.where(still_open[:-1], log_odds, 0).astype(
-        state.log_odds.dtype
-      ),
-    )
+    return _step(
+      state,
+      symbols,
+      self.prior(symbols.shape[-1], predictors.compute_dtype(symbols)),
+    )[0]
 
   def output_from_state(self, state: PTWState) -> jax.Array:
     self._check_state(state)
-    _, mixtures = self._levels(state, state.log_odds.dtype)
-    return jnp.log(mixtures[:, 0])
+    prior = self.prior(state.counts.shape[-1], state.log_odds.dtype)
+    return _next_log_probs(state, prior)
 
   def unroll(
     self,
@@ -144,7 +145,12 @@ class PTWPredictor(predictors.OptimalPredictor):
     self._check_time(state, batch.shape[1])
     if not isinstance(state.time, jax.core.Tracer) and int(state.time) == 0:
       return self._unroll_whole(batch, state.log_odds.dtype)
-    return super().unroll(params, rng, batch, state)
+    prior = self.prior(batch.shape[-1], predictors.compute_dtype(batch))
+    log_probs, final_state = _stream(batch, state, prior)
+    # Concrete where it was: the time inside of a compiled function is not.
+    return log_probs.astype(predictors.dtype_of(batch)), final_state._replace(
+      time=state.time + np.int32(batch.shape[1])
+    )
 
   def segment_posterior(self, state: PTWState) -> jax.Array:
     """Returns P(the current segment is the open level-j block | symbols seen).
@@ -211,10 +217,11 @@ class PTWPredictor(predictors.OptimalPredictor):
       `[B, T]`; 0 at t = 0, as in `switch_points` of a source.
     """
     self._check_time(self._start(batch, None), batch.shape[1])
-    dtype = predictors.dtype_of(batch)
-    return _switch_posterior(
+    dtype = predictors.compute_dtype(batch)
+    posterior = _switch_posterior(
       batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
     )
+    return posterior.astype(predictors.dtype_of(batch))
 
   def _by_run_length(self, posteriors: jax.Array, time: int) -> jax.Array:
     """Sums of posteriors `[B, T, d + 1]` of the last T times up to `time`."""
@@ -245,34 +252,24 @@ class PTWPredictor(predictors.OptimalPredictor):
     if not isinstance(state.time, jax.core.Tracer):
       check_horizon(self.depth, int(state.time) + num_symbols)
 
-  def _levels(self, state: PTWState, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """kt_j and p_j of the next symbol, each `[B, d + 1, K]`."""
-    prior = self.prior(state.counts.shape[-1], dtype)
-    kts = predictors.kt_probs(state.counts, prior)
-    split = jax.nn.sigmoid(state.log_odds.astype(dtype))[..., None]
-    whole = jax.nn.sigmoid(-state.log_odds.astype(dtype))[..., None]
-    mixtures = [kts[:, -1]]
-    for level in reversed(range(self.depth)):
-      mixtures.append(
-        whole[:, level] * kts[:, level] + split[:, level] * mixtures[-1]
-      )
-    return kts, jnp.stack(mixtures[::-1], axis=1)
-
   def _unroll_whole(
     self, batch: jax.Array, state_dtype: Any
   ) -> tuple[jax.Array, PTWState]:
     """All predictions at once, from the first symbol."""
-    dtype = predictors.dtype_of(batch)
+    dtype = predictors.compute_dtype(batch)
     log_probs, counts, log_odds = _predict_whole(
       batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
     )
-    state = PTWState(np.int32(batch.shape[1]), counts, log_odds)
+    state = PTWState(
+      np.int32(batch.shape[1]), counts, log_odds, jnp.zeros_like(log_odds)
+    )
     # log_probs[t] is about symbol t: what the last prediction is about is seen
     # from the final state.
     last = self.output_from_state(state)
-    return (
-      jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1),
-      state._replace(log_odds=log_odds.astype(state_dtype)),
+    log_probs = jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1)
+    return log_probs.astype(predictors.dtype_of(batch)), state._replace(
+      log_odds=log_odds.astype(state_dtype),
+      log_odds_residual=jnp.zeros_like(log_odds, state_dtype),
     )
 
 
@@ -353,20 +350,30 @@ def _predict_one(
   seq_length, alphabet_size = symbols.shape
   # Levels whose blocks would reach beyond the padded end have only one block.
   padded_length = 1 << min_depth(seq_length)
-  symbols = jnp.pad(symbols.T, ((0, 0), (0, padded_length - seq_length)))
-  counts_upto = jnp.cumsum(symbols.astype(jnp.int32), axis=-1)
+  # Any symbol will do: nobody sees what comes after the end.
+  padding = jnp.zeros((padded_length - seq_length, alphabet_size))
+  symbols = jnp.concatenate(
+    [symbols, padding.at[:, 0].set(1).astype(symbols.dtype)]
+  ).T
+  drawn_prior = _drawn_prior(symbols.T, prior)
+  symbols_int = symbols.astype(jnp.int32)
+  counts_upto = jnp.cumsum(symbols_int, axis=-1)
   counts_total = counts_upto[:, seq_length - 1]
-  counts_before = counts_upto - symbols.astype(jnp.int32)  # [K, T']
+  counts_before = counts_upto - symbols_int  # [K, T']
 
-  mixture = None  # p_{j+1} of every symbol, [K, T']
+  mixture = inner = None  # p_{j+1}, [K, T']; counts in its block.
+  # Of the symbol that comes at each time: p_{j+1} and p_{j+1} - kt_{j+1}, [T'].
+  drawn_mixture = drawn_prior[0] / sum(drawn_prior)
+  excess = jnp.zeros_like(drawn_mixture)
   final_counts, final_log_odds, block_log_odds = [], [], []
   for level in reversed(range(depth + 1)):
     length = min(1 << depth - level, padded_length)
     blocks = (alphabet_size, padded_length // length, length)
     counts = counts_before.reshape(blocks)
-    counts = (counts - counts[..., :1]).astype(symbols.dtype)
+    counts = counts - counts[..., :1]
     totals = jnp.arange(length, dtype=symbols.dtype) + prior.sum()
-    kt = ((counts + prior[:, None, None]) / totals).reshape(symbols.shape)
+    kt = counts.astype(symbols.dtype) + prior[:, None, None]
+    kt = (kt / totals).reshape(symbols.shape)
     # The block that is open after the last symbol begins here.
     start = seq_length & -(1 << depth - level)
     is_open = start < seq_length
@@ -375,20 +382,23 @@ def _predict_one(
       if is_open
       else jnp.zeros_like(counts_total)
     )
+    drawn = (symbols_int * counts.reshape(symbols.shape)).sum(axis=0)
+    outer = (drawn, jnp.arange(padded_length) % length - drawn)
     if mixture is None:
-      mixture = kt
+      mixture, inner = kt, outer
       continue
-    gains = jnp.log((symbols * mixture).sum(axis=0)) - jnp.log(
-      (symbols * kt).sum(axis=0)
-    )
-    gains = jnp.where(np.arange(padded_length) < seq_length, gains, 0)  # [T']
+    drawn_kt, change = _kt_and_change(inner, outer, drawn_prior)
+    difference = excess + change
+    gains = _gain(difference, drawn_kt, drawn_mixture)
+    gains = jnp.where(jnp.arange(padded_length) < seq_length, gains, 0)  # [T']
     final_log_odds.append(gains[start:].sum())
     gains = gains.reshape(blocks[1:])
     block_log_odds.append(gains.sum(axis=-1))
     log_odds = (jnp.cumsum(gains, axis=-1) - gains).reshape(padded_length)
-    mixture = (
-      jax.nn.sigmoid(-log_odds) * kt + jax.nn.sigmoid(log_odds) * mixture
-    )
+    split, whole = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
+    mixture = whole * kt + split * mixture
+    drawn_mixture = whole * drawn_kt + split * drawn_mixture
+    excess, inner = split * difference, outer
   log_probs = jnp.log(mixture[:, :seq_length]).T
   return (
     log_probs,
@@ -396,3 +406,180 @@ def _predict_one(
     jnp.stack(final_log_odds[::-1]) if depth else jnp.zeros(0, symbols.dtype),
     block_log_odds[::-1],
   )
+
+
+@jax.jit
+def _next_log_probs(state: PTWState, prior: jax.Array) -> jax.Array:
+  """Returns log p_0 of the next symbol, `[B, K]`."""
+  split, whole = _split_and_whole(state, prior.dtype)
+  kts = predictors.kt_probs(state.counts, prior)
+  mixtures = _mix_levels(split, whole[..., None] * kts[:, :-1], kts[:, -1])
+  return jnp.log(mixtures[:, 0])
+
+
+def _split_and_whole(
+  state: PTWState, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+  """sigmoid(L_j) and sigmoid(-L_j), `[B, d]` each."""
+  log_odds = state.log_odds.astype(dtype)
+  return jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
+
+
+def _mix_levels(
+  split: jax.Array, added: jax.Array, innermost: jax.Array
+) -> jax.Array:
+  """Solves v_j = split_j v_{j+1} + added_j in log2(d) rounds.
+
+  Args:
+    split: `[B, d]`.
+    added: `[B, d, N]`.
+    innermost: v_d, `[B, N]`.
+
+  Returns:
+    v_0, ..., v_d, `[B, d + 1, N]`.
+  """
+
+  def compose(
+    inner: tuple[jax.Array, jax.Array], outer: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    return outer[0] * inner[0], outer[0] * inner[1] + outer[1]
+
+  split = jnp.pad(split, ((0, 0), (0, 1)))[..., None]
+  added = jnp.concatenate([added, innermost[:, None]], axis=1)
+  return jax.lax.associative_scan(
+    compose, (split, added), reverse=True, axis=1
+  )[1]
+
+
+@jax.jit
+def _stream(
+  batch: jax.Array, state: PTWState, prior: jax.Array
+) -> tuple[jax.Array, PTWState]:
+  """Predictions after each symbol of `[B, T, K]`, and the last state."""
+
+  def step(state: PTWState, symbols: jax.Array) -> tuple[PTWState, jax.Array]:
+    return _step(state, symbols, prior)
+
+  # log_probs[t] is about symbol t, given those before it.
+  state, log_probs = jax.lax.scan(step, state, batch.swapaxes(0, 1))
+  log_probs = log_probs.swapaxes(0, 1)
+  last = _next_log_probs(state, prior)
+  return jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1), state
+
+
+def _step(
+  state: PTWState, symbols: jax.Array, prior: jax.Array
+) -> tuple[PTWState, jax.Array]:
+  """The state after one more symbol `[B, K]`, and what it was expected to be.
+
+  Args:
+    state: Before the symbol.
+    symbols: One-hot, `[B, K]`.
+    prior: Dirichlet concentration `[K]`.
+  """
+  dtype, depth = prior.dtype, state.log_odds.shape[1]
+  drawn_prior = _drawn_prior(symbols.astype(dtype), prior)
+  symbols = symbols.astype(jnp.int32)
+  # Of the symbol that comes, and of all others, level by level: [B, d + 1].
+  drawn = (symbols[:, None] * state.counts).sum(axis=-1)
+  others = state.counts.sum(axis=-1) - drawn
+  drawn_kts, changes = _kt_and_change(
+    (drawn[:, 1:], others[:, 1:]),
+    (drawn[:, :-1], others[:, :-1]),
+    tuple(part[:, None] for part in drawn_prior),
+  )
+  kts = predictors.kt_probs(state.counts, prior)
+  split, whole = _split_and_whole(state, dtype)
+  # p_j of all symbols, and p_j - kt_j of the one that comes, [B, d + 1, K + 1].
+  levels = _mix_levels(
+    split,
+    jnp.concatenate(
+      [whole[..., None] * kts[:, :-1], (split * changes)[..., None]], axis=-1
+    ),
+    jnp.pad(kts[:, -1], ((0, 0), (0, 1))),
+  )
+  mixtures, excesses = levels[..., :-1], levels[..., -1]
+  log_odds, residual = _add(
+    state.log_odds.astype(dtype),
+    state.log_odds_residual,
+    _gain(
+      excesses[:, 1:] + changes,
+      drawn_kts,
+      (symbols[:, None] * mixtures[:, 1:]).sum(axis=-1),
+    ),
+  )
+  counts = state.counts + symbols[:, None]
+  # A block that has just ended makes way for an empty one.
+  time = state.time + 1
+  is_open = time % (1 << np.arange(depth, -1, -1)) != 0  # [d + 1]
+  new = PTWState(
+    time=time,
+    counts=jnp.where(is_open[:, None], counts, 0),
+    log_odds=jnp.where(is_open[:-1], log_odds, 0),
+    log_odds_residual=jnp.where(is_open[:-1], residual, 0),
+  )
+  new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
+  return new, jnp.log(mixtures[:, 0])
+
+
+def _drawn_prior(
+  symbols: jax.Array, prior: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The concentrations of symbols `[..., K]`, and of all others, `[...]`."""
+  return (symbols * prior).sum(axis=-1), ((1 - symbols) * prior).sum(axis=-1)
+
+
+def _kt_and_change(
+  inner: tuple[jax.Array, jax.Array],
+  outer: tuple[jax.Array, jax.Array],
+  prior: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """KT of the symbol that comes: kt_j, and kt_{j+1} - kt_j, `[...]`.
+
+  Args:
+    inner: Times that the symbol, and that another one came before in the
+      level-(j+1) block, int32 `[...]`.
+    outer: The same for the level-j block.
+    prior: From `_drawn_prior`.
+  """
+  own, rest = prior
+  dtype = own.dtype
+  inner_total = sum(inner).astype(dtype) + (own + rest)
+  inner_kt = (inner[0].astype(dtype) + own) / inner_total
+  inner_complement = (inner[1].astype(dtype) + rest) / inner_total
+  total = sum(outer).astype(dtype) + (own + rest)
+  # Before the inner block: r and s.
+  drawn, others = (
+    (out - inn).astype(dtype) for out, inn in zip(outer, inner, strict=True)
+  )
+  kt = (outer[0].astype(dtype) + own) / total
+  change = inner_kt * (others / total) - inner_complement * (drawn / total)
+  return kt, change
+
+
+def _gain(
+  difference: jax.Array, kt: jax.Array, mixture: jax.Array
+) -> jax.Array:
+  """What the symbol that came adds to L_j.
+
+  Args:
+    difference: d_j = p_{j+1} - kt_j of it.
+    kt: kt_j of it.
+    mixture: p_{j+1} of it.
+  """
+  # Each form has its digits where the other one loses them.
+  is_near = jnp.abs(difference) < kt / 2
+  return jnp.where(
+    is_near,
+    jnp.log1p(jnp.where(is_near, difference / kt, 0)),
+    jnp.log(mixture / kt),
+  )
+
+
+def _add(
+  total: jax.Array, residual: jax.Array, term: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Adds to a sum that is kept in two parts (Kahan's compensated sum)."""
+  term = term + residual
+  new = total + term
+  return new, term - (new - total)

@@ -39,9 +39,9 @@ memory.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
+import itertools
 from typing import Any
 from typing import NamedTuple
 
@@ -54,15 +54,23 @@ from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import hazards as hazards_lib
 
-# Room for starts of segments grows from this many symbols, a power of two: 64,
-# 96, 128, 192, ... More steps would do less work, and compile more.
+# The room for starts of a state that goes on grows from this many symbols, a
+# power of two: 64, 96, 128, 192, ... More steps would do less work, and compile
+# more.
 _LEAST_ROOM = 64
+# A sequence is read from its first symbol on in so many parts, each on the
+# starts that there can be by its end: 5/8 of the work of a single one.
+_NUM_PARTS = 4
 # Power of two of a scaled 0: less than any other, and sums of few do not wrap.
 _ZERO_EXPONENT = -(10**8)
 # In a sum above this, terms too small for a float do not count.
 _SAFE_SUM = 1e-20
 
-# Sums over starts as matrix products, which are faster than reductions on CPUs.
+# A sum over no more starts is a matrix product, which is faster on CPUs; one
+# over more is many sums next to each other, since a running sum of thousands of
+# terms loses the small ones.
+_LONGEST_PRODUCT = 257
+_LANES = 32
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -97,11 +105,12 @@ class RunLengthState(NamedTuple):
 class RunLengthPredictor(predictors.OptimalPredictor):
   """The exact Bayes predictor of a source with i.i.d. segment lengths.
 
-  It takes O(T^2) time and O(T) memory. Its state grows with time; where the
-  time is not concrete (inside `jit`), room is made for all symbols of every
-  chunk. With a `max_length` the state has room for so many symbols from the
-  start, and can be carried through a `lax.scan`; it must not go on for longer,
-  which is an error wherever the time is concrete.
+  It takes O(T^2) time and O(T) memory, and a whole sequence one compiled
+  program. Its state grows with time, in steps if it goes on; where the time is
+  not concrete (inside `jit`), room is made for all symbols of every chunk. With
+  a `max_length` the state has room for so many symbols from the start, and can
+  be carried through a `lax.scan`; it must not go on for longer, which is an
+  error wherever the time is concrete.
 
   Attributes:
     hazard: The law of segment lengths.
@@ -139,24 +148,25 @@ class RunLengthPredictor(predictors.OptimalPredictor):
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> RunLengthState:
     size = 1 + (self.max_length or 0)
+    # Made in NumPy, which compiles nothing.
+    mantissas = np.zeros((batch_size, size), jnp.result_type(float))
+    mantissas[:, 0] = 1
     exponents = np.full((batch_size, size), _ZERO_EXPONENT, np.int32)
     exponents[:, 0] = 0
-    return RunLengthState(
-      # NumPy, so that it stays concrete inside jit.
-      time=np.int32(0),
-      mantissas=jnp.zeros((batch_size, size)).at[:, 0].set(1),
-      exponents=jnp.asarray(exponents),
-      counts=jnp.zeros((batch_size, size, alphabet_size), jnp.int32),
-    )
+    counts = np.zeros((batch_size, size, alphabet_size), np.int32)
+    arrays = jax.device_put((mantissas, exponents, counts))
+    # The time stays in NumPy, and so concrete inside jit.
+    return RunLengthState(np.int32(0), *arrays)
 
   def update(self, symbols: jax.Array, state: RunLengthState) -> RunLengthState:
     return self.unroll({}, None, symbols[:, None], state)[1]
 
   def output_from_state(self, state: RunLengthState) -> jax.Array:
     self._check_state(state)
-    prior = self.prior(state.counts.shape[-1], state.mantissas.dtype)
-    kts = predictors.kt_probs(state.counts, prior)
-    return jnp.log(_einsum('bs,bsk->bk', self._weights(state), kts))
+    dtype = state.mantissas.dtype
+    prior = self.prior(state.counts.shape[-1], dtype)
+    survival, _ = _tables(self.hazard, self._room(state), np.dtype(dtype))
+    return jnp.log(_next_probs(state, prior, survival))
 
   def unroll(
     self,
@@ -218,30 +228,16 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     Returns:
       `[B, T]`; 0 at t = 0, as in `switch_points` of a source.
     """
-    batch_dtype, dtype = predictors.dtype_of(batch), _dtype_of(batch)
-    batch = jnp.asarray(batch, dtype)
-    log_probs, state, _ = self._unroll(batch, None)
-    prior = self.prior(batch.shape[-1], dtype)
-    # p(x_t) of every symbol; that of the first one is the prior's.
-    probs = jnp.einsum('btk,btk->bt', jnp.exp(log_probs[:, :-1]), batch[:, 1:])
-    first = batch[:, :1] @ (prior / prior.sum())
-    probs = jnp.concatenate([first, probs], axis=1)
-    weights = self._weights(state).astype(dtype)  # u_T
-    starts = Scaled(state.mantissas.astype(dtype), state.exponents)  # r_T
-    posteriors = []
-    pieces = list(_pieces(batch.shape[1], room=self.max_length or 0))
-    for begin, end, room in reversed(pieces):
-      starts, weights, posterior = _retreat(
-        batch[:, :end],
-        probs[:, begin:end],
-        Scaled(*(array[:, : room + 1] for array in starts)),
-        weights[:, : room + 1],
-        prior,
-        _tables(self.hazard, room, np.dtype(dtype))[1],
-      )
-      posteriors.append(posterior)
-    posterior = jnp.concatenate(posteriors[::-1], axis=1)  # t = 1, ..., T
-    return jnp.pad(posterior[:, :-1], ((0, 0), (1, 0))).astype(batch_dtype)
+    state = self._start(batch, None)
+    seq_length, dtype = batch.shape[1], predictors.compute_dtype(batch)
+    self._room_after(state, seq_length)
+    posterior = _switch_posterior(
+      jnp.asarray(batch, dtype),
+      state,
+      self.prior(batch.shape[-1], dtype),
+      _tables(self.hazard, seq_length, np.dtype(dtype)),
+    )
+    return posterior.astype(predictors.dtype_of(batch))
 
   def _unroll(
     self,
@@ -251,52 +247,32 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   ) -> tuple[jax.Array, RunLengthState, jax.Array | None]:
     """Predictions, final state and, if asked for, w_t(s) before each symbol."""
     state = self._start(batch, init_state)
-    dtype, state_dtype = _dtype_of(batch), state.mantissas.dtype
-    prior = self.prior(batch.shape[-1], dtype)
-    time, mantissas, exponents, counts = state
-    seq_length = batch.shape[1]
-    # The loop over time runs in pieces, each on arrays of at most 3/2 of its
-    # past; `room` is that of the state, which may be used up already.
-    room = mantissas.shape[1] - 1
-    is_concrete = not isinstance(time, jax.core.Tracer)
-    used = int(time) if is_concrete else room
-    if self.max_length is not None:
-      used = self._check_room(room, int(time) if is_concrete else 0, seq_length)
-    outputs, weights = [], []
-    pieces = _pieces(seq_length, used, room, is_concrete)
-    for begin, end, room in pieces:
-      state = RunLengthState(
-        time,
-        _pad(mantissas.astype(dtype), room + 1, 0),
-        _pad(exponents, room + 1, _ZERO_EXPONENT),
-        _pad(counts, room + 1, 0),
-      )
-      (time, mantissas, exponents, counts), probs, piece_weights = _advance(
-        batch[:, begin:end].astype(dtype),
-        state,
-        prior,
-        _tables(self.hazard, room, np.dtype(dtype)),
-        with_weights,
-      )
-      # Concrete if it was.
-      time = state.time + np.int32(end - begin)
-      outputs.append(probs)
-      weights.append(piece_weights)
-    # The outputs at t are about symbol t, given those before it.
-    state = RunLengthState(time, mantissas, exponents, counts)
-    last = self.output_from_state(state)
-    log_probs = jnp.log(jnp.concatenate(outputs, axis=1)[:, 1:])
-    log_probs = jnp.concatenate([log_probs, last[:, None]], axis=1)
-    log_probs = log_probs.astype(predictors.dtype_of(batch))
-    if with_weights:
-      weights = jnp.concatenate(
-        [_pad(piece, room + 1, 0, axis=2) for piece in weights], axis=1
-      )
-    state = state._replace(mantissas=mantissas.astype(state_dtype))
-    return log_probs, state, weights if with_weights else None
+    seq_length, dtype = batch.shape[1], predictors.compute_dtype(batch)
+    room = self._room_after(state, seq_length)
+    is_begin = not isinstance(state.time, jax.core.Tracer) and state.time == 0
+    log_probs, final_state, weights = _unroll(
+      jnp.asarray(batch, dtype),
+      state,
+      self.prior(batch.shape[-1], dtype),
+      _tables(self.hazard, room, np.dtype(dtype)),
+      _parts(seq_length) if is_begin else ((0, seq_length, room),),
+      with_weights,
+    )
+    # Concrete where it was: the time inside of a compiled function is not.
+    final_state = final_state._replace(
+      time=state.time + np.int32(seq_length),
+      mantissas=final_state.mantissas.astype(state.mantissas.dtype),
+    )
+    return log_probs.astype(predictors.dtype_of(batch)), final_state, weights
 
   def _weights(self, state: RunLengthState) -> jax.Array:
     """w_t(s), `[B, S]`."""
+    dtype = state.mantissas.dtype
+    survival, _ = _tables(self.hazard, self._room(state), np.dtype(dtype))
+    return _start_weights(state, survival)
+
+  def _room(self, state: RunLengthState) -> int:
+    """Symbols that a state has room for."""
     room = state.mantissas.shape[1] - 1
     is_concrete = not isinstance(state.time, jax.core.Tracer)
     if is_concrete and int(state.time) > room:
@@ -304,22 +280,30 @@ class RunLengthPredictor(predictors.OptimalPredictor):
         f'the state has room for {room} symbols, but its time is '
         f'{int(state.time)}'
       )
-    dtype = state.mantissas.dtype
-    return _start_weights(state, _tables(self.hazard, room, dtype)[0])
+    return room
 
-  def _check_room(self, room: int, time: int, seq_length: int) -> int:
-    """Returns the time, unless `max_length` is too short for what follows."""
+  def _room_after(self, state: RunLengthState, seq_length: int) -> int:
+    """The room that a state needs to take in T more symbols."""
+    room = state.mantissas.shape[1] - 1
+    is_concrete = not isinstance(state.time, jax.core.Tracer)
+    time = int(state.time) if is_concrete else None
+    if self.max_length is None:
+      if time is None:
+        return room + seq_length
+      if time + seq_length <= room:
+        return room
+      return _room_for(time + seq_length) if time else seq_length
     if room != self.max_length:
       raise ValueError(
         f'init_state has room for {room} symbols, but max_length is '
         f'{self.max_length}'
       )
-    if time + seq_length > self.max_length:
+    if (time or 0) + seq_length > self.max_length:
       raise ValueError(
-        f'max_length {self.max_length} is less than the {time + seq_length} '
-        'symbols'
+        f'max_length {self.max_length} is less than the '
+        f'{(time or 0) + seq_length} symbols'
       )
-    return time
+    return room
 
 
 def regular_shift_predictor(
@@ -392,34 +376,17 @@ def length_distribution_predictor(
   )
 
 
-def _pieces(
-  seq_length: int, used: int = 0, room: int = 0, is_gradual: bool = True
-) -> Iterator[tuple[int, int, int]]:
-  """Cuts a sequence into pieces with room for all starts.
-
-  Args:
-    seq_length: T.
-    used: Symbols before it.
-    room: That there is at first.
-    is_gradual: Whether room that is used up grows by a step, or by T.
-
-  Yields:
-    Begin and end of a piece, and the room that it needs.
-  """
-  begin = 0
-  while begin < seq_length:
-    if used == room:
-      room = _next_room(room) if is_gradual else room + seq_length
-    end = min(begin + room - used, seq_length)
-    yield begin, end, room
-    used += end - begin
-    begin = end
+def _parts(seq_length: int) -> tuple[tuple[int, int, int], ...]:
+  """Begin and end of the parts of a sequence, and the room for each."""
+  num = _NUM_PARTS if seq_length >= _LEAST_ROOM else 1
+  ends = [-(-seq_length * i // num) for i in range(num + 1)]
+  return tuple((begin, end, end) for begin, end in itertools.pairwise(ends))
 
 
-def _next_room(room: int) -> int:
-  """The least of 2^k and 3 * 2^(k - 1) above `room`, from the least room on."""
-  power = 1 << room.bit_length()
-  return max(_LEAST_ROOM, 3 * power // 4 if room < 3 * power // 4 else power)
+def _room_for(num: int) -> int:
+  """The least of 2^k and 3 * 2^(k - 1) that is `num` or more."""
+  power = 1 << (num - 1).bit_length()
+  return max(_LEAST_ROOM, 3 * power // 4 if num <= 3 * power // 4 else power)
 
 
 @functools.lru_cache(maxsize=128)
@@ -439,20 +406,18 @@ def _tables(
   return scaled(log_survival), scaled(log_pmf)
 
 
-def _by_start(table: Scaled, time: jax.Array, dtype: Any) -> Scaled:
-  """The entries n = time - s of a table, for s = 0, ..., room."""
-  size = table.mantissa.shape[0] // 2
-  mantissa, exponent = (
-    jax.lax.dynamic_slice_in_dim(array, size - 1 - time, size)
-    for array in table
+def _by_start(table: Scaled, time: jax.Array, num: int) -> Scaled:
+  """The entries n = time - s of a table, for s = 0, ..., num - 1."""
+  zero = table.mantissa.shape[0] // 2 - 1  # Where n = 0 is.
+  return Scaled(
+    *(jax.lax.dynamic_slice_in_dim(array, zero - time, num) for array in table)
   )
-  return Scaled(mantissa.astype(dtype), exponent)
 
 
 @jax.jit
 def _start_weights(state: RunLengthState, survival: Scaled) -> jax.Array:
   """w_t(s), `[B, S]`, by the table of S."""
-  survival = _by_start(survival, state.time, state.mantissas.dtype)
+  survival = _by_start(survival, state.time, state.mantissas.shape[1])
   return _value(_times(Scaled(state.mantissas, state.exponents), survival))
 
 
@@ -460,11 +425,6 @@ def _start_weights(state: RunLengthState, survival: Scaled) -> jax.Array:
 def _by_run_length(weights: jax.Array, time: jax.Array) -> jax.Array:
   """w(t - n) for n = 0, ..., t, and zeros, `[B, S]`."""
   return jnp.roll(weights[:, ::-1], time + 1, axis=1)
-
-
-def _dtype_of(batch: jax.Array) -> Any:
-  """What to compute in: narrow floats do not hold the counts."""
-  return jnp.promote_types(predictors.dtype_of(batch), jnp.float32)
 
 
 def _up_to_time(posterior: jax.Array, time: jax.Array) -> jax.Array:
@@ -478,10 +438,23 @@ def _up_to_time(posterior: jax.Array, time: jax.Array) -> jax.Array:
   return jax.device_put(np.asarray(posterior)[..., :end])
 
 
-def _pad(
+def _with_room(state: RunLengthState, room: int, dtype: Any) -> RunLengthState:
+  """A state with room for so many symbols, to compute in a dtype."""
+  return RunLengthState(
+    jnp.asarray(state.time),
+    _resize(state.mantissas.astype(dtype), room + 1, 0),
+    _resize(state.exponents, room + 1, _ZERO_EXPONENT),
+    _resize(state.counts, room + 1, 0),
+  )
+
+
+def _resize(
   array: jax.Array, length: int, value: float, axis: int = 1
 ) -> jax.Array:
-  """Pads an axis up to the given length."""
+  """Cuts an axis to a length, or pads it."""
+  array = jax.lax.slice_in_dim(
+    array, 0, min(length, array.shape[axis]), axis=axis
+  )
   padding = [(0, 0)] * array.ndim
   padding[axis] = (0, length - array.shape[axis])
   return jnp.pad(array, padding, constant_values=value)
@@ -536,7 +509,7 @@ def _dot(a: Scaled, b: Scaled) -> Scaled:
     powers = _power_of_two(
       a.exponent + b.exponent - less[:, None], a.mantissa.dtype
     )
-    return _einsum('bs,bs->b', a.mantissa * b.mantissa, powers)
+    return _sum_products(a.mantissa * b.mantissa, powers)
 
   def relative_to_largest() -> Scaled:
     largest = (a.exponent + b.exponent).max(axis=1)
@@ -551,8 +524,137 @@ def _dot(a: Scaled, b: Scaled) -> Scaled:
   )
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _advance(
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _unroll(
+  symbols: jax.Array,
+  state: RunLengthState,
+  prior: jax.Array,
+  tables: tuple[Scaled, Scaled],
+  parts: tuple[tuple[int, int, int], ...],
+  with_weights: bool,
+) -> tuple[jax.Array, RunLengthState, jax.Array | None]:
+  """Takes in the symbols of a batch.
+
+  Args:
+    symbols: `[B, T, K]`, one-hot.
+    state: Before them.
+    prior: Dirichlet concentration `[K]`.
+    tables: S and f, for the room that the state has in the end.
+    parts: Begin and end of the parts in which they are read, and the room for
+      starts in each.
+    with_weights: Whether to return w.
+
+  Returns:
+    Log-probabilities `[B, T, K]` after every symbol, the state after all of
+    them, and w_t(s) before every symbol `[B, T, S]` or None.
+  """
+  probs, weights = [], []
+  for begin, end, room in parts:
+    state, part_probs, part_weights = _forward(
+      symbols[:, begin:end],
+      _with_room(state, room, symbols.dtype),
+      prior,
+      tables,
+      with_weights,
+    )
+    probs.append(part_probs)
+    weights.append(part_weights)
+  room = tables[0].mantissa.shape[0] // 2 - 1
+  state = _with_room(state, room, symbols.dtype)
+  # probs[t] is about symbol t, given those before it.
+  probs.append(_next_probs(state, prior, tables[0])[:, None])
+  if with_weights:
+    weights = [_resize(part, room + 1, 0, axis=2) for part in weights]
+  return (
+    jnp.log(jnp.concatenate(probs, axis=1)[:, 1:]),
+    state,
+    jnp.concatenate(weights, axis=1) if with_weights else None,
+  )
+
+
+@jax.jit
+def _switch_posterior(
+  symbols: jax.Array,
+  state: RunLengthState,
+  prior: jax.Array,
+  tables: tuple[Scaled, Scaled],
+) -> jax.Array:
+  """P(a new segment starts at t | the whole sequence), `[B, T]`.
+
+  Args:
+    symbols: `[B, T, K]`, one-hot.
+    state: Before them.
+    prior: Dirichlet concentration `[K]`.
+    tables: S and f.
+  """
+  parts = _parts(symbols.shape[1])
+  probs = []
+  for begin, end, room in parts:
+    part = symbols[:, begin:end]
+    state, part_probs, _ = _forward(
+      part, _with_room(state, room, symbols.dtype), prior, tables, False
+    )
+    probs.append((part * part_probs).sum(axis=-1))  # p(x_t)
+  r = Scaled(state.mantissas, state.exponents)  # r_T
+  weights = _start_weights(state, tables[0])  # u_T
+  posteriors = []
+  for (_, end, room), part_probs in zip(
+    reversed(parts), reversed(probs), strict=True
+  ):
+    r, weights, posterior = _backward(
+      symbols[:, :end],
+      part_probs,
+      Scaled(*(array[:, : room + 1] for array in r)),
+      weights[:, : room + 1],
+      prior,
+      tables[1],
+    )
+    posteriors.append(posterior)
+  posterior = jnp.concatenate(posteriors[::-1], axis=1)  # t = 1, ..., T
+  return jnp.pad(posterior[:, :-1], ((0, 0), (1, 0)))
+
+
+@jax.jit
+def _next_probs(
+  state: RunLengthState, prior: jax.Array, survival: Scaled
+) -> jax.Array:
+  """Probabilities `[B, K]` of the next symbol, by the table of S."""
+  starts = jnp.arange(state.mantissas.shape[1])
+  return _mix(
+    state.counts.swapaxes(1, 2).astype(prior.dtype) + prior[:, None],
+    _kt_scale(state.time, starts, prior),
+    Scaled(state.mantissas, state.exponents),
+    _by_start(survival, state.time, len(starts)),
+  )
+
+
+def _mix(
+  counts: jax.Array, scale: jax.Array, r: Scaled, survival: Scaled
+) -> jax.Array:
+  """sum_s r(s) S(s) counts(s) scale(s), `[B, K]`.
+
+  Args:
+    counts: `[B, K, S]`, with the prior.
+    scale: `[S]`; kt(k | s) = counts * scale.
+    r: `[B, S]`.
+    survival: `[S]`.
+  """
+  survival = survival._replace(mantissa=survival.mantissa * scale)
+  return _sum_products(counts, _value(_times(r, survival)))
+
+
+def _sum_products(a: jax.Array, b: jax.Array) -> jax.Array:
+  """sum_s a(s) b(s), `[B, ...]`, for `[B, ..., S]` and `[B, S]`."""
+  size = a.shape[-1]
+  if size <= _LONGEST_PRODUCT:
+    return _einsum('b...s,bs->b...', a, b)
+  terms = a * jnp.expand_dims(b, range(1, a.ndim - 1))
+  terms = _resize(terms, size + -size % _LANES, 0, axis=-1)
+  terms = terms.reshape(*terms.shape[:-1], -1, _LANES)
+  return terms.sum(axis=-2).sum(axis=-1)
+
+
+def _forward(
   symbols: jax.Array,
   state: RunLengthState,
   prior: jax.Array,
@@ -587,19 +689,17 @@ def _advance(
     r: Scaled, inputs: tuple[jax.Array, jax.Array, jax.Array]
   ) -> tuple[Scaled, tuple[jax.Array, jax.Array | None]]:
     time, symbol, seen_by_time = inputs
-    survival = _by_start(tables[0], time, dtype)
-    # kt(k | s) = counts * scale
+    survival = _by_start(tables[0], time, len(starts))
     # Whole numbers first: a small prior would be lost in a large count.
     counts = seen_by_time[..., None] - before + prior[:, None]  # [B, K, S]
     scale = _kt_scale(time, starts, prior)
-    scaled_survival = survival._replace(mantissa=survival.mantissa * scale)
-    probs = _einsum('bks,bs->bk', counts, _value(_times(r, scaled_survival)))
+    probs = _mix(counts, scale, r, survival)
     # kt(x_t | s) / p(x_t)
     symbol = symbol / (symbol * probs).sum(axis=1, keepdims=True)
     own = _einsum('bk,bks->bs', symbol, counts) * scale
     weights = _value(_times(r, survival)) if with_weights else None
     r = _normalise(r._replace(mantissa=r.mantissa * own))
-    new = _dot(r, _by_start(tables[1], time, dtype))
+    new = _dot(r, _by_start(tables[1], time, len(starts)))
     is_new = starts == time + 1
     r = Scaled(
       *(jnp.where(is_new, n[:, None], o) for n, o in zip(new, r, strict=True))
@@ -619,8 +719,7 @@ def _advance(
   return RunLengthState(time, *r, counts), probs, weights
 
 
-@jax.jit
-def _retreat(
+def _backward(
   symbols: jax.Array,
   probs: jax.Array,
   r: Scaled,
@@ -641,7 +740,6 @@ def _retreat(
   Returns:
     r and u before them, and P(a segment starts after each of them) `[B, N]`.
   """
-  dtype = symbols.dtype
   starts = jnp.arange(weights.shape[1])
   seen = jnp.cumsum(symbols, axis=1) - symbols
   before = jnp.pad(
@@ -659,10 +757,10 @@ def _retreat(
       jax.lax.dynamic_index_in_dim(array, time + 1, axis=1)
       for array in (weights, *r)
     )
-    ended = _times(r, _by_start(pmf, time, dtype))
+    ended = _times(r, _by_start(pmf, time, len(starts)))
     ended = _value(Scaled(ended.mantissa / new[0], ended.exponent - new[1]))
     # It is 1 already, but for what rounding has added up to in r.
-    total = _einsum('bs,s->b', ended, jnp.ones_like(starts, dtype))[:, None]
+    total = _sum_products(ended, jnp.ones_like(ended))[:, None]
     weights += ended * (new_weight / jnp.where(total > 0, total, 1))
     counts = seen_by_time[..., None] - before + prior[:, None]
     own = _einsum('bk,bks->bs', symbol, counts)

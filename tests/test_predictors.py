@@ -1,3 +1,5 @@
+import warnings
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,62 @@ def test_kt_equals_the_dirichlet_multinomial(x64, prior):
     {}, None, jnp.asarray(oracles.one_hot(sequences, len(prior)))
   )
   np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
+
+
+def test_kt_refuses_more_symbols_than_it_can_count():
+  kt = predictors.OptimalCategoricalPredictor()
+  counts = jnp.array([[5, 5], [2**31 - 4, 1]], jnp.int32)
+  state = predictors.KTState(counts)
+  symbols = jnp.eye(2)
+  _, last = kt.unroll({}, None, symbols[:, None], state)
+  assert int(last.counts.sum(axis=1).max()) == 2**31 - 2
+  with pytest.raises(ValueError, match='2147483648 symbols are more than can'):
+    kt.unroll({}, None, jnp.tile(symbols[:, None], (1, 3, 1)), state)
+  with pytest.raises(ValueError, match='2147483648 symbols are more than can'):
+    kt.update(symbols, predictors.KTState(counts + jnp.array([[0, 0], [0, 2]])))
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_bayes_computes_narrow_floats_in_float32(name):
+  """Counts beyond the largest float16, 65,504, too."""
+  batch = jnp.concatenate(
+    [_random_batch(2, 20), jnp.tile(jnp.eye(2)[:1], (2, 44, 1))], axis=1
+  )
+  predictor = BAYES[name]
+  narrow, _ = predictor.unroll({}, None, batch.astype(jnp.float16))
+  assert narrow.dtype == jnp.float16
+  np.testing.assert_array_equal(
+    narrow,
+    predictor.unroll({}, None, batch.astype(jnp.float32))[0].astype(
+      jnp.float16
+    ),
+  )
+
+
+@pytest.mark.parametrize(
+  'predictor',
+  [BAYES['kt'], ptw_predictors.PTWPredictor(17)],
+  ids=['kt', 'ptw'],
+)
+def test_long_sequences_of_narrow_floats_are_finite(predictor):
+  batch = np.tile(np.eye(2, dtype=np.float16)[:1], (1, 66_000, 1))
+  predictions, _ = predictor.unroll({}, None, batch)
+  assert np.all(np.isfinite(predictions))
+
+
+@pytest.mark.parametrize('name', BAYES)
+def test_float64_arrays_of_numpy_are_read_without_warnings(name):
+  """As JAX holds them: in float32."""
+  batch = np.eye(2)[np.random.default_rng(0).integers(2, size=(2, 12))]
+  predictor = BAYES[name]
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    predictions, state = predictor.unroll({}, None, batch)
+    predictions_after, _ = predictor.unroll({}, None, batch, state)
+    predictor.update(batch[:, 0], state)
+    if hasattr(predictor, 'switch_posterior'):
+      predictor.switch_posterior(batch)
+  assert predictions.dtype == predictions_after.dtype == jnp.float32
 
 
 def test_kt_counts_do_not_overflow():

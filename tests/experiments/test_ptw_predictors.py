@@ -140,8 +140,8 @@ def test_streaming_state_does_not_grow():
   for begin in range(0, 48, 16):
     _, state = _unroll(predictor, batch[:, begin : begin + 16], state)
     sizes.add(sum(np.size(leaf) for leaf in state))
-  # Time, counts [d + 1, K], log-odds [d].
-  assert sizes == {1 + 31 * 2 + 30}
+  # Time, counts [d + 1, K], log-odds and what they lack [d].
+  assert sizes == {1 + 31 * 2 + 2 * 30}
 
 
 def test_prediction_before_any_symbol_is_prior_mean(x64):
@@ -281,3 +281,68 @@ def test_foreign_states_are_refused(state_of, batch_size, message):
   batch = _random_batch(5, 2, 4).astype(np.float32)
   with pytest.raises(ValueError, match=message):
     _unroll(ptw_predictors.PTWPredictor(3), batch, state)
+
+
+def _zeros(length, dtype):
+  return np.tile(np.eye(2, dtype=dtype)[:1], (1, length, 1))
+
+
+@pytest.mark.parametrize(
+  'log_length', [14, pytest.param(23, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize('form', ['whole', 'stream'])
+def test_float32_does_not_drift_over_long_constant_data(form, log_length):
+  """What a symbol adds to L_j is far below the rounding of its logarithms."""
+  length, chunk = 2**log_length, 2 ** min(log_length - 2, 18)
+
+  def run(dtype):
+    predictor = ptw_predictors.PTWPredictor(30)
+    if form == 'whole':
+      predictions, state = _unroll(predictor, _zeros(length, dtype))
+    else:
+      _, state = _unroll(predictor, _zeros(1, dtype))
+      _, state = _unroll(predictor, _zeros(chunk - 1, dtype), state)
+      for _ in range(length // chunk - 1):
+        predictions, state = _unroll(predictor, _zeros(chunk, dtype), state)
+    return np.exp(np.asarray(predictions[:, -1], np.float64)), state.log_odds
+
+  probs, log_odds = run(np.float32)
+  with jax.enable_x64(True):
+    exact, exact_log_odds = run(np.float64)
+  np.testing.assert_allclose(probs, exact, rtol=1e-6)
+  np.testing.assert_allclose(log_odds, exact_log_odds, rtol=1e-6)
+
+
+@pytest.mark.parametrize('form', [_unroll, _stream])
+@pytest.mark.parametrize('alphabet_size', [2, 5])
+def test_float32_log_odds_equal_float64_on_switching_data(form, alphabet_size):
+  rng = np.random.default_rng(3)
+  symbols = np.concatenate(
+    [rng.integers(alphabet_size, size=700), np.zeros(500, int), [1] * 333]
+  )
+  batch = oracles.one_hot(symbols[None], alphabet_size, np.float32)
+  predictor = ptw_predictors.PTWPredictor(12, (0.3,) * alphabet_size)
+  predictions, state = form(predictor, batch)
+  with jax.enable_x64(True):
+    exact, exact_state = form(predictor, batch.astype(np.float64))
+  np.testing.assert_allclose(predictions, exact, atol=4e-6)
+  np.testing.assert_allclose(
+    state.log_odds, exact_state.log_odds, rtol=2e-6, atol=2e-6
+  )
+
+
+@pytest.mark.parametrize('seq_length', [3, 5, 7])
+def test_gradient_is_that_of_the_prefix_of_a_longer_sequence(x64, seq_length):
+  """Whatever the length is padded with."""
+  batch = jnp.asarray(_random_batch(0, 2, 8))
+
+  def code_length(batch):
+    predictions, _ = ptw_predictors.PTWPredictor(3).unroll({}, None, batch)
+    terms = predictions[:, : seq_length - 1] * batch[:, 1:seq_length]
+    return -terms.sum()
+
+  gradient = jax.grad(code_length)(batch[:, :seq_length])
+  whole = jax.grad(code_length)(batch)
+  assert np.all(np.isfinite(whole)) and np.any(whole != 0)
+  np.testing.assert_allclose(gradient, whole[:, :seq_length], atol=1e-12)
+  np.testing.assert_array_equal(whole[:, seq_length:], 0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import predictors
+from nonstationary_mbml import runtime
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import hazards
 from nonstationary_mbml.experiments import live_and_die_predictors
@@ -196,16 +197,74 @@ def test_narrow_floats_are_computed_in_float32():
     )
 
 
-@pytest.mark.parametrize(
-  ('used', 'room'), [(0, 0), (5, 64), (64, 64), (96, 96)]
-)
-def test_pieces_have_room_for_little_more_than_their_past(used, room):
-  expected_begin = 0
-  for begin, end, piece_room in run_length_predictors._pieces(999, used, room):
-    assert begin == expected_begin
-    assert used + end <= piece_room <= max(64, 1.5 * (used + begin))
-    expected_begin = end
-  assert expected_begin == 999
+@pytest.mark.parametrize('seq_length', [1, 12, 64, 999])
+def test_parts_have_room_for_their_past_and_no_more(seq_length):
+  parts = run_length_predictors._parts(seq_length)
+  assert [begin for begin, _, _ in parts] == [
+    0,
+    *(end for _, end, _ in parts[:-1]),
+  ]
+  assert parts[-1][1] == seq_length
+  assert all(room == end for _, end, room in parts)
+  work = sum((end - begin) * room for begin, end, room in parts)
+  assert seq_length < 64 or work < 0.63 * seq_length**2
+
+
+@pytest.mark.parametrize('num', [1, 64, 65, 96, 97, 1000])
+def test_room_grows_in_steps_of_a_half_or_less(num):
+  room = run_length_predictors._room_for(num)
+  assert num <= room <= max(64, 1.5 * num)
+  assert run_length_predictors._room_for(room) == room
+
+
+@pytest.mark.parametrize('seq_length', [100, 700])
+def test_a_sequence_of_any_length_takes_one_program(seq_length):
+  batch = np.asarray(_random_batch(0, 1, seq_length), np.float32)
+  batch = jax.device_put(batch)
+  predictor = _Predictor(live_and_die_predictors.hazard)
+  with runtime.count_compilations() as compilations:
+    predictor.unroll({}, None, batch)
+  assert compilations.programs == 1
+
+
+LONG = {
+  'zeros': np.zeros(4096, int),
+  'random': np.random.default_rng(0).integers(2, size=4096),
+  'rare': (np.random.default_rng(1).random(4096) < 0.01).astype(int),
+}
+
+
+@pytest.mark.parametrize('hazard', [1e-6, live_and_die_predictors.hazard, 0.05])
+def test_float32_keeps_its_digits_in_sums_over_thousands_of_starts(hazard):
+  """The whole, the last prediction, and a stream of chunks."""
+  batch = oracles.one_hot(np.stack(list(LONG.values())), 2, np.float32)
+  predictor = _Predictor(hazard)
+  whole, final = predictor.unroll({}, None, batch)
+  state = predictor.initial_state({}, None, len(batch))
+  chunks = []
+  for begin in range(0, 4096, 1024):
+    chunk, state = predictor.unroll(
+      {}, None, batch[:, begin : begin + 1024], state
+    )
+    chunks.append(chunk)
+  with jax.enable_x64(True):
+    exact, _ = predictor.unroll({}, None, jnp.asarray(batch, jnp.float64))
+  for predictions in (whole, np.concatenate(chunks, axis=1)):
+    predictions = np.asarray(predictions, np.float64)
+    np.testing.assert_allclose(predictions, exact, atol=2e-6)
+    np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), 1, atol=1e-6)
+  np.testing.assert_array_equal(
+    predictor.output_from_state(final), whole[:, -1]
+  )
+  posterior = np.asarray(predictor.run_length_posterior(final), np.float64)
+  np.testing.assert_allclose(posterior.sum(axis=-1), 1, atol=1e-6)
+
+
+def test_float32_holds_by_hand_where_a_segment_never_ends():
+  """4,096 zeros, hazard 1e-6: KT's prediction, but for a switch's chance."""
+  batch = np.tile(np.float32([1, 0]), (1, 4096, 1))
+  predictions, _ = _Predictor(1e-6, max_length=4096).unroll({}, None, batch)
+  np.testing.assert_allclose(predictions[0, -1, 0], -1.2303e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +434,7 @@ def test_no_array_is_quadratic_in_time(what):
   else:
     function = predictor.switch_posterior
   jaxpr = jax.make_jaxpr(function)(jnp.zeros((batch_size, seq_length, 2)))
-  # Room for the next power of two, and for both symbols.
+  # Twice the starts, for both symbols.
   assert _largest(jaxpr.jaxpr) <= batch_size * 2 * 2 * 1025
 
 
