@@ -353,6 +353,10 @@ class OptimalPredictor(ScanPredictor):
         f'the batch has {alphabet_size} symbols, but alphabet_size is '
         f'{self._alphabet_size}'
       )
+    # A symmetric prior of few symbols may fit where one of many does not.
+    base_config.check_dirichlet(
+      'concentration', self.concentration, alphabet_size
+    )
     if init_state is None:
       return self.empty_state(batch.shape[0], alphabet_size)
     self._check_state(init_state)
