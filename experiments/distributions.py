@@ -885,7 +885,10 @@ def _ratio_deviance(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _atanh_series(z: jax.Array) -> jax.Array:
   """atanh(z) / z - 1 = z^2 / 3 + z^4 / 5 + ... for |z| <= 1/2."""
-  return z**2 * _polynomial([1 / (2 * i + 1) for i in range(1, 25)], z**2)
+  # Every term adds two bits.
+  num_terms = jnp.finfo(z.dtype).nmant // 2 + 1
+  coefficients = [1 / (2 * i + 3) for i in range(num_terms)]
+  return z**2 * _polynomial(coefficients, z**2)
 
 
 @jax.jit
