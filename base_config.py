@@ -266,10 +266,10 @@ def check_concentrations(
 ) -> None:
   """Raises ValueError if float32 loses a concentration of a Dirichlet prior.
 
-  An exact predictor adds up to 2^30 segments, and weighs the probability
-  a / (A + 2^30) of a symbol that is not among 2^30 others by as little as
-  2^-30. So the sum A of the concentrations times 2^30 must be finite, and that
-  product, for each of them, a normal number.
+  An exact predictor sums over as many as 2^30 segments, and gives a weight as
+  small as 2^-30 to the probability a / (A + 2^30) of a symbol that is not among
+  2^30 others. So 2^30 A must be finite, with A the sum of the concentrations,
+  and 2^-30 a / (A + 2^30) a normal number for each of them.
 
   Args:
     field: Name of the concentrations, for the message.

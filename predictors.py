@@ -315,8 +315,8 @@ class OptimalPredictor(ScanPredictor):
         `initial_state` with a symmetric prior, 2.
 
     Raises:
-      ValueError: If the concentration is not positive, or does not have K
-        entries.
+      ValueError: If the concentration is not positive, does not have K
+        entries, or is lost in float32.
     """
     if alphabet_size is not None:
       base_config.check_int('alphabet_size', alphabet_size, 2)

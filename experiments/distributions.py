@@ -688,7 +688,7 @@ class Categorical(_Simplex):
   def kl(self, parameters: jax.Array, other: jax.Array) -> jax.Array:
     terms = _xlogy(parameters, parameters) - _xlogy(parameters, other)
     kl = terms.sum(axis=-1)
-    return jnp.where(kl < 0, 0, kl)  # Of rounding.
+    return jnp.where(kl < 0, 0, kl)  # By rounding.
 
   def check_parameters(
     self, field: str, parameters: Any, closed: bool = False
@@ -858,7 +858,7 @@ def _limit_at_zero(alpha: jax.Array, otherwise: jax.Array) -> jax.Array:
 #   log Gamma(x) = (x - 1/2) log x - x + (1/2) log 2 pi + r(x)
 #   d(x) = x - 1 - log x
 #
-# Compiled, for who calls them outside of jit: they are of many operations.
+# They are jitted: outside of jit, so many operations would each be compiled.
 
 
 @jax.jit
