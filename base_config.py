@@ -35,6 +35,11 @@ SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
 MAX_INT32 = 2**31 - 1
+# Runs compute in float32, whose numbers below the least normal one become 0.
+_FLOAT32 = np.finfo(np.float32)
+FLOAT32_LIMITS = (
+  f'as float32, which holds {_FLOAT32.tiny:.7g} to {_FLOAT32.max:.7g}'
+)
 
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
@@ -253,7 +258,8 @@ def check_dirichlet(
     The concentration as a float, or as a tuple of K floats.
 
   Raises:
-    ValueError: If an entry is not positive, or their number is not K.
+    ValueError: If an entry is not positive, or their number is not K, or
+      float32 loses one (see `check_concentrations`).
   """
   try:
     values = np.asarray(concentration)
@@ -262,7 +268,7 @@ def check_dirichlet(
   if not (
     values.ndim <= 1
     and values.size
-    and np.issubdtype(values.dtype, np.number)
+    and values.dtype.kind in 'iuf'
     and np.all(np.isfinite(values))
     and np.all(values > 0)
   ):
@@ -274,9 +280,54 @@ def check_dirichlet(
     raise ValueError(
       f'{field} has {values.size} entries for {alphabet_size} symbols'
     )
+  values = values.astype(float)
+  # All priors have two symbols at least.
+  copies = 1 if values.ndim else alphabet_size or 2
+  check_concentrations(
+    field, concentration, values.min(), copies * values.sum()
+  )
   if values.ndim == 1:
     return tuple(float(value) for value in values)
   return float(values)
+
+
+def check_concentrations(
+  field: str, given: Any, least: np.ndarray, total: np.ndarray
+) -> None:
+  """Raises ValueError if float32 loses a concentration of a Dirichlet prior.
+
+  An exact predictor sums over as many as 2^30 segments, and gives a weight as
+  small as 2^-30 to the probability a / (A + 2^30) of a symbol that is not among
+  2^30 others. So 2^30 A must be finite, with A the sum of the concentrations,
+  and 2^-30 a / (A + 2^30) a normal number for each of them.
+
+  Args:
+    field: Name of the concentrations, for the message.
+    given: The concentrations as they were given, likewise.
+    least: Smallest concentration of every prior.
+    total: Their sum A, of the same shape.
+  """
+  least, total = np.ravel(least), np.ravel(total)
+  highest = float(_FLOAT32.max) / MAX_SEQ_LENGTH
+  if not np.all(total <= highest):
+    raise ValueError(
+      f'{field} {given!r} add up to {total.max():.4g}; for float32 their sum '
+      f'must be at most {highest:.4g}'
+    )
+  lowest = float(_FLOAT32.tiny) * MAX_SEQ_LENGTH * (total + MAX_SEQ_LENGTH)
+  worst = np.argmin(least / lowest)
+  if least[worst] < lowest[worst]:
+    raise ValueError(
+      f'{field} {given!r}: float32 loses {least[worst]:.4g} beside a sum of '
+      f'{total[worst]:.4g}; it must be at least {lowest[worst]:.4g}'
+    )
+
+
+def fits_float32(values: np.ndarray, positive: bool = True) -> np.ndarray:
+  """Whether float32 holds numbers, if positive ones as normal numbers."""
+  with np.errstate(over='ignore', under='ignore'):
+    rounded = np.asarray(values).astype(np.float32)
+  return np.isfinite(rounded) & ((rounded >= _FLOAT32.tiny) | (not positive))
 
 
 def plain(value: Any) -> Any:

@@ -316,8 +316,8 @@ class OptimalPredictor(ScanPredictor):
         `initial_state` with a symmetric prior, 2.
 
     Raises:
-      ValueError: If the concentration is not positive, or does not have K
-        entries.
+      ValueError: If the concentration is not positive, does not have K
+        entries, or is lost in float32.
     """
     if alphabet_size is not None:
       base_config.check_int('alphabet_size', alphabet_size, 2)
@@ -354,6 +354,10 @@ class OptimalPredictor(ScanPredictor):
         f'the batch has {alphabet_size} symbols, but alphabet_size is '
         f'{self._alphabet_size}'
       )
+    # A symmetric prior of few symbols may fit where one of many does not.
+    base_config.check_dirichlet(
+      'concentration', self.concentration, alphabet_size
+    )
     if init_state is None:
       return self.empty_state(batch.shape[0], alphabet_size)
     self._check_state(init_state)

@@ -177,7 +177,9 @@ def log_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits: `[B, T, K]`.
     targets: One-hot `[B, T, K]`; a row of zeros counts nothing.
   """
-  return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1))
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  # A symbol that did not come may have probability 0.
+  return -jnp.sum(targets * jnp.where(targets == 0, 0, log_probs))
 
 
 def loss_and_grads(

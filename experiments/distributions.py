@@ -15,9 +15,16 @@ A univariate distribution with `feature_size` F is a product of F independent
 ones, its parameters listed kind by kind: Beta with F = 2 takes
 (alpha_1, alpha_2, beta_1, beta_2). What has no closed form raises
 NotImplementedError.
+
+Outside of the support the density is 0, and so are its gradients; on the edge
+it is the limit, and 0 times infinity is 0. In float32, entropy, kl and
+log_density have a relative error below 1e-4 (absolute where they are below 1)
+for parameters from 1e-3 to 1e7. The cdf and survival of Beta, Dirichlet and
+Gamma are JAX's incomplete functions: in float32 to 1e-3, for parameters to 1e3.
 """
 
 import abc
+from collections.abc import Sequence
 import itertools
 import math
 from typing import Any
@@ -87,10 +94,6 @@ class Distribution(abc.ABC):
   def kl(self, parameters: jax.Array, other: jax.Array) -> jax.Array:
     """Returns KL(parameters || other), in nats."""
     raise self._no_closed_form('kl')
-
-  @abc.abstractmethod
-  def logits_to_params(self, logits: jax.Array) -> jax.Array:
-    """Returns valid parameters for any real vectors `[..., P]`."""
 
   @abc.abstractmethod
   def check_parameters(
@@ -200,10 +203,12 @@ class _Univariate(Distribution):
   def log_density(
     self, features: jax.Array, parameters: jax.Array
   ) -> jax.Array:
-    log_densities = self.log_density_(features, *self._split(parameters))
     low, high = self._limits(*self._split(parameters))
-    inside = (low <= features) & (features <= high)
-    return jnp.where(inside, log_densities, -jnp.inf).sum(axis=-1)
+    outside = (features < low) | (features > high) | jnp.isinf(features)
+    # Where there is no density, a point that has one: gradients are then 0.
+    inside = jnp.where(outside, jnp.clip(0.5, low, high), features)
+    log_densities = self.log_density_(inside, *self._split(parameters))
+    return _log_product(jnp.where(outside, -jnp.inf, log_densities))
 
   def mean(self, parameters: jax.Array) -> jax.Array:
     return self.mean_(*self._split(parameters))
@@ -230,15 +235,6 @@ class _Univariate(Distribution):
     kls = self.kl_(*self._split(parameters), *self._split(other))
     return kls.sum(axis=-1)
 
-  def logits_to_params(self, logits: jax.Array) -> jax.Array:
-    parts = [
-      part if math.isinf(least) else jnp.exp(part)
-      for part, least in zip(
-        self._split(logits), self.parameter_kinds.values(), strict=True
-      )
-    ]
-    return jnp.concatenate(parts, axis=-1)
-
   def check_parameters(
     self, field: str, parameters: Any, closed: bool = False
   ) -> None:
@@ -247,11 +243,11 @@ class _Univariate(Distribution):
     for (kind, least), value in zip(
       self.parameter_kinds.items(), kinds, strict=True
     ):
-      inside = (value > least) & np.isfinite(value)
+      inside = base_config.fits_float32(value, positive=least == 0)
       if not np.all(inside | (closed & (value >= least))):
         raise ValueError(
           f'{field} {parameters!r}: the {kind} of {self.name} must be finite '
-          f'and above {least}'
+          f'and above {least}, {base_config.FLOAT32_LIMITS}'
         )
 
   def support(self, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -286,16 +282,19 @@ class Beta(_Univariate):
     shape: tuple[int, ...],
   ) -> jax.Array:
     # As a Dirichlet of two: log-gammas do not underflow for small alpha.
-    pair = jnp.stack(jnp.broadcast_arrays(alpha, beta), axis=-1)
-    return _sample_dirichlet(rng, pair, shape + (2,))[..., 0]
+    return _sample_dirichlet(rng, _pair(alpha, beta), shape + (2,))[..., 0]
 
   def log_density_(
     self, x: jax.Array, alpha: jax.Array, beta: jax.Array
   ) -> jax.Array:
-    return (
-      special.xlogy(alpha - 1, x)
-      + special.xlog1py(beta - 1, -x)
-      - special.betaln(alpha, beta)
+    rest = 1 - x
+    lost = (1 - rest) - x
+    # x (alpha + beta) - alpha
+    gap = _difference_of_products(x, beta, rest, alpha) - lost * alpha
+    return _dirichlet_log_density(
+      _pair(x, rest),
+      _pair(gap, -gap),
+      _pair(alpha, beta),
     )
 
   def mean_(self, alpha: jax.Array, beta: jax.Array) -> jax.Array:
@@ -303,7 +302,7 @@ class Beta(_Univariate):
 
   def std_(self, alpha: jax.Array, beta: jax.Array) -> jax.Array:
     total = alpha + beta
-    return jnp.sqrt(alpha * beta / (total + 1)) / total
+    return jnp.sqrt((alpha / total) * (beta / total) / (total + 1))
 
   def cdf_(self, x: jax.Array, alpha: jax.Array, beta: jax.Array) -> jax.Array:
     return special.betainc(alpha, beta, x)
@@ -314,12 +313,7 @@ class Beta(_Univariate):
     return special.betainc(beta, alpha, 1 - x)
 
   def entropy_(self, alpha: jax.Array, beta: jax.Array) -> jax.Array:
-    return (
-      special.betaln(alpha, beta)
-      - (alpha - 1) * special.digamma(alpha)
-      - (beta - 1) * special.digamma(beta)
-      + (alpha + beta - 2) * special.digamma(alpha + beta)
-    )
+    return _dirichlet_entropy(_pair(alpha, beta))
 
   def kl_(
     self,
@@ -328,13 +322,17 @@ class Beta(_Univariate):
     other_alpha: jax.Array,
     other_beta: jax.Array,
   ) -> jax.Array:
-    total = special.digamma(alpha + beta)
-    return (
-      special.betaln(other_alpha, other_beta)
-      - special.betaln(alpha, beta)
-      + (alpha - other_alpha) * (special.digamma(alpha) - total)
-      + (beta - other_beta) * (special.digamma(beta) - total)
-    )
+    return _dirichlet_kl(_pair(alpha, beta), _pair(other_alpha, other_beta))
+
+  def check_parameters(
+    self, field: str, parameters: Any, closed: bool = False
+  ) -> None:
+    super().check_parameters(field, parameters, closed)
+    if not closed:
+      alpha, beta = np.split(self._concrete(field, parameters), 2, axis=-1)
+      base_config.check_concentrations(
+        field, parameters, np.minimum(alpha, beta), alpha + beta
+      )
 
 
 class Gamma(_Univariate):
@@ -354,12 +352,15 @@ class Gamma(_Univariate):
   def log_density_(
     self, x: jax.Array, alpha: jax.Array, rate: jax.Array
   ) -> jax.Array:
-    return (
-      special.xlogy(alpha - 1, x)
-      - rate * x
-      + alpha * jnp.log(rate)
-      - special.gammaln(alpha)
+    # (1/2) log(a / 2 pi) - r(a) - log x - a d(b x / a)
+    gap = _difference_of_products(rate, x, alpha, jnp.ones_like(alpha))
+    positive = jnp.where(x == 0, 1, x)
+    log_density = (
+      _log_root(alpha)
+      - jnp.log(positive)
+      - _deviance(gap, alpha, jnp.log(positive * rate / alpha))
     )
+    return jnp.where(x == 0, _limit_at_zero(alpha, log_density), log_density)
 
   def mean_(self, alpha: jax.Array, rate: jax.Array) -> jax.Array:
     return alpha / rate
@@ -376,12 +377,7 @@ class Gamma(_Univariate):
     return special.gammaincc(alpha, rate * x)
 
   def entropy_(self, alpha: jax.Array, rate: jax.Array) -> jax.Array:
-    return (
-      alpha
-      - jnp.log(rate)
-      + special.gammaln(alpha)
-      + (1 - alpha) * special.digamma(alpha)
-    )
+    return _gamma_entropy(alpha) - jnp.log(rate)
 
   def kl_(
     self,
@@ -390,12 +386,13 @@ class Gamma(_Univariate):
     other_alpha: jax.Array,
     other_rate: jax.Array,
   ) -> jax.Array:
+    # a' d(a b' / (b a')) + (1/2) d(a' / a) + r(a') - r(a) - r'(a) (a' - a)
+    gap = _difference_of_products(alpha, other_rate, rate, other_alpha)
+    log_ratio = jnp.log(alpha / other_alpha) - jnp.log(rate / other_rate)
     return (
-      (alpha - other_alpha) * special.digamma(alpha)
-      - special.gammaln(alpha)
-      + special.gammaln(other_alpha)
-      + other_alpha * (jnp.log(rate) - jnp.log(other_rate))
-      + alpha * (other_rate - rate) / rate
+      _deviance(gap / rate, other_alpha, log_ratio)
+      + 0.5 * _ratio_deviance(other_alpha, alpha)
+      + jnp.maximum(_stirling_divergence(alpha, other_alpha), 0)
     )
 
 
@@ -428,7 +425,7 @@ class Exponential(_Univariate):
     return 1 - jnp.log(rate)
 
   def kl_(self, rate: jax.Array, other_rate: jax.Array) -> jax.Array:
-    return jnp.log(rate) - jnp.log(other_rate) + other_rate / rate - 1
+    return _ratio_deviance(other_rate, rate)
 
 
 class Uniform(_Univariate):
@@ -478,19 +475,21 @@ class Uniform(_Univariate):
     ratio = jnp.log((other_high - other_low) / (high - low))
     return jnp.where(inside, ratio, jnp.inf)
 
-  def logits_to_params(self, logits: jax.Array) -> jax.Array:
-    low, width = self._split(logits)
-    return jnp.concatenate([low, low + jnp.exp(width)], axis=-1)
-
   def check_parameters(
     self, field: str, parameters: Any, closed: bool = False
   ) -> None:
     low, high = np.split(self._concrete(field, parameters), 2, axis=-1)
-    finite = closed or np.all(np.isfinite([low, high]))
-    if not finite or not np.all(low <= high if closed else low < high):
+    if closed:
+      valid = low <= high
+    else:
+      # What float32 makes of them.
+      with np.errstate(over='ignore', invalid='ignore'):
+        width = high.astype(np.float32) - low.astype(np.float32)
+      valid = base_config.fits_float32(width)
+    if not np.all(valid):
       raise ValueError(
         f'{field} {parameters!r}: the low of uniform must be below its high, '
-        'both finite'
+        f'both finite; so must their difference, {base_config.FLOAT32_LIMITS}'
       )
 
   def _limits(self, low: jax.Array, high: jax.Array) -> tuple[Any, Any]:
@@ -509,7 +508,7 @@ class Constant(_Univariate):
     return jnp.broadcast_to(value, shape)
 
   def log_density_(self, x: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.where(x == value, 0.0, -jnp.inf)
+    return jnp.where(x == value, jnp.zeros_like(value), -jnp.inf)
 
   def mean_(self, value: jax.Array) -> jax.Array:
     return value
@@ -527,7 +526,7 @@ class Constant(_Univariate):
     return jnp.zeros_like(value)
 
   def kl_(self, value: jax.Array, other_value: jax.Array) -> jax.Array:
-    return jnp.where(value == other_value, 0.0, jnp.inf)
+    return jnp.where(value == other_value, jnp.zeros_like(value), jnp.inf)
 
   def _limits(self, value: jax.Array) -> tuple[Any, Any]:
     return value, value
@@ -584,9 +583,8 @@ class Gaussian(_Univariate):
     other_mean: jax.Array,
     other_precision: jax.Array,
   ) -> jax.Array:
-    ratio = other_precision / precision
     distance = other_precision * (mean - other_mean) ** 2
-    return 0.5 * (ratio - 1 - jnp.log(ratio) + distance)
+    return 0.5 * (_ratio_deviance(other_precision, precision) + distance)
 
 
 class Lomax(_Univariate):
@@ -616,12 +614,16 @@ class Lomax(_Univariate):
     return jnp.log(alpha) - jnp.log(scale) - log_tail
 
   def mean_(self, alpha: jax.Array, scale: jax.Array) -> jax.Array:
-    return jnp.where(alpha > 1, scale / (alpha - 1), jnp.inf)
+    exists = alpha > 1
+    excess = jnp.where(exists, alpha - 1, 1)
+    return jnp.where(exists, scale / excess, jnp.inf)
 
   def std_(self, alpha: jax.Array, scale: jax.Array) -> jax.Array:
-    finite = scale / (alpha - 1) * jnp.sqrt(alpha / (alpha - 2))
+    exists = alpha > 2
+    safe = jnp.where(exists, alpha, 3)
+    finite = scale / (safe - 1) * jnp.sqrt(safe / (safe - 2))
     infinite = jnp.where(alpha > 1, jnp.inf, jnp.nan)
-    return jnp.where(alpha > 2, finite, infinite)
+    return jnp.where(exists, finite, infinite)
 
   def cdf_(self, x: jax.Array, alpha: jax.Array, scale: jax.Array) -> jax.Array:
     return -jnp.expm1(-alpha * jnp.log1p(x / scale))
@@ -668,7 +670,11 @@ class Categorical(_Simplex):
   def log_density(
     self, features: jax.Array, parameters: jax.Array
   ) -> jax.Array:
-    return special.xlogy(features, parameters).sum(axis=-1)
+    is_one_hot = jnp.all((features == 0) | (features == 1), axis=-1) & (
+      features.sum(axis=-1) == 1
+    )
+    log_probs = _xlogy(features, parameters).sum(axis=-1)
+    return jnp.where(is_one_hot, log_probs, -jnp.inf)
 
   def mean(self, parameters: jax.Array) -> jax.Array:
     return parameters
@@ -677,13 +683,12 @@ class Categorical(_Simplex):
     return jnp.sqrt(parameters * (1 - parameters))
 
   def entropy(self, parameters: jax.Array) -> jax.Array:
-    return -special.xlogy(parameters, parameters).sum(axis=-1)
+    return -_xlogy(parameters, parameters).sum(axis=-1)
 
   def kl(self, parameters: jax.Array, other: jax.Array) -> jax.Array:
-    return special.rel_entr(parameters, other).sum(axis=-1)
-
-  def logits_to_params(self, logits: jax.Array) -> jax.Array:
-    return jax.nn.softmax(logits, axis=-1)
+    terms = _xlogy(parameters, parameters) - _xlogy(parameters, other)
+    kl = terms.sum(axis=-1)
+    return jnp.where(kl < 0, 0, kl)  # By rounding.
 
   def check_parameters(
     self, field: str, parameters: Any, closed: bool = False
@@ -722,43 +727,37 @@ class Dirichlet(_Simplex):
   def log_density(
     self, features: jax.Array, parameters: jax.Array
   ) -> jax.Array:
-    return special.xlogy(parameters - 1, features).sum(axis=-1) - _log_beta(
-      parameters
+    sums = features.sum(axis=-1, keepdims=True)
+    outside = jnp.any(features < 0, axis=-1) | (
+      jnp.abs(sums[..., 0] - 1) > _SUM_TOLERANCE
     )
+    probs = jnp.where(outside[..., None], 1 / self.feature_size, features)
+    sums = jnp.where(outside[..., None], 1, sums)
+    # Divided by their sum: a rounding of it would count A times.
+    gap = _difference_of_products(
+      probs, parameters.sum(axis=-1, keepdims=True), parameters, sums
+    )
+    log_density = _dirichlet_log_density(probs / sums, gap / sums, parameters)
+    return jnp.where(outside, -jnp.inf, log_density)
 
   def mean(self, parameters: jax.Array) -> jax.Array:
     return parameters / parameters.sum(axis=-1, keepdims=True)
 
   def std(self, parameters: jax.Array) -> jax.Array:
-    mean = self.mean(parameters)
     total = parameters.sum(axis=-1, keepdims=True)
-    return jnp.sqrt(mean * (1 - mean) / (total + 1))
+    rest = _sum_of_others(parameters)
+    return jnp.sqrt((parameters / total) * (rest / total) / (total + 1))
 
   def cdf(self, features: jax.Array, parameters: jax.Array) -> jax.Array:
     # Every single feature is Beta(alpha_k, sum of the others).
-    rest = parameters.sum(axis=-1, keepdims=True) - parameters
+    rest = _sum_of_others(parameters)
     return special.betainc(parameters, rest, jnp.clip(features, 0, 1))
 
   def entropy(self, parameters: jax.Array) -> jax.Array:
-    total = parameters.sum(axis=-1)
-    return (
-      _log_beta(parameters)
-      + (total - self.feature_size) * special.digamma(total)
-      - ((parameters - 1) * special.digamma(parameters)).sum(axis=-1)
-    )
+    return _dirichlet_entropy(parameters)
 
   def kl(self, parameters: jax.Array, other: jax.Array) -> jax.Array:
-    mean_log = special.digamma(parameters) - special.digamma(
-      parameters.sum(axis=-1, keepdims=True)
-    )
-    return (
-      _log_beta(other)
-      - _log_beta(parameters)
-      + ((parameters - other) * mean_log).sum(axis=-1)
-    )
-
-  def logits_to_params(self, logits: jax.Array) -> jax.Array:
-    return jnp.exp(logits)
+    return _dirichlet_kl(parameters, other)
 
   def check_parameters(
     self, field: str, parameters: Any, closed: bool = False
@@ -767,6 +766,12 @@ class Dirichlet(_Simplex):
     positive = values >= 0 if closed else values > 0
     if not np.all(positive & np.isfinite(values)):
       raise ValueError(f'{field} {parameters!r} must be positive and finite')
+    if not closed:
+      with np.errstate(over='ignore'):
+        total = values.sum(axis=-1)
+      base_config.check_concentrations(
+        field, parameters, values.min(axis=-1), total
+      )
 
 
 DISTRIBUTIONS = base_config.Registry(
@@ -818,11 +823,226 @@ def check_univariate(
   return distribution, parameters
 
 
-def _log_beta(alpha: jax.Array) -> jax.Array:
-  """Log of the multivariate Beta function over the last axis."""
-  return special.gammaln(alpha).sum(axis=-1) - special.gammaln(
-    alpha.sum(axis=-1)
+def _pair(first: jax.Array, second: jax.Array) -> jax.Array:
+  return jnp.stack(jnp.broadcast_arrays(first, second), axis=-1)
+
+
+def _sum_of_others(x: jax.Array) -> jax.Array:
+  """For every entry of the last axis the sum of the others, `[..., K]`."""
+  itself = np.eye(x.shape[-1], dtype=bool)
+  return jnp.where(itself, 0, x[..., None, :]).sum(axis=-1)
+
+
+def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The product x log y, with 0 log 0 = 0 and gradients 0 there."""
+  return x * jnp.log(jnp.where((x == 0) & (y == 0), 1, y))
+
+
+def _log_product(log_factors: jax.Array) -> jax.Array:
+  """Log of a product over the last axis, in which 0 times infinity is 0."""
+  is_zero = jnp.any(log_factors == -jnp.inf, axis=-1)
+  return jnp.where(is_zero, -jnp.inf, log_factors.sum(axis=-1))
+
+
+def _limit_at_zero(alpha: jax.Array, otherwise: jax.Array) -> jax.Array:
+  """The limit of (alpha - 1) log x for x -> 0; `otherwise` if alpha is 1."""
+  infinite = jnp.where(alpha > 1, -jnp.inf, jnp.inf)
+  return jnp.where(alpha == 1, otherwise, infinite)
+
+
+# The sums below are written so that in float32 nothing large cancels, for
+# parameters from 1e-3 to 1e7, and that no term of a divergence is negative.
+# They are those of Loader, Fast and accurate computation of binomial
+# probabilities, 2000:
+#
+#   log Gamma(x) = (x - 1/2) log x - x + (1/2) log 2 pi + r(x)
+#   d(x) = x - 1 - log x
+#
+# They are jitted: outside of jit, so many operations would each be compiled.
+
+
+@jax.jit
+def _deviance(
+  gap: jax.Array, scale: jax.Array, log_ratio: jax.Array
+) -> jax.Array:
+  """The divergence y d(x / y), given x - y, y and log(x / y).
+
+  Near x = y, where terms cancel, with z = (x - y) / (x + y),
+
+    log(x / y) = 2 atanh z,    y d(x / y) = (x - y) z - 2 y (atanh z - z).
+  """
+  z = gap / (2 * scale + gap)
+  is_near = jnp.abs(z) < 1 / 2
+  z = jnp.where(is_near, z, 0)
+  near = z * (gap - 2 * scale * _atanh_series(z))
+  return jnp.where(is_near, near, gap - scale * log_ratio)
+
+
+def _ratio_deviance(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns d(x / y)."""
+  return _deviance((x - y) / y, jnp.ones_like(y), jnp.log(x) - jnp.log(y))
+
+
+def _atanh_series(z: jax.Array) -> jax.Array:
+  """atanh(z) / z - 1 = z^2 / 3 + z^4 / 5 + ... for |z| <= 1/2."""
+  # Every term adds two bits.
+  num_terms = jnp.finfo(z.dtype).nmant // 2 + 1
+  coefficients = [1 / (2 * i + 3) for i in range(num_terms)]
+  return z**2 * _polynomial(coefficients, z**2)
+
+
+@jax.jit
+def _stirling_error(x: jax.Array) -> jax.Array:
+  """r(x) = log Gamma(x) - ((x - 1/2) log x - x + (1/2) log 2 pi).
+
+  Stirling's series gives r(x + 10), and positive steps lead back to r(x):
+
+    r(x) - r(x + 1) = (x + 1/2) log(1 + 1/x) - 1 = atanh(z) / z - 1,
+    z = 1 / (2 x + 1).
+  """
+  steps = x[..., None] + jnp.arange(10, dtype=x.dtype)
+  is_small = steps < 0.5
+  small = jnp.where(is_small, steps, 1)
+  steps = jnp.where(
+    is_small,
+    (small + 0.5) * jnp.log1p(1 / small) - 1,
+    _atanh_series(1 / (2 * jnp.where(is_small, 1, steps) + 1)),
   )
+  inverse = 1 / (x + 10)
+  series = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360)
+  return inverse * _polynomial(series, inverse**2) + steps.sum(axis=-1)
+
+
+@jax.jit
+def _stirling_slope(x: jax.Array) -> jax.Array:
+  """r'(x) = digamma(x) - log x + 1 / (2 x)."""
+  x = 1.0 * x
+  return jax.jvp(_stirling_error, (x,), (jnp.ones_like(x),))[1]
+
+
+def _stirling_divergence(x: jax.Array, y: jax.Array) -> jax.Array:
+  """r(y) - r(x) - r'(x) (y - x), not negative since r is convex."""
+  gap = _stirling_error(y) - _stirling_error(x)
+  return gap - _stirling_slope(x) * (y - x)
+
+
+def _polynomial(coefficients: Sequence[float], x: jax.Array) -> jax.Array:
+  """c_0 + c_1 x + c_2 x^2 + ..."""
+  value = jnp.zeros_like(x)
+  for coefficient in reversed(coefficients):
+    value = value * x + coefficient
+  return value
+
+
+@jax.jit
+def _difference_of_products(
+  a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array
+) -> jax.Array:
+  """Returns a b - c d with all its digits, also where the two are close.
+
+  Halves of the digits have exact products (Dekker, A floating-point technique
+  for extending the available precision, 1971).
+  """
+  (a, a_low), (b, b_low), (c, c_low), (d, d_low) = map(_halves, (a, b, c, d))
+  return (
+    (a * b - c * d)
+    + (a * b_low - c * d_low)
+    + (a_low * b - c_low * d)
+    + (a_low * b_low - c_low * d_low)
+  )
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The leading half of the digits, and the rest."""
+  x = 1.0 * x
+  info = jnp.finfo(x.dtype)
+  high = jax.lax.reduce_precision(x, info.nexp, (info.nmant - 1) // 2)
+  high = jax.lax.stop_gradient(high)
+  return high, x - high
+
+
+def _log_root(alpha: jax.Array) -> jax.Array:
+  """(1/2) log(alpha / (2 pi)) - r(alpha)."""
+  return 0.5 * jnp.log(alpha / (2 * math.pi)) - _stirling_error(alpha)
+
+
+@jax.jit
+def _gamma_entropy(alpha: jax.Array) -> jax.Array:
+  """Entropy of Gamma(a, 1), with r from above.
+
+  (1/2) log(2 pi e a) + r(a) - 1 / (2 a) + (1 - a) r'(a)
+  """
+  return (
+    0.5 * (jnp.log(alpha) + 1 + math.log(2 * math.pi))
+    + _stirling_error(alpha)
+    - 0.5 / alpha
+    + (1 - alpha) * _stirling_slope(alpha)
+  )
+
+
+@jax.jit
+def _dirichlet_entropy(alpha: jax.Array) -> jax.Array:
+  """Entropy of K gammas, less that of their sum and of its scale.
+
+  Independent gammas are a Dirichlet times their sum, a Gamma(A):
+
+    sum_k H(Gamma(a_k)) = H(Dirichlet(a)) + H(Gamma(A)) + (K - 1) digamma(A).
+  """
+  total = alpha.sum(axis=-1)
+  scale = (alpha.shape[-1] - 1) * special.digamma(total)
+  return _gamma_entropy(alpha).sum(axis=-1) - _gamma_entropy(total) - scale
+
+
+@jax.jit
+def _dirichlet_log_density(
+  probs: jax.Array, gap: jax.Array, alpha: jax.Array
+) -> jax.Array:
+  """Log density at p, with the means m_k = a_k / A.
+
+    sum_k [(1/2) log(a_k / 2 pi) - r(a_k) - log p_k - a_k d(p_k / m_k)]
+      - (1/2) log(A / 2 pi) + r(A)
+
+  Args:
+    probs: p, `[..., K]`.
+    gap: A p_k - a_k, since rounding would lose it.
+    alpha: a, `[..., K]`.
+  """
+  total = alpha.sum(axis=-1, keepdims=True)
+  positive = jnp.where(probs == 0, 1, probs)
+  log_factors = (
+    _log_root(alpha)
+    - jnp.log(positive)
+    - _deviance(gap, alpha, jnp.log(positive / (alpha / total)))
+  )
+  log_factors = jnp.where(
+    probs == 0, _limit_at_zero(alpha, log_factors), log_factors
+  )
+  return _log_product(log_factors) - _log_root(total)[..., 0]
+
+
+@jax.jit
+def _dirichlet_kl(alpha: jax.Array, other: jax.Array) -> jax.Array:
+  """KL(Dirichlet(a) || Dirichlet(b)), a sum of what is not negative.
+
+  With w = a / A, v = b / B, and D(x, y) = r(y) - r(x) - r'(x) (y - x),
+
+    sum_k b_k d(w_k / v_k)
+      + (1/2) sum_k [(1 - w_k) d(b_k / a_k) + w_k d(v_k / w_k)]
+      + sum_k D(a_k, b_k) - D(A, B).
+  """
+  total = alpha.sum(axis=-1, keepdims=True)
+  other_total = other.sum(axis=-1, keepdims=True)
+  gap = _difference_of_products(alpha, other_total, total, other) / total
+  means, other_means = alpha / total, other / other_total
+  log_ratio = jnp.log(means) - jnp.log(other_means)
+  divergence = _deviance(gap, other, log_ratio)
+  inverse = _deviance(-gap / other_total, means, -log_ratio)
+  rest = _sum_of_others(alpha) / total
+  concentrations = rest * _ratio_deviance(other, alpha)
+  remainders = _stirling_divergence(alpha, other).sum(axis=-1)
+  remainders -= _stirling_divergence(total, other_total)[..., 0]
+  main = (divergence + 0.5 * (concentrations + inverse)).sum(axis=-1)
+  return main + jnp.maximum(remainders, 0)
 
 
 def _sample_dirichlet(

@@ -51,9 +51,12 @@ def instantaneous_regret(
   """
   log_probs = jax.nn.log_softmax(predictions[:, :-1], axis=-1)
   truth = parameters[:, 1:]
-  safe = jnp.where(truth > 0, truth, 1)
-  terms = jnp.where(truth > 0, truth * (jnp.log(safe) - log_probs), 0)
-  return terms.sum(axis=-1)
+  # No comparison is true of a NaN, which stays one.
+  is_zero = truth == 0
+  log_ratios = jnp.log(jnp.where(is_zero, 1, truth)) - jnp.where(
+    is_zero, 0, log_probs
+  )
+  return (truth * log_ratios).sum(axis=-1)
 
 
 class MetaLearningEvaluator:

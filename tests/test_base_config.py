@@ -74,6 +74,34 @@ def test_only_integers_are_integers(value):
     base_config.check_int('field', value, 0)
 
 
+@pytest.mark.parametrize(
+  ('concentration', 'alphabet_size', 'message'),
+  [
+    (1e-39, None, 'loses 1e-39 beside a sum of 2e-39; .* at least 1.355e-20'),
+    (1e39, None, 'add up to 2e.39; for float32 .* at most 3.169e.29'),
+    (2e38, 2, 'prior 2e.38 add up to 4e.38'),
+    (2e29, 2, 'prior 2e.29 add up to 4e.29'),
+    (1e28, 32, 'prior 1e.28 add up to 3.2e.29'),
+    ((1e-30, 1e8), 2, 'loses 1e-30 beside a sum of 1e.08'),
+    ((1e-3, 1e-25, 1.0), 3, 'loses 1e-25 beside a sum of 1.001'),
+    (1j, None, 'must be a positive number'),
+  ],
+)
+def test_concentrations_that_float32_loses_are_refused(
+  concentration, alphabet_size, message
+):
+  with pytest.raises(ValueError, match=message):
+    base_config.check_dirichlet('prior', concentration, alphabet_size)
+
+
+@pytest.mark.parametrize(
+  'concentration', [1.4e-20, 1.5e29, (1e-3, 1e3), (1e-3, 1e7), (1e-19, 1e9)]
+)
+def test_concentrations_that_float32_holds_are_returned(concentration):
+  value = base_config.check_dirichlet('prior', concentration)
+  assert value == concentration
+
+
 def test_every_field_is_a_keyword():
   for config_class in (base_config.TrainConfig, config_lib.DataConfig):
     assert all(field.kw_only for field in dataclasses.fields(config_class))

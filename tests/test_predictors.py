@@ -109,6 +109,34 @@ def test_bayes_predictions_are_normalised(x64, name):
   np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), 1, rtol=1e-12)
 
 
+@pytest.mark.parametrize('concentration', [1e-39, 1e39, (1e-30, 1e8)])
+def test_concentrations_that_float32_loses_are_an_error(concentration):
+  for predictor, *args in (
+    (predictors.OptimalCategoricalPredictor,),
+    (ptw_predictors.PTWPredictor, 6),
+    (live_and_die_predictors.LADPredictor,),
+    (forget_me_not_predictors.ForgetMeNotPredictor, 6),
+  ):
+    with pytest.raises(ValueError, match='concentration .*float32'):
+      predictor(*args, concentration=concentration)
+
+
+def test_symmetric_concentration_may_be_too_large_for_a_large_alphabet():
+  predictor = predictors.OptimalCategoricalPredictor(1e28)
+  predictor.unroll({}, None, _random_batch(1, 2))
+  with pytest.raises(ValueError, match='1e.28 add up to 6.4e.29'):
+    predictor.unroll({}, None, _random_batch(1, 2, 64))
+
+
+def test_float32_holds_with_the_smallest_concentration():
+  symbols = oracles.one_hot([np.arange(64) % 2, np.arange(64) // 32], 2)
+  batch = jnp.asarray(symbols, jnp.float32)
+  predictor = ptw_predictors.PTWPredictor(6, 1.4e-20)
+  predictions, _ = predictor.unroll({}, None, batch)
+  np.testing.assert_allclose(jnp.exp(predictions).sum(axis=-1), 1, rtol=1e-6)
+  assert jnp.all(jnp.isfinite(predictions))
+
+
 @pytest.mark.parametrize('name', BAYES)
 @pytest.mark.parametrize('alphabet_size', [2, 3])
 def test_bayes_predictions_of_a_prefix_are_those_of_the_whole(

@@ -73,6 +73,14 @@ def _predictor_and_batch(seq_length=11, batch_size=3):
   return predictor, params, batch
 
 
+def test_loss_is_finite_where_a_symbol_that_did_not_come_is_impossible():
+  logits = jnp.array([[[0.0, 0.0, -jnp.inf]]])
+  targets = jnp.array([[[1.0, 0.0, 0.0]]])
+  loss, gradient = jax.value_and_grad(train.log_loss)(logits, targets)
+  np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+  np.testing.assert_allclose(gradient, [[[-0.5, 0.5, 0]]], rtol=1e-6)
+
+
 def test_training_lowers_the_regret():
   config = _config(steps=120, learning_rate=1e-2)
   config.logger.log_frequency = 60

@@ -153,6 +153,12 @@ CASES = {
   ('data.parameter_distribution_kwargs.size=3',): "_kwargs has no 'size'",
   ('data.parameter_distribution_params=0.5',): 'must be a tuple of numbers',
   ('data.parameter_distribution_params=0.5,0',): 'must be positive and finite',
+  (
+    'data.parameter_distribution_params=1e-39,1e-39',
+  ): r'data.parameter_distribution_params \(1e-39, 1e-39\): float32 loses',
+  ('data.parameter_distribution_params=1e39,1e39',): 'add up to 2e.39',
+  ('data.parameter_distribution_params=2e38,2e38',): 'add up to 4e.38',
+  ('data.parameter_distribution_params=1e-30,1e8',): 'loses 1e-30 beside',
   ('data.parameter_distribution_params=0.5,nan',): 'params .* have a NaN',
   ('data.trajectory_generator=ptww',): "data.trajectory_gen.*mean 'ptw'",
   ('data.trajectory_generator=regular_shift',): "lacks 'shift_period'",

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 from scipy import stats
 
 from nonstationary_mbml.experiments import distributions
@@ -14,6 +15,12 @@ UNIVARIATE = {
   'gaussian': ((-1.2, 4.0), stats.norm(-1.2, 0.5)),
   'lomax': ((3.5, 2.0), stats.lomax(3.5, scale=2.0)),
   'uniform': ((-1.0, 2.5), stats.uniform(-1.0, 3.5)),
+}
+# Parameters of products of two, where ones are not valid.
+PAIRS = {
+  'categorical': (0.25, 0.75),
+  'lomax': (3.0, 3.0, 1.0, 1.0),
+  'uniform': (0.0, 0.0, 1.0, 2.0),
 }
 ALPHAS = {
   'jeffreys_2': (0.5, 0.5),
@@ -271,29 +278,51 @@ def test_features_are_independent_with_parameters_listed_by_kind():
 
 
 @pytest.mark.parametrize('name', sorted(distributions.DISTRIBUTIONS))
-def test_logits_become_valid_parameters(name):
-  distribution = distributions.DISTRIBUTIONS[name](2)
-  logits = jax.random.normal(
-    jax.random.key(8), (4, distribution.parameter_size)
-  )
-  parameters = distribution.logits_to_params(3 * logits)
-  assert parameters.shape == logits.shape
-  distribution.check_parameters('parameters', parameters)
-
-
-@pytest.mark.parametrize('name', sorted(distributions.DISTRIBUTIONS))
 def test_shapes_and_dtypes_follow_the_parameters(x64, name):
   distribution = distributions.DISTRIBUTIONS[name](2)
   for dtype in (jnp.float32, jnp.float64):
-    logits = jnp.zeros((3, distribution.parameter_size), dtype)
-    parameters = distribution.logits_to_params(logits)
-    samples = distribution.sample(jax.random.key(9), parameters, (5, 4))
-    assert samples.shape == (5, 4, 3, 2)
-    assert samples.dtype == dtype
-    assert distribution.density(samples, parameters).shape == (5, 4, 3)
-    assert distribution.mean(parameters).shape == (3, 2)
-    assert distribution.std(parameters).shape == (3, 2)
-    assert distribution.entropy(parameters).shape == (3,)
+    parameters = jnp.broadcast_to(
+      jnp.array(PAIRS.get(name, (1.0,) * distribution.parameter_size), dtype),
+      (3, distribution.parameter_size),
+    )
+    distribution.check_parameters('parameters', parameters)
+
+    @jax.jit
+    def functions(parameters):
+      samples = distribution.sample(jax.random.key(9), parameters, (5, 4))
+      return (
+        samples,
+        distribution.density(samples, parameters),
+        distribution.mean(parameters),
+        distribution.std(parameters),
+        distribution.entropy(parameters),
+      )
+
+    outputs = functions(parameters)
+    shapes = [(5, 4, 3, 2), (5, 4, 3), (3, 2), (3, 2), (3,)]
+    assert [output.shape for output in outputs] == shapes
+    assert {output.dtype for output in outputs} == {np.dtype(dtype)}
+
+
+def test_a_distribution_of_ones_own_gives_four_functions():
+  class Coin(distributions.Distribution):
+    feature_size = parameter_size = 1
+
+    def sample(self, rng, parameters, sample_shape=()):
+      uniform = jax.random.uniform(rng, sample_shape + parameters.shape)
+      return (uniform < parameters).astype(parameters.dtype)
+
+    def log_density(self, features, parameters):
+      return jnp.log(jnp.where(features == 1, parameters, 1 - parameters))
+
+    def check_parameters(self, field, parameters, closed=False):
+      pass
+
+    def support(self, parameters):
+      return np.zeros(1), np.ones(1)
+
+  probability = Coin().density(jnp.zeros(1), jnp.array([0.25]))
+  np.testing.assert_allclose(probability, [0.75])
 
 
 def test_what_has_no_closed_form_says_so():
@@ -314,6 +343,27 @@ def test_what_has_no_closed_form_says_so():
     ('dirichlet', (0.5, 0.5, 0.5), 'must be 2 numbers'),
     ('exponential', (float('nan'),), 'NaN'),
     ('exponential', ('fast',), 'not numbers'),
+    # What float32 cannot hold.
+    ('beta', (1e-39, 1.0), 'alpha of beta .* as float32, which holds 1.17549'),
+    (
+      'beta',
+      (1e-30, 1e8),
+      'float32 loses 1e-30 beside a sum of 1e.08',
+    ),
+    ('beta', (2e38, 2e38), 'add up to 4e.38; for float32 their sum must be'),
+    ('constant', (1e39,), 'value of constant must be finite'),
+    ('dirichlet', (1e-39, 1e-39), 'float32 loses 1e-39 beside a sum of 2e-39'),
+    ('dirichlet', (1e-30, 1e8), 'float32 loses 1e-30 beside a sum of 1e.08'),
+    ('dirichlet', (2e38, 2e38), 'add up to 4e.38; for float32 .* 3.169e.29'),
+    ('dirichlet', (1e308, 1e308), 'add up to inf'),
+    ('dirichlet', ((1.0, 2.0), (1e-22, 1.0)), 'float32 loses 1e-22'),
+    ('exponential', (1e39,), 'rate of exponential must be finite'),
+    ('gamma', (1.0, 1e-39), 'rate of gamma must be finite and above 0'),
+    ('gaussian', (0.0, 1e-39), 'precision of gaussian'),
+    ('gaussian', (1e39, 1.0), 'mean of gaussian must be finite'),
+    ('lomax', (1.0, 1e39), 'scale of lomax'),
+    ('uniform', (1.0, 1.0 + 1e-9), 'low of uniform must be below'),
+    ('uniform', (-3e38, 3e38), 'so must their difference, as float32'),
   ],
 )
 def test_invalid_parameters_are_named(name, parameters, message):
@@ -321,6 +371,358 @@ def test_invalid_parameters_are_named(name, parameters, message):
     distributions.DISTRIBUTIONS[name]().check_parameters('params', parameters)
 
 
+def test_what_float32_holds_is_valid_and_drawn_from():
+  alphas = [(1e-3, 1e3), (1e-19, 1e-19), (1e29, 1e29), (1e-3, 1e7)]
+  for distribution in (distributions.Dirichlet(), distributions.Beta()):
+    distribution.check_parameters('params', alphas)
+  distributions.Gamma().check_parameters('params', (1e-30, 1e30))
+  distributions.Gaussian().check_parameters('params', (1e-40, 1e-30))
+  distributions.Uniform().check_parameters('params', (0.0, 1e-30))
+  samples = distributions.Dirichlet().sample(
+    jax.random.key(0), jnp.array(alphas), (1000,)
+  )
+  np.testing.assert_allclose(
+    samples.mean(axis=0), [(0, 1), (0.5, 0.5), (0.5, 0.5), (0, 1)], atol=0.08
+  )
+
+
 def test_unknown_distribution_suggests_the_nearest():
   with pytest.raises(ValueError, match="did you mean 'dirichlet'"):
     distributions.DISTRIBUTIONS['dirichet']
+
+
+# Float32, with parameters from 1e-3 to 1e7. The truth is the textbook formula
+# in float64, which at 1e7 loses 1e-7 at most, at the float32 parameters.
+RANGE = np.float32([1e-3, 0.02, 0.7, 5.0, 300.0, 1e4, 1e6, 1e7])
+FAMILIES = {
+  'beta': distributions.Beta(),
+  'gamma': distributions.Gamma(),
+  'dirichlet_3': distributions.Dirichlet(3),
+  'dirichlet_26': distributions.Dirichlet(26),
+}
+
+
+def _wide_parameters(name):
+  """Parameters of all sizes together, and all alike, float32 `[N, P]`."""
+  if name in ('beta', 'gamma'):
+    return np.stack(np.meshgrid(RANGE, RANGE), axis=-1).reshape(-1, 2)
+  size = FAMILIES[name].feature_size
+  mixed = np.random.default_rng(0).choice(RANGE, (60, size))
+  one_large = np.full((8, size), 1e-3, np.float32)
+  one_large[:, 0] = RANGE
+  return np.concatenate(
+    [np.repeat(RANGE[:, None], size, axis=1), mixed, one_large]
+  )
+
+
+def _log_beta(alpha):
+  return special.gammaln(alpha).sum(-1) - special.gammaln(alpha.sum(-1))
+
+
+def _entropy(name, parameters):
+  parameters = parameters.astype(float)
+  if name == 'gamma':
+    shape, rate = parameters.T
+    log_gamma, digamma = special.gammaln(shape), special.digamma(shape)
+    return shape - np.log(rate) + log_gamma + (1 - shape) * digamma
+  total = parameters.sum(axis=-1)
+  return (
+    _log_beta(parameters)
+    + (total - parameters.shape[-1]) * special.digamma(total)
+    - ((parameters - 1) * special.digamma(parameters)).sum(axis=-1)
+  )
+
+
+def _kl(name, parameters, other):
+  parameters, other = parameters.astype(float), other.astype(float)
+  if name == 'gamma':
+    (shape, rate), (other_shape, other_rate) = parameters.T, other.T
+    return (
+      (shape - other_shape) * special.digamma(shape)
+      - special.gammaln(shape)
+      + special.gammaln(other_shape)
+      + other_shape * np.log(rate / other_rate)
+      + shape * (other_rate - rate) / rate
+    )
+  mean_log = special.digamma(parameters) - special.digamma(
+    parameters.sum(axis=-1, keepdims=True)
+  )
+  return (
+    _log_beta(other)
+    - _log_beta(parameters)
+    + ((parameters - other) * mean_log).sum(axis=-1)
+  )
+
+
+def _log_density(name, x, parameters):
+  x, parameters = x.astype(float), parameters.astype(float)
+  if name == 'gamma':
+    shape, rate = parameters.T
+    return (
+      special.xlogy(shape - 1, x[:, 0])
+      + shape * np.log(rate)
+      - rate * x[:, 0]
+      - special.gammaln(shape)
+    )
+  if name == 'beta':
+    log_x, log_rest = np.log(x[:, 0]), np.log1p(-x[:, 0])
+    logs = np.stack([log_x, log_rest], axis=-1)
+  else:
+    logs = np.log(x / x.sum(axis=-1, keepdims=True))
+  return ((parameters - 1) * logs).sum(axis=-1) - _log_beta(parameters)
+
+
+def _assert_close_to_1e_4(actual, truth):
+  """Relative error; absolute where the truth is below 1."""
+  errors = np.abs(np.asarray(actual, float) - truth)
+  np.testing.assert_array_less(errors / np.maximum(np.abs(truth), 1), 1e-4)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_float32_entropy_does_not_cancel(name):
+  parameters = _wide_parameters(name)
+  actual = jax.jit(FAMILIES[name].entropy)(parameters)
+  _assert_close_to_1e_4(actual, _entropy(name, parameters))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_float32_kl_does_not_cancel_and_is_not_negative(name):
+  parameters = _wide_parameters(name)
+  rng = np.random.default_rng(1)
+  close = [
+    parameters * np.exp(size * rng.standard_normal(parameters.shape))
+    for size in (1e-6, 1e-4, 1e-2, 0.5)
+  ]
+  others = [parameters, parameters[::-1], rng.permuted(parameters), *close]
+  kl = jax.jit(FAMILIES[name].kl)
+  for other in others:
+    other = np.clip(other.astype(np.float32), RANGE[0], RANGE[-1])
+    actual = kl(parameters, other)
+    _assert_close_to_1e_4(actual, _kl(name, parameters, other))
+    assert np.min(actual) >= 0
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_float32_log_density_does_not_cancel(name):
+  parameters = np.repeat(_wide_parameters(name), 4, axis=0)
+  # At typical points, some standard deviations from the mean, and far away.
+  rng = np.random.default_rng(2)
+  if name == 'gamma':
+    shape, rate = parameters.T.astype(float)
+    x = rng.gamma(np.maximum(shape, 0.1))[:, None] / rate[:, None]
+  else:
+    x = rng.gamma(np.maximum(parameters, 0.1))
+    x = x[:, :1] / x.sum(axis=-1, keepdims=True) if name == 'beta' else x
+  x[::4] *= 1 + 1e-3 * rng.standard_normal(x[::4].shape)
+  x[1::4] *= rng.uniform(0.5, 1, x[1::4].shape)
+  if name.startswith('dirichlet'):
+    x /= x.sum(axis=-1, keepdims=True)
+  x = np.maximum(x.astype(np.float32), 1e-20)
+  if name == 'beta':
+    x = np.minimum(x, np.float32(1 - 1e-6))
+  actual = jax.jit(FAMILIES[name].log_density)(x, parameters)
+  _assert_close_to_1e_4(actual, _log_density(name, x, parameters))
+
+
+@pytest.mark.parametrize(
+  ('name', 'function', 'arguments', 'truth'),
+  [
+    ('beta', 'entropy', [[1e6, 1e6]], -6.5285397),
+    ('dirichlet_3', 'entropy', [[1e6] * 3], -13.7241648),
+    ('gamma', 'entropy', [[1e6, 1.0]], 8.3266939),
+    ('beta', 'kl', [[1e4, 1e4], [10100.0, 1e4]], 0.2487758),
+    ('dirichlet_3', 'log_density', [[1 / 3] * 3, [1e6] * 3], 14.7241649),
+  ],
+)
+def test_float32_of_large_parameters_outside_of_jit(
+  name, function, arguments, truth
+):
+  actual = getattr(FAMILIES[name], function)(*map(jnp.array, arguments))
+  np.testing.assert_allclose(actual, truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['gamma', 'dirichlet_3'])
+def test_gradients_of_wide_parameters_are_finite(name):
+  family, parameters = FAMILIES[name], _wide_parameters(name)
+  x = np.full((1, family.feature_size), 1 / family.feature_size, np.float32)
+
+  @jax.grad
+  def gradient(pair):
+    return (
+      family.entropy(pair[0]).sum()
+      + family.kl(*pair).sum()
+      + family.log_density(x, pair[0]).sum()
+    )
+
+  others = np.array([parameters, parameters[::-1]])
+  same = np.array([parameters, parameters])
+  gradients = jax.jit(jax.vmap(gradient))(np.stack([others, same]))
+  assert np.all(np.isfinite(gradients))
+
+
+def test_gradients_of_log_densities_are_the_textbooks():
+  parameters, x = _wide_parameters('gamma'), np.float32(0.7)
+  shape, rate = parameters.T.astype(float)
+  gradients = jax.jit(
+    jax.grad(lambda p: distributions.Gamma().log_density(x, p).sum())
+  )(parameters)
+  truth = [
+    np.log(float(x) * rate) - special.digamma(shape),
+    shape / rate - float(x),
+  ]
+  _assert_close_to_1e_4(gradients, np.stack(truth, axis=-1))
+
+  alpha, probs = _wide_parameters('dirichlet_3'), np.float32([0.1, 0.2, 0.7])
+  gradients = jax.jit(
+    jax.grad(lambda a: distributions.Dirichlet(3).log_density(probs, a).sum())
+  )(alpha)
+  total = alpha.astype(float).sum(axis=-1, keepdims=True)
+  truth = np.log(probs.astype(float) / probs.sum(dtype=float))
+  truth = truth + special.digamma(total) - special.digamma(alpha.astype(float))
+  _assert_close_to_1e_4(gradients, truth)
+
+
+@pytest.mark.parametrize(
+  ('distribution', 'parameters'),
+  [
+    (distributions.Categorical(3), [0.1, 0.3, 0.6]),
+    (distributions.Exponential(), [2000.0]),
+    (distributions.Gaussian(), [0.5, 2000.0]),
+  ],
+  ids=['categorical', 'exponential', 'gaussian'],
+)
+def test_float32_kl_of_close_pairs_is_not_negative(distribution, parameters):
+  noise = np.random.default_rng(3).standard_normal((1000, len(parameters)))
+  others = parameters * (1 + 1e-4 * noise)
+  if len(parameters) == 3:
+    others /= others.sum(axis=-1, keepdims=True)
+  kl = distribution.kl(jnp.array(parameters), jnp.array(others, jnp.float32))
+  assert jnp.all(kl >= 0)
+
+
+def test_float32_kl_of_close_exponentials_keeps_its_digits():
+  other = np.float32(1.001)
+  kl = distributions.Exponential().kl(jnp.array([1.0]), jnp.array([other]))
+  excess = float(other) - 1
+  np.testing.assert_allclose(kl, excess - np.log1p(excess), rtol=1e-5)
+  kl = distributions.Gaussian().kl(
+    jnp.array([0.0, 1.0]), jnp.array([0.0, other])
+  )
+  np.testing.assert_allclose(kl, (excess - np.log1p(excess)) / 2, rtol=1e-5)
+
+
+def test_float32_std_beside_a_dominating_concentration():
+  alpha = np.float32([1e7, 1e-3])
+  truth = stats.beta(*alpha.astype(float)).std()
+  for distribution in (distributions.Dirichlet(2), distributions.Beta()):
+    std = distribution.std(jnp.array(alpha))
+    np.testing.assert_allclose(std, truth, rtol=1e-5)
+  std = distributions.Beta().std(jnp.array([1e25, 1e25]))
+  np.testing.assert_allclose(std, np.sqrt(1 / 8e25), rtol=1e-5)
+
+
+def test_gradients_at_probability_zero_are_those_of_the_others():
+  categorical = distributions.Categorical(3)
+  symbol = jnp.array([1.0, 0.0, 0.0])
+  p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.75, 0.0])
+  gradient = jax.grad(categorical.log_density, argnums=1)(symbol, p)
+  np.testing.assert_array_equal(gradient, [2, 0, 0])
+  gradient = jax.grad(categorical.entropy)(p)
+  np.testing.assert_allclose(gradient, [np.log(2) - 1] * 2 + [0], rtol=1e-6)
+  gradients = jax.grad(categorical.kl, argnums=(0, 1))(p, q)
+  np.testing.assert_allclose(
+    gradients,
+    [[1 + np.log(2), 1 + np.log(2 / 3), 0], [-2, -2 / 3, 0]],
+    rtol=1e-6,
+  )
+  # A symbol of probability 0 that was drawn.
+  assert categorical.log_density(symbol[::-1], p) == -jnp.inf
+
+
+@pytest.mark.parametrize('name', [*UNIVARIATE, 'constant'])
+def test_gradients_outside_the_support_are_zero(name):
+  parameters = jnp.array(UNIVARIATE[name][0] if name in UNIVARIATE else (3.0,))
+  distribution = distributions.DISTRIBUTIONS[name]()
+  # A Gaussian has density everywhere but at infinity.
+  x = jnp.array([[-np.inf if name == 'gaussian' else -2.0], [np.inf]])
+  values, gradients = jax.jit(
+    jax.vmap(
+      jax.value_and_grad(distribution.log_density, argnums=(0, 1)), (0, None)
+    )
+  )(x, parameters)
+  np.testing.assert_array_equal(values, -np.inf)
+  assert not any(np.any(gradient) for gradient in gradients)
+
+
+def test_gradients_of_moments_that_do_not_exist_are_zero():
+  lomax = distributions.Lomax()
+  for function, shape in ((lomax.mean, 1.0), (lomax.std, 1.5), (lomax.std, 2)):
+    gradient = jax.grad(lambda p, f=function: f(p)[0])(jnp.array([shape, 1.0]))
+    np.testing.assert_array_equal(gradient, [0, 0])
+
+
+def test_dirichlet_off_and_on_the_edge_of_the_simplex():
+  cases = [
+    # Off the simplex, in sum and in sign.
+    ([0.5, 0.5, 0.5], [2.0, 2.0, 2.0], -np.inf),
+    ([0.5, 0.5, 0.01], [2.0, 2.0, 2.0], -np.inf),
+    ([0.7, 0.5, -0.2], [2.0, 2.0, 2.0], -np.inf),
+    ([1.0, 0.5, -0.5], [0.5, 1.0, 1.0], -np.inf),
+    # On its boundary; 0 times infinity is 0.
+    ([0.0, 0.0, 1.0], [0.5, 2.0, 2.0], -np.inf),
+    ([0.0, 0.5, 0.5], [0.5, 2.0, 2.0], np.inf),
+    ([0.0, 0.0, 1.0], [1.0, 1.0, 1.0], np.log(2)),
+    ([0.0, 0.25, 0.75], [1.0, 2.0, 2.0], np.log(24 * 3 / 16)),
+    # What is not a number stays so.
+    ([np.nan, 0.5, 0.5], [2.0, 2.0, 2.0], np.nan),
+  ]
+  x, alpha, truth = map(np.float32, zip(*cases, strict=True))
+  values, gradients = jax.jit(
+    jax.vmap(jax.value_and_grad(distributions.Dirichlet(3).log_density, (0, 1)))
+  )(x, alpha)
+  np.testing.assert_allclose(values, truth, rtol=1e-6)
+  gradients = np.array(gradients)[:, :-1]
+  assert np.all(np.isfinite(gradients))
+  assert not np.any(gradients[:, :4])
+
+
+def test_float32_points_of_the_simplex_are_on_it():
+  probs = np.random.default_rng(0).dirichlet([0.7] * 26, 1000)
+  log_density = distributions.Dirichlet(26).log_density(
+    jnp.array(probs, jnp.float32), jnp.full(26, 0.7)
+  )
+  truth = _log_density('dirichlet_26', probs, np.full(26, 0.7))
+  np.testing.assert_allclose(log_density, truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('name', 'x', 'parameters', 'log_density'),
+  [
+    ('beta', [0.0], [0.5, 2.0], np.inf),
+    ('beta', [0.0], [1.0, 2.0], np.log(2)),
+    ('beta', [0.0], [2.0, 2.0], -np.inf),
+    ('beta', [1.0], [2.0, 0.5], np.inf),
+    ('beta', [1.0], [2.0, 1.0], np.log(2)),
+    ('beta', [1.0], [2.0, 2.0], -np.inf),
+    ('beta', [0.0, 0.0], [0.5, 2.0, 2.0, 2.0], -np.inf),
+    ('beta', [0.0, 2.0], [0.5, 2.0, 2.0, 2.0], -np.inf),
+    ('gamma', [0.0], [0.5, 3.0], np.inf),
+    ('gamma', [0.0], [1.0, 3.0], np.log(3)),
+    ('gamma', [0.0], [2.0, 3.0], -np.inf),
+    ('exponential', [0.0], [3.0], np.log(3)),
+  ],
+)
+def test_log_density_at_the_edge_of_the_support_is_the_limit(
+  name, x, parameters, log_density
+):
+  distribution = distributions.DISTRIBUTIONS[name](len(x))
+  actual = distribution.log_density(jnp.array(x), jnp.array(parameters))
+  np.testing.assert_allclose(actual, log_density, rtol=1e-6)
+
+
+def test_categorical_gives_probability_to_one_hot_symbols_only():
+  features = jnp.array([[1.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+  log_density = distributions.Categorical(3).log_density(
+    features, jnp.array([0.5, 0.3, 0.2])
+  )
+  np.testing.assert_array_equal(log_density, -np.inf)

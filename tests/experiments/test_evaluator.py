@@ -64,6 +64,22 @@ def test_regret_of_a_sure_symbol_is_its_code_length():
   )
 
 
+def test_regret_against_an_unknown_truth_is_unknown():
+  truth = jnp.array([[[0.5, 0.5], [jnp.nan, jnp.nan], [1.0, 0.0]]])
+  regret = evaluator_lib.instantaneous_regret(jnp.zeros((1, 3, 2)), truth)
+  np.testing.assert_allclose(regret, [[np.nan, np.log(2)]], rtol=1e-6)
+
+
+def test_gradients_of_regret_are_finite_where_a_symbol_is_impossible():
+  truth = jnp.array([[[0.5, 0.5], [0.0, 1.0]]])
+  logits = jnp.array([[[-jnp.inf, 0.0], [0.0, 0.0]]])
+  gradients = jax.grad(
+    lambda *args: evaluator_lib.instantaneous_regret(*args).sum(), (0, 1)
+  )(logits, truth)
+  np.testing.assert_array_equal(gradients[0], 0)
+  np.testing.assert_array_equal(gradients[1], [[[0, 0], [0, 1]]])
+
+
 def test_regret_of_the_truth_is_zero():
   truth = jax.random.dirichlet(jax.random.key(0), jnp.ones(3), (2, 5))
   logits = jnp.log(jnp.roll(truth, -1, axis=1))
