@@ -478,6 +478,19 @@ class ExperimentConfig(Config):
       if wanted is not None:
         check_instance(field, getattr(self, field), wanted)
         getattr(self, field).validate()
+    _check_finite('', to_dict(self))
+
+
+def _check_finite(field: str, value: Any) -> None:
+  """Raises ValueError if a number is not finite: it could not be saved."""
+  if isinstance(value, Mapping):
+    for key, item in value.items():
+      _check_finite(f'{field}.{key}' if field else key, item)
+  elif isinstance(value, tuple):
+    for item in value:
+      _check_finite(field, item)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f'{field} has {value!r}; numbers must be finite')
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -265,12 +265,7 @@ def main(argv: list[str]) -> None:
       flags.FLAGS.seed,
       flags.FLAGS.alphabet_size,
     )
-  files.write_whole(folder / 'table.csv', to_csv(cells).encode())
-  png = io.BytesIO()
-  plotting.plot_bayes_table(
-    [dataclasses.asdict(cell) for cell in cells], LABELS
-  ).savefig(png, format='png')
-  files.write_whole(folder / 'table.png', png.getvalue())
+  # Before it is written, which may fail.
   print(
     '\nCumulative regret (nats), mean ± standard error of '
     f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '
@@ -282,6 +277,13 @@ def main(argv: list[str]) -> None:
       f'{LABELS[cell.predictor]} is not clearly above the own predictor of '
       f'{cell.source}: {cell.above_own:+.4f} ± {cell.above_own_stderr:.4f}'
     )
+  png = io.BytesIO()
+  plotting.plot_bayes_table(
+    [dataclasses.asdict(cell) for cell in cells], LABELS
+  ).savefig(png, format='png')
+  with command_line.saving(folder):
+    files.write_whole(folder / 'table.csv', to_csv(cells).encode())
+    files.write_whole(folder / 'table.png', png.getvalue())
   print(f'Wrote table.csv and table.png to {folder}')
 
 

@@ -283,7 +283,7 @@ class SweepFolder:
     """
     path = self.run_path(name) / TABLE
     try:
-      table = files.read_json(path)['table']
+      table = files.measured(files.read_json(path)['table'])
       if table and all('cumulative_regret' in row for row in table):
         return table
     except (KeyError, TypeError):
@@ -348,8 +348,8 @@ class SweepFolder:
   def seconds(self, name: str) -> float:
     """Returns how long a point has trained, over all of its starts."""
     try:
-      starts = files.read_json(self.run_path(name) / run_folder.ENVIRONMENT)
-      return sum(start['seconds'] for start in starts['starts'])
+      starts = run_folder.read_starts(self.run_path(name))
+      return sum(start['seconds'] for start in starts)
     except (ValueError, KeyError, TypeError):
       return float('nan')
 

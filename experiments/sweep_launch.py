@@ -47,6 +47,7 @@ from absl import flags
 from nonstationary_mbml import base_config
 from nonstationary_mbml import interrupts as interrupting
 from nonstationary_mbml import progress
+from nonstationary_mbml import run_folder
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -551,18 +552,17 @@ def main(argv: list[str]) -> None:
       executor=executor,
       cluster=parse_parameters(values.cluster),
     )
-    print(format_outcome(folder, outcome), flush=True)
   except KeyboardInterrupt:
     print('stopped; the same command goes on', file=sys.stderr)
     sys.exit(command_line.EXIT_STOPPED)
   except BrokenPipeError:
-    # Whoever read what is printed has enough.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return
+    raise
   except OSError as error:
-    sys.exit(f'error: cannot write to {folder}: {error.strerror or error}')
+    command_line.end_with(run_folder.save_error(folder, error))
   except ValueError as error:
-    sys.exit(f'error: {error}')
+    command_line.end_with(error)
+  print(format_outcome(folder, outcome))
+  command_line.flush()
   if outcome.cannot_save is not None:
     sys.exit(command_line.EXIT_CANNOT_SAVE)
   if outcome.stopped_by is not None and outcome.left:

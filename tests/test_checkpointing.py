@@ -99,7 +99,7 @@ def test_tree_of_another_form_is_a_damaged_checkpoint(tmp_path):
 def test_remains_of_a_killed_save_are_no_checkpoint(tmp_path):
   _saved(tmp_path, 1)
   (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
-  reading = checkpointing.Checkpoints(tmp_path, read_only=True)
+  reading = checkpointing.Checkpoints(tmp_path)
   assert reading.steps() == (1,)
   reading.restore(1, _abstract())
   assert (tmp_path / '2.orbax-checkpoint-tmp').exists()
