@@ -219,12 +219,13 @@ def snapshot_steps(config: base_config.ScheduleConfig) -> tuple[int, ...]:
     log      first_save (training_steps / first_save)^(i / (num_saves - 1))
 
   for i = 0, ..., num_saves - 1, rounded; where two would meet, the later one
-  moves on. There are fewer of them if the run has fewer steps.
+  moves on. There are fewer of them if the run has fewer steps, and a single one
+  is of the last step.
   """
   first, last = config.first_save, config.training_steps
   num = min(config.num_saves, last - first + 1)
-  if num <= 0:
-    return ()
+  if num <= 1:
+    return (last,) * max(num, 0)
   spaced = (
     np.linspace if config.saving_schedule_type == 'linear' else (np.geomspace)
   )

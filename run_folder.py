@@ -69,8 +69,8 @@ class SaveError(OSError):
   """The folder of a run cannot be written to."""
 
 
-def is_full(error: Exception) -> bool:
-  """Whether what went wrong is that a disk is full, or a quota used up."""
+def is_full(error: Exception | str) -> bool:
+  """Whether an error says that a disk is full, or a quota used up."""
   return any(
     os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
   )
@@ -473,6 +473,7 @@ class RunFolder:
     line = dict(entry)
     if members:
       line[_MEMBERS] = list(members)
+    self._check_there()
     if processes.is_first():
       try:
         self._metrics.write(_format_entries([line]))
@@ -481,6 +482,19 @@ class RunFolder:
       except OSError as error:
         raise save_error(self.path, error, self.last_checkpoint) from error
     self._entries.append(line)
+
+  def _check_there(self) -> None:
+    """Raises SaveError if somebody has deleted the run or moved it away.
+
+    Its log could still be written to, and Orbax makes folders anew.
+    """
+    if not processes.is_first():
+      return
+    is_there = all((self.path / name).exists() for name in (CONFIG, METRICS))
+    if not is_there or os.fstat(self._metrics.fileno()).st_nlink == 0:
+      raise SaveError(
+        f'{self.path} was deleted, moved or emptied while it was trained'
+      )
 
   @property
   def last_checkpoint(self) -> int | None:
@@ -516,6 +530,7 @@ class RunFolder:
     tree: Any,
     wait: bool,
   ) -> None:
+    self._check_there()
     try:
       checkpoints.save(step, tree)
       if wait:
@@ -543,6 +558,7 @@ class RunFolder:
 
   def _note(self, step: int, how: str = 'running, or killed') -> None:
     """Notes how far a start has come."""
+    self._check_there()
     if not processes.is_first():
       return
     self._starts[-1] |= {

@@ -256,7 +256,7 @@ def main(argv: list[str]) -> None:
   folder = command_line.make_folder(flags.FLAGS.output_dir)
   cells: list[Any] = []
   for source in SOURCES:
-    print(f'{source} ...', flush=True)
+    command_line.say(f'{source} ...')
     cells += make_row(
       source,
       flags.FLAGS.num_sequences,
@@ -266,14 +266,14 @@ def main(argv: list[str]) -> None:
       flags.FLAGS.alphabet_size,
     )
   # Before it is written, which may fail.
-  print(
+  command_line.say(
     '\nCumulative regret (nats), mean ± standard error of '
     f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '
     'symbols; in bold the exact Bayes predictor of the source:\n\n'
     f'{to_markdown(cells)}\n'
   )
   for cell in not_above(cells):
-    print(
+    command_line.say(
       f'{LABELS[cell.predictor]} is not clearly above the own predictor of '
       f'{cell.source}: {cell.above_own:+.4f} ± {cell.above_own_stderr:.4f}'
     )

@@ -124,8 +124,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
       main(argv)
     except BrokenPipeError:
-      processes.end_at_once(_EXIT_UNREAD)
-      sys.exit(_EXIT_UNREAD)
+      raise
     except Exception as error:
       if processes.is_lost(error):
         reason = str(error).splitlines()[0][:200]
@@ -139,21 +138,50 @@ def run(main: Callable[[list[str]], None]) -> None:
         traceback.print_exc()
       processes.end_at_once(1)
       raise
-    finally:
-      flush()
 
-  app.run(run_main, flags_parser=_parse_flags)
+  with printing():
+    app.run(run_main, flags_parser=_parse_flags)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+  """Inside a `with`, a script ends quietly when nobody reads what it prints."""
+  try:
+    yield
+  except OSError as error:
+    if not isinstance(error, BrokenPipeError) and not run_folder.is_full(error):
+      raise
+    _print_nowhere()
+    if run_folder.is_full(error):
+      end_with(error)
+    processes.end_at_once(_EXIT_UNREAD)
+    sys.exit(_EXIT_UNREAD)
+  finally:
+    flush()
+
+
+def say(text: str) -> None:
+  """Prints; where nobody reads it any more, the script goes on without."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    _print_nowhere()
 
 
 def flush() -> None:
   """Prints what is left; where nobody reads it, lets it go."""
   try:
-    sys.stdout.flush()
+    if sys.stdout is not None:  # It is where it was closed before the start.
+      sys.stdout.flush()
   except OSError as error:
-    # Not tried again when Python ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_nowhere()
     if not isinstance(error, BrokenPipeError):
       end_with(error)
+
+
+def _print_nowhere() -> None:
+  """Not even when Python ends, which would be a traceback."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_with(error: Exception) -> NoReturn:
@@ -224,6 +252,8 @@ def saving(folder: pathlib.Path) -> Iterator[None]:
   """Inside a `with`, ends the script if a folder cannot be written to."""
   try:
     yield
+  except BrokenPipeError:  # Not of the folder.
+    raise
   except OSError as error:
     end_with(run_folder.save_error(folder, error))
 

@@ -273,13 +273,13 @@ def _print(
 ) -> None:
   """Prints the tables; before they are written, which may fail."""
   source = config.eval.data.trajectory_generator
-  print(
+  command_line.say(
     f'{content["num_sequences"]} fresh sequences of {config.eval.seq_length} '
     f'symbols from the {source} source:\n'
   )
-  print(format_content(content))
+  command_line.say(format_content(content))
   if content['exact_predictor'] is None:
-    print(f'\n{tables.no_exact_predictor(source)}')
+    command_line.say(f'\n{tables.no_exact_predictor(source)}')
 
 
 def main(argv: list[str]) -> None:

@@ -241,14 +241,14 @@ def _print_table(
 ) -> None:
   """Prints the table of a run; before it is written, which may fail."""
   source = config.eval.data.trajectory_generator
-  print(
+  command_line.say(
     f'\n{num_sequences} fresh sequences of {config.eval.seq_length} symbols '
     f'from the {source} source, after {config.schedule.training_steps} steps '
     f'({seconds:.0f} s):\n'
   )
-  print(tables.format_table(table.rows))
+  command_line.say(tables.format_table(table.rows))
   if table.exact is None:
-    print(f'\n{tables.no_exact_predictor(source)}')
+    command_line.say(f'\n{tables.no_exact_predictor(source)}')
 
 
 def _write_table(

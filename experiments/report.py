@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import io
+import os
 import pathlib
 import sys
 from typing import Any
@@ -137,7 +138,7 @@ def measure(
       try:
         files.write_csv(path, rows)
       except OSError as error:
-        print(f'{path.name}:\n{files.to_csv(rows)}')
+        command_line.say(f'{path.name}:\n{files.to_csv(rows)}')
         raise run_folder.save_error(folder, error) from error
       made['commands'][table] = command
     else:  # Nor what an earlier measurement has left.
@@ -284,7 +285,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   sweep = sweep_folder.SweepFolder(values.sweep_dir)
   folder = pathlib.Path(
-    values.output_dir or pathlib.Path('results', sweep.path.name)
+    values.output_dir
+    or pathlib.Path('results', os.path.basename(os.path.abspath(sweep.path)))
   )
   chosen = values.question or list(questions.QUESTIONS)
   try:
