@@ -490,7 +490,7 @@ class ExperimentConfig(Config):
 
 
 def _check_finite(field: str, value: Any) -> None:
-  """Raises ValueError if a number is not finite: it could not be saved."""
+  """Raises ValueError if a number is not finite: JSON has no others."""
   if isinstance(value, Mapping):
     for key, item in value.items():
       _check_finite(f'{field}.{key}' if field else key, item)
@@ -498,7 +498,7 @@ def _check_finite(field: str, value: Any) -> None:
     for item in value:
       _check_finite(field, item)
   elif isinstance(value, float) and not math.isfinite(value):
-    raise ValueError(f'{field} has {value!r}; numbers must be finite')
+    raise ValueError(f'{field} is {value!r}; all numbers must be finite')
 
 
 def to_dict(config: Config) -> dict[str, Any]:

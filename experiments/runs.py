@@ -175,7 +175,8 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     The bytes of the copy.
 
   Raises:
-    ValueError: If the run has not ended, or the target is something else.
+    ValueError: If the run has not ended or is damaged, or the target is
+      something else.
     OSError: If it cannot be written.
   """
   folder, target = pathlib.Path(folder), pathlib.Path(target)
@@ -203,7 +204,11 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
   with tempfile.TemporaryDirectory(dir=target.parent, prefix='.export') as new:
     new = pathlib.Path(new) / 'run'
     name = pathlib.Path(run_folder.SNAPSHOTS) / str(steps)
-    shutil.copytree(folder / name, new / name)
+    try:
+      shutil.copytree(folder / name, new / name)
+    except shutil.Error as error:
+      # It has a line for every file.
+      raise OSError(error.args[0][0][-1]) from error
     for name in (run_folder.CONFIG, 'table.json'):
       if (folder / name).exists():
         shutil.copyfile(folder / name, new / name)
@@ -222,6 +227,8 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
       ),
     )
     files.write_json(new / _EXPORTED, {'steps_of_the_log': sorted(kept)})
+    with base_config.naming(f'the copy of {folder} cannot be loaded'):
+      load_run(new)
     if target.exists():
       target.rename(new.with_name('old'))
     new.rename(target)
