@@ -253,8 +253,6 @@ def test_junk_in_a_folder_of_tables_is_named_in_a_line(tmp_path, name, content):
   (tmp_path / name).write_text(content)
   message = f'{name} is not what it should'
   with pytest.raises(ValueError, match=message) as error:
-    ValueError, match=f'{name} is not what it should'
-  ) as error:
     report.draw(tmp_path)
   assert '\n' not in str(error.value)
 
