@@ -260,14 +260,6 @@ def _parse_steps(folder: pathlib.Path, text: str) -> tuple[int | None, ...]:
     ) from error
 
 
-def _newest(folder: pathlib.Path) -> tuple[int, ...]:
-  """The newest step that was saved, whether it can be read or not."""
-  steps = runs.saved_steps(folder)
-  if not steps:
-    raise ValueError(f'{folder} has kept no step')
-  return steps[-1:]
-
-
 def _print(
   config: config_lib.ExperimentConfig, content: dict[str, Any]
 ) -> None:
@@ -304,9 +296,6 @@ def main(argv: list[str]) -> None:
       tuple(values['set'].value),
     )
     steps = processes.first(lambda: _parse_steps(folder, values.step))
-    if processes.are_several() and steps == (None,):
-      # While the run trains, each of them could find another one.
-      steps = processes.first(lambda: _newest(folder))
     processes.check_same(
       'their flags',
       {

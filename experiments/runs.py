@@ -56,7 +56,8 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
 
   Changes nothing in the folder; the run may still be training. A checkpoint or
   a last line of the log that cannot be read is left out with a warning. The
-  parameters have the dtypes in which they were trained.
+  parameters have the dtypes in which they were trained. Of several processes
+  all call it, and all get the same step.
 
   Args:
     folder: Of the run.
