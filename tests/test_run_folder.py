@@ -318,17 +318,21 @@ def test_environment_of_another_form_is_begun_anew(tmp_path, content):
   assert start['last_step'] == 2
 
 
+def _log(run):
+  run.log({'step': 4, 'loss': 0.5})
+
+
 @pytest.mark.parametrize(
-  'act',
+  ('act', 'how'),
   [
-    lambda run: run.log({'step': 4, 'loss': 0.5}),
-    lambda run: run.save_checkpoint(4, _tree(4)),
-    lambda run: run.save_snapshot(4, _tree(4)),
-    lambda run: run.finish(4, 'finished'),
+    (_log, 'deleted'),
+    (_log, 'moved'),
+    (_log, 'made anew'),
+    (lambda run: run.save_checkpoint(4, _tree(4)), 'deleted'),
+    (lambda run: run.save_snapshot(4, _tree(4)), 'deleted'),
+    (lambda run: run.finish(4, 'finished'), 'deleted'),
   ],
-  ids=['log', 'checkpoint', 'snapshot', 'finish'],
 )
-@pytest.mark.parametrize('how', ['deleted', 'moved', 'made anew'])
 def test_run_that_is_deleted_while_it_trains_is_an_error(tmp_path, act, how):
   folder = tmp_path / 'run'
   _run_to(folder, 2)
