@@ -203,6 +203,19 @@ def check_bool(field: str, value: Any) -> None:
     raise ValueError(f'{field} is {value!r}; it must be True or False')
 
 
+def check_name(field: str, value: Any) -> None:
+  """Raises ValueError unless `value` can be the name of a folder."""
+  if not (isinstance(value, str) and value and value.isprintable()):
+    raise ValueError(
+      f'{field} is {value!r}; it must be a non-empty, printable string'
+    )
+  # A path could lead out of the folder that it is to be in.
+  if value in ('.', '..') or set(value) & set('/\\'):
+    raise ValueError(
+      f'{field} is {value!r}; it must be the name of one folder, not a path'
+    )
+
+
 def check_mapping(field: str, value: Any) -> None:
   """Raises ValueError unless `value` is a dict of plain data by name."""
   if not isinstance(value, Mapping) or not all(
@@ -460,9 +473,10 @@ class ScheduleConfig(Config):
   Attributes:
     training_steps: Number of gradient updates.
     num_saves: Snapshots of the parameters that are kept for good, to study
-      learning after the fact; 0 keeps none, and no step is saved twice.
-    first_save: Step of the first snapshot; the last one is of the last step.
-      0 is before training.
+      learning after the fact; 1 keeps that of the last step and 0 none, and no
+      step is saved twice.
+    first_save: Step of the first snapshot, if there are several; the last one
+      is of the last step. 0 is before training.
     saving_schedule_type: 'linear' or 'log': whether the steps of the snapshots
       grow by equal amounts or by equal factors.
     ckpt_frequency: The most steps that a killed run loses. Checkpoints are
@@ -527,7 +541,7 @@ class ExperimentConfig(Config):
   """What every experiment has; experiments add their data and evaluation.
 
   Attributes:
-    name: Of the run, and of its folder.
+    name: Of the run, and of its folder: no path.
     seed: All randomness follows from it and from `train.model_init_seed`.
     model: The network.
     train: Its training.
@@ -546,19 +560,26 @@ class ExperimentConfig(Config):
 
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value is out of range."""
-    # Of a folder, too.
-    if not (
-      isinstance(self.name, str) and self.name and self.name.isprintable()
-    ):
-      raise ValueError(
-        f'name is {self.name!r}; it must be a non-empty, printable string'
-      )
+    check_name('name', self.name)
     check_int('seed', self.seed, 0, _MAX_SEED)
     for field, annotation in typing.get_type_hints(type(self)).items():
       wanted = nested_class(annotation)
       if wanted is not None:
         check_instance(field, getattr(self, field), wanted)
         getattr(self, field).validate()
+    _check_finite('', to_dict(self))
+
+
+def _check_finite(field: str, value: Any) -> None:
+  """Raises ValueError if a number is not finite: JSON has no others."""
+  if isinstance(value, Mapping):
+    for key, item in value.items():
+      _check_finite(f'{field}.{key}' if field else key, item)
+  elif isinstance(value, tuple):
+    for item in value:
+      _check_finite(field, item)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f'{field} is {value!r}; all numbers must be finite')
 
 
 def to_dict(config: Config) -> dict[str, Any]:

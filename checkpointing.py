@@ -8,6 +8,7 @@ processes (`processes`) each writes and reads its part, so that all must call
 by some processes can be restored by others.
 """
 
+from collections.abc import Sequence
 import pathlib
 import shutil
 import time
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import meshes
@@ -30,30 +32,31 @@ class DamagedError(ValueError):
   """A checkpoint that cannot be read."""
 
 
+class FormError(ValueError):
+  """A checkpoint of other arrays than those that are wanted."""
+
+
 class Checkpoints:
   """The states in a folder, one for each step that was saved."""
 
-  def __init__(
-    self, folder: pathlib.Path, keep: int | None = None, read_only: bool = False
-  ):
-    """Initializes the checkpoints; makes nothing before the first is saved.
+  def __init__(self, folder: pathlib.Path, keep: int | None = None):
+    """Initializes the checkpoints; changes nothing before one is saved.
+
+    Then, remains of saves that were cut off are removed.
 
     Args:
       folder: Where they are.
       keep: How many to keep, the newest; None keeps all.
-      read_only: If False, remains of saves that were cut off are removed.
     """
     self.folder = folder.absolute()
     self._keep = keep
-    self._read_only = read_only
     self._manager = None
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
       processes.first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-      # Not Orbax's option read_only, which warns of itself.
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=self._keep, cleanup_tmp_directories=not self._read_only
+        max_to_keep=self._keep, cleanup_tmp_directories=True
       )
       if processes.are_several():
         # Then processes wait for each other in the coordinator; collectives of
@@ -95,17 +98,20 @@ class Checkpoints:
     if self._manager is not None:
       self._manager.wait_until_finished()
 
-  def restore(self, step: int, abstract: Any) -> Any:
+  def restore(self, step: int, abstract: Any, keep_dtypes: bool = False) -> Any:
     """Returns what was saved at a step.
 
     Args:
       step: One of `steps`.
       abstract: The tree with `jax.ShapeDtypeStruct` for arrays, which say where
         the arrays shall be.
+      keep_dtypes: If True, arrays have the dtypes that were saved, whatever
+        those of `abstract` are.
 
     Raises:
       ValueError: If there is no such step.
-      DamagedError: If it cannot be read, or is not of that form.
+      FormError: If it has other arrays, or arrays of other shapes or dtypes.
+      DamagedError: If it cannot be read.
     """
     everywhere = jax.tree.leaves(abstract)[0].sharding
     if isinstance(everywhere, jax.sharding.NamedSharding):
@@ -115,7 +121,7 @@ class Checkpoints:
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
     }
     # What one process cannot read, none of them takes for restored.
-    saved = processes.everywhere(lambda: self._read(step, wanted))
+    saved = processes.everywhere(lambda: self._read(step, wanted, keep_dtypes))
     # Copied: on a CPU, arrays from Orbax may share memory that is not JAX's to
     # give away.
     tree, checksum = _copy_with_checksum(saved['tree'])
@@ -127,7 +133,7 @@ class Checkpoints:
     processes.everywhere(check)
     return tree
 
-  def _read(self, step: int, wanted: Any) -> Any:
+  def _read(self, step: int, wanted: Any, keep_dtypes: bool) -> Any:
     """Reads what this process has of a step; waits for no other process."""
     deadline = time.monotonic() + processes.SHARED_SECONDS
     while step not in self.steps():
@@ -137,30 +143,30 @@ class Checkpoints:
           f'{", ".join(map(str, self.steps())) or "none"}'
         )
       time.sleep(0.1)
+    path = self.folder / str(step)
+    # Not by the manager, which takes all steps to be like the newest one, and
+    # would wait for other processes, even for one that has failed.
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f'process_{jax.process_index()}',
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     try:
-      if not processes.are_several():
-        manager = self._open()
-        return manager.restore(step, args=ocp.args.StandardRestore(wanted))
-      # The manager would wait for the others, even for one that has failed.
-      alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=f'process_{jax.process_index()}',
-      )
-      reader = ocp.Checkpointer(
-        ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-        multiprocessing_options=alone,
-      )
-      with reader:
+      with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        # Orbax says at length what it cannot read, and what does not fit.
+        _read_all(path / _ITEM)
+        saved = handler.metadata(path / _ITEM)
+        wanted = _matched(path, wanted, saved, keep_dtypes)
         return reader.restore(
-          self.folder / str(step) / _ITEM,
-          args=ocp.args.StandardRestore(wanted),
+          path / _ITEM, args=ocp.args.StandardRestore(wanted)
         )
+    except FormError:
+      raise
     except Exception as error:  # Whatever a broken file makes Orbax raise.
       reason = str(error).strip().split('\n')[0][:200]
       raise DamagedError(
-        f'{self.folder / str(step)} cannot be read ({type(error).__name__}: '
-        f'{reason})'
+        f'{path} cannot be read ({type(error).__name__}: {reason})'
       ) from error
 
   def move(self, step: int, folder: pathlib.Path) -> pathlib.Path:
@@ -181,13 +187,20 @@ class Checkpoints:
       return target
 
     target = processes.first(move)
-    self._open().reload()
+    if self._manager is not None:
+      self._manager.reload()
     return target
 
   def close(self) -> None:
     """Waits until all is on disk, and stops writing."""
     if self._manager is not None:
       self._manager.close()
+
+
+def shown_problems(problems: Sequence[str]) -> str:
+  """Returns what is wrong with the newest step, and with how many more."""
+  first, *others = problems
+  return f'{first}, and {len(others)} more' if others else first
 
 
 def free_path(path: pathlib.Path) -> pathlib.Path:
@@ -206,12 +219,13 @@ def snapshot_steps(config: base_config.ScheduleConfig) -> tuple[int, ...]:
     log      first_save (training_steps / first_save)^(i / (num_saves - 1))
 
   for i = 0, ..., num_saves - 1, rounded; where two would meet, the later one
-  moves on. There are fewer of them if the run has fewer steps.
+  moves on. There are fewer of them if the run has fewer steps, and a single one
+  is of the last step.
   """
   first, last = config.first_save, config.training_steps
   num = min(config.num_saves, last - first + 1)
-  if num <= 0:
-    return ()
+  if num <= 1:
+    return (last,) * max(num, 0)
   spaced = (
     np.linspace if config.saving_schedule_type == 'linear' else (np.geomspace)
   )
@@ -221,6 +235,62 @@ def snapshot_steps(config: base_config.ScheduleConfig) -> tuple[int, ...]:
   steps = np.maximum.accumulate(steps - order) + order
   steps = np.minimum(steps, last - order[::-1])
   return tuple(int(step) for step in steps)
+
+
+def _read_all(path: pathlib.Path) -> None:
+  """Reads all bytes that were saved; raises an exception if one is missing."""
+  base = {'driver': 'file', 'path': f'{path}/'}
+  store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
+  for key in store.list().result():
+    store.read(key).result()
+
+
+def _matched(
+  path: pathlib.Path, wanted: Any, saved: Any, keep_dtypes: bool
+) -> Any:
+  """The wanted tree, in the dtypes in which it is read.
+
+  Args:
+    path: Folder of the step, for messages.
+    wanted: As for `Checkpoints.restore`.
+    saved: Orbax's metadata of what was saved.
+    keep_dtypes: As for `Checkpoints.restore`.
+
+  Raises:
+    FormError: If what was saved is not what is wanted.
+  """
+  saved, leaves = map(ocp.tree.to_flat_dict, (saved, wanted))
+  for keys in sorted(saved.keys() ^ leaves.keys()):
+    there, expected = ('an', 'none') if keys in saved else ('no', 'one')
+    raise FormError(
+      f'{path} has {there} array {_shown(keys)}, where {expected} is expected'
+    )
+  read = {}
+  for keys, leaf in leaves.items():
+    shape, dtype = saved[keys].shape, jnp.dtype(saved[keys].dtype)
+    if tuple(shape) != leaf.shape:
+      raise FormError(
+        f'{path} has {_shown(keys)} of shape {tuple(shape)}, where '
+        f'{leaf.shape} is expected'
+      )
+    if not keep_dtypes and dtype != leaf.dtype:
+      is_wide = 8 in (dtype.itemsize, leaf.dtype.itemsize)
+      raise FormError(
+        f'{path} has {_shown(keys)} in {dtype}, where {leaf.dtype} is expected'
+        + (': jax_enable_x64 must be as it was' if is_wide else '')
+      )
+    # Orbax would cast it, and JAX could not compute with it.
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+      raise FormError(
+        f'{path} has {_shown(keys)} in {dtype}, which needs jax_enable_x64'
+      )
+    read[keys] = jax.ShapeDtypeStruct(shape, dtype, sharding=leaf.sharding)
+  return ocp.tree.from_flat_dict(read, wanted)
+
+
+def _shown(keys: tuple[str, ...]) -> str:
+  """Name of an array; all but the checksum are under one key."""
+  return '.'.join(keys[1:] or keys)
 
 
 @jax.jit

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import csv
 import io
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -31,13 +32,37 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
       raise
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+  """Returns plain data as JSON, which has null for NaN and infinity."""
+  return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+  if isinstance(content, Mapping):
+    return {key: _finite(value) for key, value in content.items()}
+  if isinstance(content, (list, tuple)):
+    return [_finite(value) for value in content]
+  if isinstance(content, float) and not math.isfinite(content):
+    return None
+  return content
+
+
+def measured(content: Any) -> Any:
+  """Returns what was measured, as read from JSON, with NaN for null."""
+  if isinstance(content, dict):
+    return {key: measured(value) for key, value in content.items()}
+  if isinstance(content, list):
+    return [measured(value) for value in content]
+  return math.nan if content is None else content
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes plain data as JSON, whole or not at all.
+  """Writes plain data as JSON, whole or not at all; see `to_json`.
 
   Raises:
     OSError: If it cannot be written.
   """
-  write_whole(path, (json.dumps(content, indent=2) + '\n').encode())
+  write_whole(path, (to_json(content, indent=2) + '\n').encode())
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -54,23 +79,28 @@ def read_json(path: pathlib.Path) -> Any:
     raise ValueError(f'{path} is not JSON: {error}') from error
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes a table, whole or not at all.
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns a table as text.
 
   Args:
-    path: Of the file.
     rows: By column; the columns are those of all rows, and what a row lacks or
       has as None is empty.
-
-  Raises:
-    OSError: If it cannot be written.
   """
   columns = dict.fromkeys(column for row in rows for column in row)
   text = io.StringIO()
   writer = csv.DictWriter(text, list(columns), lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows)
-  write_whole(path, text.getvalue().encode())
+  return text.getvalue()
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes a table, whole or not at all; see `to_csv`.
+
+  Raises:
+    OSError: If it cannot be written.
+  """
+  write_whole(path, to_csv(rows).encode())
 
 
 def read_csv(path: pathlib.Path) -> list[dict[str, Any]]:

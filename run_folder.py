@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -66,6 +67,13 @@ _PACKAGES = (
 
 class SaveError(OSError):
   """The folder of a run cannot be written to."""
+
+
+def is_full(error: Exception | str) -> bool:
+  """Whether an error says that a disk is full, or a quota used up."""
+  return any(
+    os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
+  )
 
 
 def read_config(
@@ -125,8 +133,23 @@ def read_metrics(path: pathlib.Path) -> tuple[list[dict[str, Any]], str]:
       raise ValueError(
         f'{path}: line {number} is not an entry of a log: {error}'
       ) from error
-    entries.append(entry)
+    entries.append(files.measured(entry))
   return entries, ''
+
+
+def read_starts(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns what environment.json says of every start of a run.
+
+  Raises:
+    ValueError: If it cannot be read, or says nothing of starts.
+  """
+  content = files.read_json(folder / ENVIRONMENT)
+  starts = content.get('starts') if isinstance(content, dict) else None
+  if not isinstance(starts, list) or not all(
+    isinstance(start, dict) for start in starts
+  ):
+    raise ValueError(f'{folder / ENVIRONMENT} has no list of starts')
+  return starts
 
 
 def split_entries(
@@ -177,7 +200,7 @@ class RunFolder:
       if not holds_run:
         return
     except OSError as error:
-      raise _save_error(self.path, error) from error
+      raise save_error(self.path, error) from error
     present = read_config(self.path, type(config))
     differences = base_config.differences(
       base_config.to_dict(present), base_config.to_dict(config)
@@ -209,7 +232,7 @@ class RunFolder:
         for name in (METRICS, ENVIRONMENT, CONFIG):
           (self.path / name).unlink(missing_ok=True)
     except OSError as error:
-      raise _save_error(self.path, error) from error
+      raise save_error(self.path, error) from error
 
   @contextlib.contextmanager
   def open(self, config: base_config.Config) -> Iterator['RunFolder']:
@@ -232,7 +255,7 @@ class RunFolder:
           stack.enter_context(self._locked())
           files.write_json(self.path / CONFIG, base_config.to_dict(config))
         except OSError as error:
-          raise _save_error(self.path, error) from error
+          raise save_error(self.path, error) from error
 
       processes.first(hold)
       processes.everywhere(lambda: self._check_shared(config))
@@ -302,17 +325,23 @@ class RunFolder:
         checkpoints.close()
 
   def restore(
-    self, abstract: Any, log_steps: Sequence[int], max_lost: int
+    self,
+    abstract: Any,
+    log_steps: Sequence[int],
+    max_lost: int,
+    abstract_params: Any = None,
   ) -> tuple[int, Any, list[str]]:
     """Returns where the run stands, and opens its metrics to go on.
 
     It stands at the newest checkpoint that can be read and to which the
-    log is whole. What is newer is moved to set_aside/.
+    log is whole. What is newer is moved to set_aside/, and so are newer
+    snapshots that cannot be read, to be made again.
 
     Args:
       abstract: What is restored, as for `Checkpoints.restore`.
       log_steps: Steps that have an entry in the log.
       max_lost: Most steps that a run can have done without a checkpoint.
+      abstract_params: Form of a snapshot; None looks at none of them.
 
     Returns:
       The step, what was saved then (0 and None if the run has not begun), and
@@ -322,14 +351,15 @@ class RunFolder:
       ValueError: If there is nothing to go on from; nothing was changed.
       SaveError: If the folder cannot be written to.
     """
-    entries, torn, candidates = processes.first(
+    entries, torn, candidates, snapshots = processes.first(
       lambda: (
         *read_metrics(self.path / METRICS),
         tuple(reversed(self._checkpoints.steps())),
+        self._snapshots.steps(),
       )
     )
     logged = {entry['step'] for entry in entries}
-    passed_over = {}
+    passed_over, unreadable = {}, {}
     step, tree = 0, None
     for candidate in candidates:
       missing = [n for n in log_steps if n <= candidate and n not in logged]
@@ -347,14 +377,23 @@ class RunFolder:
           raise
         passed_over[candidate] = str(error)
     if tree is None and (passed_over or max(logged, default=0) > max_lost):
-      problems = '; '.join(passed_over.values()) or (
-        f'{self.path / METRICS} goes to step {max(logged)}'
+      problems = checkpointing.shown_problems(
+        list(passed_over.values())
+        or [f'{self.path / METRICS} goes to step {max(logged)}']
       )
       raise ValueError(
         f'{self.path} has no checkpoint to go on from ({problems}); nothing '
         'was changed: mend it, choose another name or folder '
         '(--name, --output_dir), or begin anew (--overwrite)'
       )
+    if abstract_params is not None:
+      for candidate in (n for n in snapshots if n > step):
+        try:
+          self._snapshots.restore(candidate, abstract_params)
+        except ValueError as error:
+          if processes.is_lost(error):
+            raise
+          unreadable[candidate] = str(error)
     messages = []
     if torn:
       messages.append(
@@ -362,11 +401,15 @@ class RunFolder:
         f'{torn[:60]!r}'
       )
     try:
-      for candidate, problem in passed_over.items():
-        target = self._checkpoints.move(candidate, self.path / SET_ASIDE)
-        messages.append(f'{problem}; moved it to {target}')
+      for states, problems in (
+        (self._checkpoints, passed_over),
+        (self._snapshots, unreadable),
+      ):
+        for candidate, problem in problems.items():
+          target = states.move(candidate, self.path / SET_ASIDE)
+          messages.append(f'{problem}; moved it to {target}')
     except OSError as error:
-      raise _save_error(self.path, error) from error
+      raise save_error(self.path, error) from error
     kept = [entry for entry in entries if entry['step'] <= step]
     is_cut = bool(torn or (passed_over and len(kept) < len(entries)))
     messages += processes.first(lambda: self._begin(step, kept, is_cut))
@@ -398,12 +441,12 @@ class RunFolder:
         files.write_whole(path, _format_entries(kept))
       self._metrics = path.open('ab')
     except OSError as error:
-      raise _save_error(self.path, error) from error
+      raise save_error(self.path, error) from error
     if step:
       messages.append(f'{self.path}: going on from step {step}')
     try:
-      self._starts = files.read_json(self.path / ENVIRONMENT)['starts']
-    except (ValueError, KeyError, TypeError):
+      self._starts = read_starts(self.path)
+    except ValueError:
       self._starts = []  # Not there yet, or not ours.
     self._clock = time.monotonic()
     self._starts.append({**describe_environment(), 'first_step': step})
@@ -430,14 +473,28 @@ class RunFolder:
     line = dict(entry)
     if members:
       line[_MEMBERS] = list(members)
+    self._check_there()
     if processes.is_first():
       try:
         self._metrics.write(_format_entries([line]))
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
       except OSError as error:
-        raise _save_error(self.path, error, self.last_checkpoint) from error
+        raise save_error(self.path, error, self.last_checkpoint) from error
     self._entries.append(line)
+
+  def _check_there(self) -> None:
+    """Raises SaveError if somebody has deleted the run or moved it away.
+
+    Its log could still be written to, and Orbax makes folders anew.
+    """
+    if not processes.is_first():
+      return
+    is_there = all((self.path / name).exists() for name in (CONFIG, METRICS))
+    if not is_there or os.fstat(self._metrics.fileno()).st_nlink == 0:
+      raise SaveError(
+        f'{self.path} was deleted, moved or emptied while it was trained'
+      )
 
   @property
   def last_checkpoint(self) -> int | None:
@@ -473,6 +530,7 @@ class RunFolder:
     tree: Any,
     wait: bool,
   ) -> None:
+    self._check_there()
     try:
       checkpoints.save(step, tree)
       if wait:
@@ -481,7 +539,7 @@ class RunFolder:
     except Exception as error:  # Whatever Orbax makes of a full disk.
       if processes.is_lost(error):
         raise
-      raise _save_error(self.path, error, self.last_checkpoint) from error
+      raise save_error(self.path, error, self.last_checkpoint) from error
 
   def finish(self, step: int, how: str) -> None:
     """Notes how training ended, once all is on disk.
@@ -495,11 +553,12 @@ class RunFolder:
     except Exception as error:  # As above.
       if processes.is_lost(error):
         raise
-      raise _save_error(self.path, error, self.last_checkpoint) from error
+      raise save_error(self.path, error, self.last_checkpoint) from error
     self._note(step, how)
 
   def _note(self, step: int, how: str = 'running, or killed') -> None:
     """Notes how far a start has come."""
+    self._check_there()
     if not processes.is_first():
       return
     self._starts[-1] |= {
@@ -510,7 +569,7 @@ class RunFolder:
     try:
       files.write_json(self.path / ENVIRONMENT, {'starts': self._starts})
     except OSError as error:
-      raise _save_error(self.path, error, self.last_checkpoint) from error
+      raise save_error(self.path, error, self.last_checkpoint) from error
 
 
 def describe_environment() -> dict[str, Any]:
@@ -557,12 +616,19 @@ def _commit() -> str | None:
 
 
 def _format_entries(entries: Iterable[Mapping[str, Any]]) -> bytes:
-  return ''.join(json.dumps(entry) + '\n' for entry in entries).encode()
+  return ''.join(files.to_json(entry) + '\n' for entry in entries).encode()
 
 
-def _save_error(
+def save_error(
   path: pathlib.Path, error: Exception, last_checkpoint: int | None = None
 ) -> SaveError:
+  """Returns what to raise when a folder cannot be written to.
+
+  Args:
+    path: Folder.
+    error: What went wrong.
+    last_checkpoint: Step of the last good one, if there is one.
+  """
   reason = getattr(error, 'strerror', None)
   if not reason:
     # What Orbax says ends with what the system said.

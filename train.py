@@ -775,7 +775,10 @@ class _Training:
       RunState(state, sums),
     )
     step, saved, messages = self._run.restore(
-      abstract, self._log_steps, config.schedule.ckpt_frequency
+      abstract,
+      self._log_steps,
+      config.schedule.ckpt_frequency,
+      abstract.train.params,
     )
     for message in messages if processes.is_first() else ():
       print(message, file=sys.stderr, flush=True)

@@ -38,6 +38,7 @@ import timing
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import files
+from nonstationary_mbml.experiments import command_line
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _OUTPUT = _ROOT / 'results' / 'benchmarks.json'
@@ -344,7 +345,7 @@ def write(path: pathlib.Path | None, results: dict[str, Any]) -> None:
   """Writes the results, unless there is no path."""
   if path is not None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(results, indent=1) + '\n'
+    content = files.to_json(results, indent=1) + '\n'
     files.write_whole(path, content.encode())
 
 
@@ -409,8 +410,9 @@ def run(
       print(f'  {error}')
   seconds = time.perf_counter() - start
   results['seconds'] += seconds
-  write(output, results)
+  # Before it is written, which may fail.
   print(f'\n{seconds / 60:.1f} minutes\n\n{markdown(results)}')
+  write(output, results)
 
 
 def main() -> None:
@@ -445,9 +447,10 @@ def main() -> None:
     output = _OUTPUT
   try:
     run(args.only, args.quick, args.repeats, output)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
+  except (OSError, ValueError) as error:
+    command_line.end_with(error)
 
 
 if __name__ == '__main__':
-  main()
+  with command_line.printing():
+    main()

@@ -36,6 +36,7 @@ import timing
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import files
+from nonstationary_mbml.experiments import command_line
 
 _OUTPUT = pathlib.Path(__file__).parent.parent / 'results' / 'scaling.json'
 _REPEATS = 7
@@ -280,8 +281,9 @@ def main() -> None:
       files.write_json(arguments.output, content)
       print(f'Wrote {arguments.output}')
   except (OSError, ValueError) as error:
-    sys.exit(f'error: {error}')
+    command_line.end_with(error)
 
 
 if __name__ == '__main__':
-  main()
+  with command_line.printing():
+    main()

@@ -256,7 +256,7 @@ def main(argv: list[str]) -> None:
   folder = command_line.make_folder(flags.FLAGS.output_dir)
   cells: list[Any] = []
   for source in SOURCES:
-    print(f'{source} ...', flush=True)
+    command_line.say(f'{source} ...')
     cells += make_row(
       source,
       flags.FLAGS.num_sequences,
@@ -265,23 +265,25 @@ def main(argv: list[str]) -> None:
       flags.FLAGS.seed,
       flags.FLAGS.alphabet_size,
     )
-  files.write_whole(folder / 'table.csv', to_csv(cells).encode())
-  png = io.BytesIO()
-  plotting.plot_bayes_table(
-    [dataclasses.asdict(cell) for cell in cells], LABELS
-  ).savefig(png, format='png')
-  files.write_whole(folder / 'table.png', png.getvalue())
-  print(
+  # Before it is written, which may fail.
+  command_line.say(
     '\nCumulative regret (nats), mean ± standard error of '
     f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '
     'symbols; in bold the exact Bayes predictor of the source:\n\n'
     f'{to_markdown(cells)}\n'
   )
   for cell in not_above(cells):
-    print(
+    command_line.say(
       f'{LABELS[cell.predictor]} is not clearly above the own predictor of '
       f'{cell.source}: {cell.above_own:+.4f} ± {cell.above_own_stderr:.4f}'
     )
+  png = io.BytesIO()
+  plotting.plot_bayes_table(
+    [dataclasses.asdict(cell) for cell in cells], LABELS
+  ).savefig(png, format='png')
+  with command_line.saving(folder):
+    files.write_whole(folder / 'table.csv', to_csv(cells).encode())
+    files.write_whole(folder / 'table.png', png.getvalue())
   print(f'Wrote table.csv and table.png to {folder}')
 
 

@@ -8,10 +8,14 @@ Whatever is wrong on the command line is one line on stderr.
 """
 
 from collections.abc import Callable
-import errno
+from collections.abc import Iterator
+import contextlib
+import os
 import pathlib
+import signal
 import sys
 import traceback
+from typing import NoReturn
 
 from absl import app
 from absl import flags
@@ -25,8 +29,10 @@ from nonstationary_mbml import runtime
 # Of a script that was asked to stop, and goes on when it is started again:
 # EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
-# Of a script that cannot write, as on a full disk: EX_IOERR.
+# Of a script that has no place to write to, as on a full disk: EX_IOERR.
 EXIT_CANNOT_SAVE = 74
+# Of a script whose output nobody reads any more, as a shell has it.
+_EXIT_UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
 
 # So that --help of a script shows the flags that are defined here.
 flags.disclaim_key_flags()
@@ -117,6 +123,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   def run_main(argv: list[str]) -> None:
     try:
       main(argv)
+    except BrokenPipeError:
+      raise
     except Exception as error:
       if processes.is_lost(error):
         reason = str(error).splitlines()[0][:200]
@@ -131,7 +139,67 @@ def run(main: Callable[[list[str]], None]) -> None:
       processes.end_at_once(1)
       raise
 
-  app.run(run_main, flags_parser=_parse_flags)
+  with printing():
+    app.run(run_main, flags_parser=_parse_flags)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+  """Inside a `with`, a script ends quietly when nobody reads what it prints."""
+  try:
+    yield
+  except OSError as error:
+    if not isinstance(error, BrokenPipeError) and not run_folder.is_full(error):
+      raise
+    _print_nowhere()
+    if run_folder.is_full(error):
+      end_with(error)
+    processes.end_at_once(_EXIT_UNREAD)
+    sys.exit(_EXIT_UNREAD)
+  finally:
+    flush()
+
+
+def say(text: str) -> None:
+  """Prints; where nobody reads it any more, the script goes on without."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    _print_nowhere()
+
+
+def flush() -> None:
+  """Prints what is left; where nobody reads it, lets it go."""
+  try:
+    if sys.stdout is not None:  # It is where it was closed before the start.
+      sys.stdout.flush()
+  except OSError as error:
+    _print_nowhere()
+    if not isinstance(error, BrokenPipeError):
+      end_with(error)
+
+
+def _print_nowhere() -> None:
+  """Not even when Python ends, which would be a traceback."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def end_with(error: Exception) -> NoReturn:
+  """Ends a script with a line on stderr that says what is wrong.
+
+  Raises:
+    Exception: The error itself, where `run` knows better how to end.
+  """
+  if processes.is_lost(error) or isinstance(error, BrokenPipeError):
+    raise error
+  # What is printed may go to the same disk.
+  with contextlib.suppress(OSError):
+    print(f'error: {error}', file=sys.stderr)
+  code = EXIT_CANNOT_SAVE if run_folder.is_full(error) else 1
+  if isinstance(error, OSError):
+    # The first process alone writes; the others end when it has.
+    processes.end_at_once(code)
+  sys.exit(code)
 
 
 def check_distributed_flags() -> None:
@@ -171,21 +239,23 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
     )
 
 
-def cannot_save(error: Exception) -> bool:
-  """Whether what went wrong is that there is no place to write to."""
-  return isinstance(error, run_folder.SaveError) or (
-    isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-  )
-
-
 def make_folder(path: str) -> pathlib.Path:
   """Returns a folder that is there, or exits with an error."""
   folder = pathlib.Path(path)
-  try:
+  with saving(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    sys.exit(f'error: cannot write to {folder}: {error.strerror}')
   return folder
+
+
+@contextlib.contextmanager
+def saving(folder: pathlib.Path) -> Iterator[None]:
+  """Inside a `with`, ends the script if a folder cannot be written to."""
+  try:
+    yield
+  except BrokenPipeError:  # Not of the folder.
+    raise
+  except OSError as error:
+    end_with(run_folder.save_error(folder, error))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

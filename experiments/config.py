@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import types
 import typing
 from typing import Any
@@ -229,14 +230,16 @@ class ExperimentSweep(base_config.Config):
   def points(self) -> list[SweepPoint]:
     """Returns the points, each named by the base and by what was set.
 
-    Of a named value the name is shown, else `path=value`:
+    Of a named value the name is shown, else `path=value`, with - for a slash,
+    which no name of a folder has:
 
       base,seed=0,train.learning_rate=0.001,small
 
     Raises:
       ValueError: If a path is unknown, its values are neither a sequence nor
-        named, or two points have the same name.
+        named, two points have the same name, or the base is called by a path.
     """
+    base_config.check_name('base_config.name', self.base_config.name)
     points = {}
     for specific in self.specific_sweeps or ({},):
       sweep = {**self.general_sweep, **specific}
@@ -247,7 +250,8 @@ class ExperimentSweep(base_config.Config):
           with base_config.naming(path):
             overrides |= _fields_set(path, value)
           settings[path] = label
-          shown.append(label if is_named else f'{path}={label}')
+          text = label if is_named else f'{path}={label}'
+          shown.append(re.sub(r'[/\\]', '-', text))
         config = with_overrides(self.base_config, overrides)
         config.name = ','.join(shown)
         if config.name in points:

@@ -94,7 +94,8 @@ def evaluate(
   """Returns the tables of a run at some of its steps, ready for JSON.
 
   All steps are evaluated on the same sequences: those of the table that the
-  launch script made, if source and length are the same.
+  launch script made, if source and length are the same. Of several steps, one
+  that cannot be read is left out with a warning.
 
   Args:
     folder: Of the run.
@@ -104,12 +105,17 @@ def evaluate(
     use_tqdm: Show progress.
 
   Raises:
-    ValueError: If a step is not there, or the network cannot be evaluated so.
+    ValueError: If a step is not there, none of them can be read, or the network
+      cannot be evaluated so.
   """
-  by_step = []
+  by_step, problems = [], []
   evaluator = exact = None
   for step in steps:
-    run = runs.load_run(folder, step)
+    try:
+      run = runs.load_run(folder, step)
+    except checkpointing.DamagedError as error:
+      problems.insert(0, str(error))
+      continue
     if evaluator is None:
       evaluator = runs.build_evaluator(run, config.eval)
     table = tables.make_table(
@@ -122,6 +128,10 @@ def evaluate(
     )
     exact = table.exact
     by_step.append({'step': run.step, 'table': table.rows})
+  if not by_step:
+    raise ValueError(checkpointing.shown_problems(problems))
+  for problem in problems:
+    warnings.warn(f'{problem}; left out', stacklevel=2)
   return {
     'eval': base_config.to_dict(config.eval),
     'num_sequences': num_sequences,
@@ -161,7 +171,7 @@ def write(folder: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
     The file.
 
   Raises:
-    ValueError: If it cannot be written.
+    SaveError: If it cannot be written.
   """
   source = content['eval']['data']['trajectory_generator']
   steps = [by['step'] for by in content['steps']]
@@ -175,7 +185,7 @@ def write(folder: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
       path = checkpointing.free_path(path)
     files.write_json(path, content)
   except OSError as error:
-    raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
+    raise run_folder.save_error(folder, error) from error
   return path
 
 
@@ -250,12 +260,18 @@ def _parse_steps(folder: pathlib.Path, text: str) -> tuple[int | None, ...]:
     ) from error
 
 
-def _newest(folder: pathlib.Path) -> tuple[int, ...]:
-  """The newest step that was saved, whether it can be read or not."""
-  steps = runs.saved_steps(folder)
-  if not steps:
-    raise ValueError(f'{folder} has kept no step')
-  return steps[-1:]
+def _print(
+  config: config_lib.ExperimentConfig, content: dict[str, Any]
+) -> None:
+  """Prints the tables; before they are written, which may fail."""
+  source = config.eval.data.trajectory_generator
+  command_line.say(
+    f'{content["num_sequences"]} fresh sequences of {config.eval.seq_length} '
+    f'symbols from the {source} source:\n'
+  )
+  command_line.say(format_content(content))
+  if content['exact_predictor'] is None:
+    command_line.say(f'\n{tables.no_exact_predictor(source)}')
 
 
 def main(argv: list[str]) -> None:
@@ -280,9 +296,6 @@ def main(argv: list[str]) -> None:
       tuple(values['set'].value),
     )
     steps = processes.first(lambda: _parse_steps(folder, values.step))
-    if processes.are_several() and steps == (None,):
-      # While the run trains, each of them could find another one.
-      steps = processes.first(lambda: _newest(folder))
     processes.check_same(
       'their flags',
       {
@@ -293,22 +306,13 @@ def main(argv: list[str]) -> None:
     content = evaluate(
       folder, config, steps, values.num_sequences, use_tqdm=True
     )
+    if processes.is_first():
+      _print(config, content)
     path = processes.first(lambda: write(folder, content))
-  except ValueError as error:
-    if processes.is_lost(error):
-      raise
-    sys.exit(f'error: {error}')
-  if not processes.is_first():
-    return
-  source = config.eval.data.trajectory_generator
-  print(
-    f'{values.num_sequences} fresh sequences of {config.eval.seq_length} '
-    f'symbols from the {source} source:\n'
-  )
-  print(format_content(content))
-  if content['exact_predictor'] is None:
-    print(f'\n{tables.no_exact_predictor(source)}')
-  print(f'\nWrote {path}')
+  except (ValueError, OSError) as error:
+    command_line.end_with(error)
+  if processes.is_first():
+    print(f'\nWrote {path}')
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
   try:
     size = runs.export(folder, target)
   except (ValueError, OSError) as error:
-    sys.exit(f'error: {error}')
+    command_line.end_with(error)
   print(f'Wrote {target}: {size / 1024:.0f} KiB')
 
 

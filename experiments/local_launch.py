@@ -26,7 +26,6 @@ Writes into <output_dir>/<name>/: config.json, environment.json, metrics.jsonl,
 checkpoints/ and snapshots/, and at the end table.json and figure.png.
 """
 
-import contextlib
 import functools
 import io
 import operator
@@ -217,6 +216,8 @@ def run(
       num_sequences,
       use_tqdm=True,
     )
+    if processes.is_first():
+      _print_table(config, table, num_sequences, seconds)
     processes.first(
       lambda: _write_table(
         config, result, table, rng_figure, folder, num_sequences
@@ -224,22 +225,30 @@ def run(
     )
   if not processes.is_first():
     return table.rows
-
-  source = config.eval.data.trajectory_generator
-  print(
-    f'\n{num_sequences} fresh sequences of {config.eval.seq_length} symbols '
-    f'from the {source} source, after {config.schedule.training_steps} steps '
-    f'({seconds:.0f} s):\n'
-  )
-  print(tables.format_table(table.rows))
-  if table.exact is None:
-    print(f'\n{tables.no_exact_predictor(source)}')
   print(
     f'\nCompiled {compilations.compiled} programs and loaded '
     f'{compilations.loaded} from the cache, in {compilations.seconds:.1f} s.'
   )
   print(f'Wrote the run, table.json and figure.png to {folder}')
   return table.rows
+
+
+def _print_table(
+  config: config_lib.ExperimentConfig,
+  table: tables.Table,
+  num_sequences: int,
+  seconds: float,
+) -> None:
+  """Prints the table of a run; before it is written, which may fail."""
+  source = config.eval.data.trajectory_generator
+  command_line.say(
+    f'\n{num_sequences} fresh sequences of {config.eval.seq_length} symbols '
+    f'from the {source} source, after {config.schedule.training_steps} steps '
+    f'({seconds:.0f} s):\n'
+  )
+  command_line.say(tables.format_table(table.rows))
+  if table.exact is None:
+    command_line.say(f'\n{tables.no_exact_predictor(source)}')
 
 
 def _write_table(
@@ -441,16 +450,7 @@ def main(argv: list[str]) -> None:
     processes.end_at_once(command_line.EXIT_STOPPED)
     sys.exit(command_line.EXIT_STOPPED)
   except (ValueError, OSError, train.NonFiniteError) as error:
-    if processes.is_lost(error):
-      raise
-    if not command_line.cannot_save(error):
-      sys.exit(f'error: {error}')
-    # What is printed may go to the same disk.
-    with contextlib.suppress(OSError):
-      print(f'error: {error}', file=sys.stderr)
-    # The first process alone writes; the others end when it has.
-    processes.end_at_once(command_line.EXIT_CANNOT_SAVE)
-    sys.exit(command_line.EXIT_CANNOT_SAVE)
+    command_line.end_with(error)
 
 
 if __name__ == '__main__':

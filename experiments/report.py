@@ -14,8 +14,11 @@ again from the CSV files that are there.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import io
+import os
 import pathlib
 import sys
 from typing import Any
@@ -43,18 +46,19 @@ def describe_runs(networks: questions.Networks) -> list[dict[str, Any]]:
   """Returns what was trained, where and for how long: a row for every run."""
   rows = []
   for network in networks:
-    environment = files.read_json(network.folder / run_folder.ENVIRONMENT)
-    starts = environment['starts']
-    rows.append(
-      {
-        'point': network.config.name,
-        'source': network.source,
-        'predictor': network.architecture,
-        'num_seeds': len(network.seeds),
-        'seeds': ' '.join(map(str, network.seeds)),
-        'learning_rate': network.config.train.learning_rate,
-        'seq_length': network.config.train.seq_length,
-        'steps': network.config.schedule.training_steps,
+    row = {
+      'point': network.config.name,
+      'source': network.source,
+      'predictor': network.architecture,
+      'num_seeds': len(network.seeds),
+      'seeds': ' '.join(map(str, network.seeds)),
+      'learning_rate': network.config.train.learning_rate,
+      'seq_length': network.config.train.seq_length,
+      'steps': network.config.schedule.training_steps,
+    }
+    starts = run_folder.read_starts(network.folder)
+    with _of_another_form(network.folder / run_folder.ENVIRONMENT):
+      row |= {
         'seconds': sum(start['seconds'] for start in starts),
         'starts': len(starts),
         'device': ' '.join(starts[-1]['devices']),
@@ -62,8 +66,37 @@ def describe_runs(networks: questions.Networks) -> list[dict[str, Any]]:
         'jax': starts[-1]['packages']['jax'],
         'commit': starts[-1]['commit'],
       }
-    )
+    rows.append(row)
   return rows
+
+
+@contextlib.contextmanager
+def _of_another_form(path: pathlib.Path) -> Iterator[None]:
+  """Inside a `with`, what goes wrong is that a file is not as we write it."""
+  try:
+    yield
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise ValueError(f'{path} is not what it should be: {error!r}') from error
+
+
+def _read_commands(folder: pathlib.Path) -> dict[str, Any]:
+  """The sweep that the tables of a folder are of, and what made them.
+
+  Raises:
+    ValueError: If the file that says so is of another form.
+  """
+  path = folder / COMMANDS
+  if not path.exists():
+    return {'sweep': None, 'commands': {}}
+  content = files.read_json(path)
+  with _of_another_form(path):
+    return {'sweep': content['sweep'], 'commands': dict(content['commands'])}
 
 
 def measure(
@@ -89,21 +122,24 @@ def measure(
   Raises:
     ValueError: If the networks cannot be compared, or the folder has tables of
       another sweep.
-    OSError: If a file cannot be written.
+    SaveError: If a table cannot be written; then it is printed.
   """
-  made = {'sweep': sweep, 'commands': {}}
-  if (folder / COMMANDS).exists():
-    made = files.read_json(folder / COMMANDS)
-  if made['sweep'] != sweep:
+  made = _read_commands(folder)
+  if made['sweep'] not in (None, sweep):
     raise ValueError(
       f'{folder} has the tables of another sweep; choose another --output_dir, '
       'or delete them'
     )
+  made['sweep'] = sweep
 
   def write(table: str, rows: Rows) -> None:
     path = folder / f'{table}.csv'
     if rows:
-      files.write_csv(path, rows)
+      try:
+        files.write_csv(path, rows)
+      except OSError as error:
+        command_line.say(f'{path.name}:\n{files.to_csv(rows)}')
+        raise run_folder.save_error(folder, error) from error
       made['commands'][table] = command
     else:  # Nor what an earlier measurement has left.
       path.unlink(missing_ok=True)
@@ -166,13 +202,12 @@ def draw(folder: pathlib.Path) -> list[str]:
     OSError: If a file cannot be written.
   """
   training_length = None
-  if (folder / f'{RUNS}.csv').exists():
-    (training_length, *_) = {
-      row['seq_length'] for row in files.read_csv(folder / f'{RUNS}.csv')
-    } or (None,)
-  commands = {}
-  if (folder / COMMANDS).exists():
-    commands = files.read_json(folder / COMMANDS)['commands']
+  path = folder / f'{RUNS}.csv'
+  if path.exists():
+    rows = files.read_csv(path)
+    with _of_another_form(path):
+      (training_length, *_) = {row['seq_length'] for row in rows} or (None,)
+  commands = _read_commands(folder)['commands']
   names = [RUNS, *(name for of in questions.QUESTIONS.values() for name in of)]
   written, blocks = [], []
   for name in names:
@@ -180,14 +215,17 @@ def draw(folder: pathlib.Path) -> list[str]:
     if not path.exists():
       continue
     rows = files.read_csv(path)
-    for title, to_text in question_tables.TABLES.get(name, ()):
-      made_by = f', made by `{commands[name]}`' if name in commands else ''
-      blocks.append(
-        f'## {title}\n\nFrom `{name}.csv`{made_by}.\n\n{to_text(rows)}'
-      )
-    for drawn, make in figures_of(name, rows, training_length).items():
-      png = io.BytesIO()
-      make().savefig(png, format='png')
+    made_by = f', made by `{commands[name]}`' if name in commands else ''
+    pngs = {}
+    with _of_another_form(path):
+      for title, to_text in question_tables.TABLES.get(name, ()):
+        blocks.append(
+          f'## {title}\n\nFrom `{name}.csv`{made_by}.\n\n{to_text(rows)}'
+        )
+      for drawn, make in figures_of(name, rows, training_length).items():
+        pngs[drawn] = io.BytesIO()
+        make().savefig(pngs[drawn], format='png')
+    for drawn, png in pngs.items():
       files.write_whole(folder / f'{drawn}.png', png.getvalue())
       written.append(f'{drawn}.png')
   if not blocks:
@@ -247,7 +285,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   sweep = sweep_folder.SweepFolder(values.sweep_dir)
   folder = pathlib.Path(
-    values.output_dir or pathlib.Path('results', sweep.path.name)
+    values.output_dir
+    or pathlib.Path('results', os.path.basename(os.path.abspath(sweep.path)))
   )
   chosen = values.question or list(questions.QUESTIONS)
   try:
@@ -276,7 +315,7 @@ def main(argv: list[str]) -> None:
       )
     written = draw(folder)
   except (ValueError, OSError) as error:
-    sys.exit(f'error: {error}')
+    command_line.end_with(error)
   print(f'Wrote {", ".join(written)} to {folder}')
 
 

@@ -4,6 +4,8 @@ run = load_run('runs/lstm_ptw_seed0')
 logits, _ = run.predictor.unroll(run.params, None, batch)
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 import copy
 import dataclasses
 import pathlib
@@ -53,14 +55,17 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
   """Returns a run, with the parameters it had after a step.
 
   Changes nothing in the folder; the run may still be training. A checkpoint or
-  a last line of the log that cannot be read is left out with a warning.
+  a last line of the log that cannot be read is left out with a warning. The
+  parameters have the dtypes in which they were trained. Of several processes
+  all call it, and all get the same step.
 
   Args:
     folder: Of the run.
     step: One of `saved_steps`; None is the newest one.
 
   Raises:
-    ValueError: If there is no run, no such step, or nothing that can be read.
+    ValueError: If there is no run, or no such step.
+    DamagedError: If nothing can be read, or it is of another network.
   """
   folder = pathlib.Path(folder)
   config = run_folder.read_config(folder, config_lib.ExperimentConfig)
@@ -94,7 +99,7 @@ def _open(
   if not folder.is_dir():
     raise ValueError(f'{folder} is no folder of a run')
   return tuple(
-    checkpointing.Checkpoints(folder / name, read_only=True)
+    checkpointing.Checkpoints(folder / name)
     for name in (run_folder.CHECKPOINTS, run_folder.SNAPSHOTS)
   )
 
@@ -104,29 +109,49 @@ def _load_params(
 ) -> tuple[int, predictors.Params]:
   """The parameters of a step, or of the newest that can be read."""
   checkpoints, snapshots = _open(folder)
-  steps = saved_steps(folder)
   # Of several processes each may see another state of the folder.
-  is_missing = step not in steps and not processes.are_several()
-  if step is not None and is_missing:
+  of_snapshots, of_checkpoints = processes.first(
+    lambda: (snapshots.steps(), checkpoints.steps())
+  )
+  steps = sorted({*of_snapshots, *of_checkpoints})
+  if step is not None and step not in steps:
     raise ValueError(
       f'{folder} has kept nothing of step {step}, only of '
       f'{", ".join(map(str, steps)) or "none"}'
     )
+
+  def read(candidate: int) -> Iterator[Callable[[], predictors.Params]]:
+    """The ways to read the parameters of a step."""
+    if candidate in of_snapshots:
+      params = abstract.train.params
+      yield lambda: snapshots.restore(candidate, params, keep_dtypes=True)
+    if candidate in of_checkpoints:
+      yield (
+        lambda: (
+          checkpoints.restore(
+            candidate, abstract, keep_dtypes=True
+          ).train.params
+        )
+      )
+
   problems = []
   for candidate in reversed(steps if step is None else (step,)):
-    try:
-      if candidate in snapshots.steps():
-        params = snapshots.restore(candidate, abstract.train.params)
-      else:
-        params = checkpoints.restore(candidate, abstract).train.params
-    except checkpointing.DamagedError as error:
-      problems.append(str(error))
-      warnings.warn(str(error), stacklevel=3)
-      continue
-    return candidate, params
-  raise ValueError(
+    for way in read(candidate):
+      try:
+        params = way()
+      except ValueError as error:
+        if processes.is_lost(error):
+          raise
+        problems.append(str(error))
+        continue
+      for problem in problems:
+        warnings.warn(problem, stacklevel=3)
+      return candidate, params
+  if not problems:
+    raise ValueError(f'{folder} has no parameters to load: no step was saved')
+  raise checkpointing.DamagedError(
     f'{folder} has no parameters to load: '
-    f'{"; ".join(problems) or "no step was saved"}'
+    f'{checkpointing.shown_problems(problems)}'
   )
 
 
@@ -151,18 +176,26 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     The bytes of the copy.
 
   Raises:
-    ValueError: If the run has not ended, or the target is something else.
+    ValueError: If the run has not ended or is damaged, or the target is
+      something else.
     OSError: If it cannot be written.
   """
   folder, target = pathlib.Path(folder), pathlib.Path(target)
-  steps = run_folder.read_config(
+  schedule = run_folder.read_config(
     folder, config_lib.ExperimentConfig
-  ).schedule.training_steps
-  _, snapshots = _open(folder)
+  ).schedule
+  steps = schedule.training_steps
+  checkpoints, snapshots = _open(folder)
   if steps not in snapshots.steps():
+    reason = 'its newest checkpoint says that it has not ended'
+    if schedule.num_saves == 0:
+      reason = 'schedule.num_saves is 0'
+    elif steps in checkpoints.steps():
+      reason = 'it has ended, but that snapshot is not there'
+    elif not checkpoints.steps():
+      reason = 'nor has it a checkpoint'
     raise ValueError(
-      f'{folder} has no snapshot of its last step, {steps}; it has not ended, '
-      'or schedule.num_saves is 0'
+      f'{folder} has no snapshot of its last step, {steps}: {reason}'
     )
   if target.exists() and not (target / _EXPORTED).exists():
     raise ValueError(f'{target} is there already, and no copy of a run')
@@ -172,15 +205,19 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
   with tempfile.TemporaryDirectory(dir=target.parent, prefix='.export') as new:
     new = pathlib.Path(new) / 'run'
     name = pathlib.Path(run_folder.SNAPSHOTS) / str(steps)
-    shutil.copytree(folder / name, new / name)
+    try:
+      shutil.copytree(folder / name, new / name)
+    except shutil.Error as error:
+      # It has a line for every file.
+      raise OSError(error.args[0][0][-1]) from error
     for name in (run_folder.CONFIG, 'table.json'):
       if (folder / name).exists():
         shutil.copyfile(folder / name, new / name)
-    environment = files.read_json(folder / run_folder.ENVIRONMENT)
-    for start in environment.get('starts', ()):
+    starts = run_folder.read_starts(folder)
+    for start in starts:
       for name in _PRIVATE:
         start.pop(name, None)
-    files.write_json(new / run_folder.ENVIRONMENT, environment)
+    files.write_json(new / run_folder.ENVIRONMENT, {'starts': starts})
     lines = (folder / run_folder.METRICS).read_bytes().splitlines(True)
     files.write_whole(
       new / run_folder.METRICS,
@@ -191,6 +228,8 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
       ),
     )
     files.write_json(new / _EXPORTED, {'steps_of_the_log': sorted(kept)})
+    with base_config.naming(f'the copy of {folder} cannot be loaded'):
+      load_run(new)
     if target.exists():
       target.rename(new.with_name('old'))
     new.rename(target)

@@ -124,6 +124,8 @@ class SweepFolder:
     manifest = files.read_json(path)
     with base_config.naming(str(path)):
       try:
+        for values in manifest['points']:
+          base_config.check_name('config.name', values['config']['name'])
         return [
           Point(
             values['config']['name'],
@@ -171,9 +173,7 @@ class SweepFolder:
       OSError: If it cannot be written to.
     """
     for point in points:
-      name = point.config.name
-      if name in ('', '.', '..') or pathlib.PurePath(name).name != name:
-        raise ValueError(f'the point {name!r} cannot be the name of a folder')
+      base_config.check_name('the name of a point', point.config.name)
     self.path.mkdir(parents=True, exist_ok=True)
     with (self.path / '.lock').open('a') as lock:
       self._lock(lock)
@@ -193,12 +193,15 @@ class SweepFolder:
       files.write_json(self.path / MANIFEST, manifest)
       for name in ('configs', 'points', 'logs'):
         (self.path / name).mkdir(exist_ok=True)
-      for point in points:
-        files.write_json(
-          self.config_path(point.config.name),
-          base_config.to_dict(point.config),
-        )
       yield lock
+
+  def write_config(self, config: config_lib.ExperimentConfig) -> None:
+    """Writes the config of a point, to start it from.
+
+    Raises:
+      OSError: If that is not possible.
+    """
+    files.write_json(self.config_path(config.name), base_config.to_dict(config))
 
   def _lock(self, lock: TextIO) -> None:
     """Waits for the lock, which the runs of a killed sweep still hold."""
@@ -283,7 +286,7 @@ class SweepFolder:
     """
     path = self.run_path(name) / TABLE
     try:
-      table = files.read_json(path)['table']
+      table = files.measured(files.read_json(path)['table'])
       if table and all('cumulative_regret' in row for row in table):
         return table
     except (KeyError, TypeError):
@@ -348,8 +351,8 @@ class SweepFolder:
   def seconds(self, name: str) -> float:
     """Returns how long a point has trained, over all of its starts."""
     try:
-      starts = files.read_json(self.run_path(name) / run_folder.ENVIRONMENT)
-      return sum(start['seconds'] for start in starts['starts'])
+      starts = run_folder.read_starts(self.run_path(name))
+      return sum(start['seconds'] for start in starts)
     except (ValueError, KeyError, TypeError):
       return float('nan')
 

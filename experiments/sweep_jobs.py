@@ -190,6 +190,17 @@ class _Run:
     return f'killed by signal {-code}' if code < 0 else exit_status(code)
 
 
+class _NotStarted:
+  """A run whose log cannot be opened."""
+
+  def __init__(self, name: str, error: OSError):
+    self.name = name
+    self._how = f'it was not started: {error}'
+
+  def ended(self) -> str:
+    return self._how
+
+
 def exit_status(code: int) -> str:
   """Returns how the end of a run with an exit status is called."""
   return f'exit status {code}'
@@ -232,11 +243,15 @@ class Here:
   def start(self, names: Sequence[str]) -> list[Job]:
     return [self._start(name) for name in names]
 
-  def _start(self, name: str) -> _Run:
+  def _start(self, name: str) -> Job:
     self._runs = [run for run in self._runs if run.process.poll() is None]
     taken = {run.slot for run in self._runs}
     slot = next(i for i in range(self.limit) if i not in taken)
-    with self._folder.open_log(name) as log:
+    try:
+      log = self._folder.open_log(name)
+    except OSError as error:
+      return _NotStarted(name, error)
+    with log:
       process = subprocess.Popen(
         command(self._folder, name, self._flags),
         stdin=subprocess.PIPE,

@@ -47,6 +47,7 @@ from absl import flags
 from nonstationary_mbml import base_config
 from nonstationary_mbml import interrupts as interrupting
 from nonstationary_mbml import progress
+from nonstationary_mbml import run_folder
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -70,7 +71,8 @@ class Outcome:
     failed: What went wrong with the others that were tried, by name.
     left: Names of points that were not tried, or were stopped.
     stopped_by: The signal that stopped the sweep, if one did.
-    cannot_save: Why nothing more could be written, if so: a full disk, say.
+    cannot_save: Why a run had no place to write to, or the results could not
+      be written, if so.
   """
 
   finished: list[str]
@@ -130,6 +132,13 @@ def run_sweep(
     except ValueError as error:
       failed[point.config.name] = f'its config is not valid: {error}'
   with of_sweep.open(points, num_sequences, cpu_devices) as lock:
+    for point in chosen:
+      try:
+        of_sweep.write_config(point.config)
+      except OSError as error:
+        if run_folder.is_full(error):
+          raise
+        failed[point.config.name] = f'its config cannot be written: {error}'
     flags_of_runs = [
       f'--num_sequences={num_sequences}',
       f'--cpu_devices={cpu_devices}',
@@ -199,6 +208,7 @@ class _Runner:
     )
     self.failed: dict[str, str] = {}
     self.cannot_save: str | None = None
+    self._is_full = False
 
   def run(self) -> None:
     """Runs what is not finished, or as much as a signal or disk allows."""
@@ -212,7 +222,7 @@ class _Runner:
       has_ended = False
       try:
         while self._waiting or self._running:
-          if self._interrupts.received or self.cannot_save:
+          if self._interrupts.received or self._is_full:
             break
           room = self._launcher.limit - len(self._running)
           if self._waiting and room > 0:
@@ -252,7 +262,9 @@ class _Runner:
       self._running.remove(job)
       if self._folder.is_finished(job.name):
         continue
-      if how == sweep_jobs.CANNOT_SAVE:
+      # Of one that was not even started, the reason says it.
+      if how == sweep_jobs.CANNOT_SAVE or run_folder.is_full(how):
+        self._is_full = True
         self.cannot_save = (
           f'{job.name} could not be written: '
           f'{self._folder.last_lines(job.name, 1)}'
@@ -270,6 +282,7 @@ class _Runner:
     try:
       self._folder.write_results()
     except OSError as error:
+      self._is_full = self._is_full or run_folder.is_full(error)
       self.cannot_save = self.cannot_save or (
         f'cannot write to {self._folder.path}: {error.strerror or error}'
       )
@@ -528,6 +541,7 @@ def main(argv: list[str]) -> None:
   name = values.name or values.sweep.lower()
   folder = pathlib.Path(values.output_dir) / name
   try:
+    base_config.check_name('--name', name)
     points, is_chosen = points_from_flags(values)
     if values.list:
       sweep_folder.SweepFolder(folder).check_same_sweep(
@@ -539,30 +553,26 @@ def main(argv: list[str]) -> None:
     jobs = values.jobs
     if jobs is None and executor != 'slurm':
       jobs = default_jobs()
-    outcome = run_sweep(
-      points,
-      folder,
-      jobs,
-      values.num_sequences,
-      is_chosen,
-      values.cpu_devices,
-      () if values.compilation_cache else ('--nocompilation_cache',),
-      use_tqdm=True,
-      executor=executor,
-      cluster=parse_parameters(values.cluster),
-    )
-    print(format_outcome(folder, outcome), flush=True)
+    with command_line.saving(folder):
+      outcome = run_sweep(
+        points,
+        folder,
+        jobs,
+        values.num_sequences,
+        is_chosen,
+        values.cpu_devices,
+        () if values.compilation_cache else ('--nocompilation_cache',),
+        use_tqdm=True,
+        executor=executor,
+        cluster=parse_parameters(values.cluster),
+      )
   except KeyboardInterrupt:
     print('stopped; the same command goes on', file=sys.stderr)
     sys.exit(command_line.EXIT_STOPPED)
-  except BrokenPipeError:
-    # Whoever read what is printed has enough.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return
-  except OSError as error:
-    sys.exit(f'error: cannot write to {folder}: {error.strerror or error}')
   except ValueError as error:
-    sys.exit(f'error: {error}')
+    command_line.end_with(error)
+  print(format_outcome(folder, outcome))
+  command_line.flush()
   if outcome.cannot_save is not None:
     sys.exit(command_line.EXIT_CANNOT_SAVE)
   if outcome.stopped_by is not None and outcome.left:

@@ -89,7 +89,8 @@ def main(argv: list[str]) -> None:
   )
   png = io.BytesIO()
   figure.savefig(png, format='png')
-  files.write_whole(folder / 'figure.png', png.getvalue())
+  with command_line.saving(folder):
+    files.write_whole(folder / 'figure.png', png.getvalue())
   print(f'Wrote figure.png to {folder}')
 
 

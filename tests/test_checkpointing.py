@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,16 +92,93 @@ def test_damaged_file_is_a_damaged_checkpoint(tmp_path, damage):
     checkpoints.restore(1, _abstract(tree))
 
 
-def test_tree_of_another_form_is_a_damaged_checkpoint(tmp_path):
+def _fit(checkpoints, abstract, **kwargs):
+  """The message of what does not fit at step 1."""
+  with pytest.raises(checkpointing.FormError) as error:
+    checkpoints.restore(1, abstract, **kwargs)
+  return str(error.value)
+
+
+def test_other_arrays_are_named_and_nothing_is_called_damaged(tmp_path, capfd):
   checkpoints = _saved(tmp_path, 1)
-  with pytest.raises(checkpointing.DamagedError):
-    checkpoints.restore(1, _abstract({'w': jnp.ones(3)}))
+  said = f'{tmp_path}/1 has '
+  assert _fit(checkpoints, _abstract({'w': jnp.ones(3)})) == (
+    said + 'an array opt_state.0.count, where none is expected'
+  )
+  abstract = _abstract(_TREE | {'new': jnp.ones(3)})
+  assert _fit(checkpoints, abstract) == (
+    said + 'no array new, where one is expected'
+  )
+  linear = {'w': jnp.ones((2, 4)), 'b': jnp.ones(3)}
+  abstract = _abstract(_TREE | {'params': {'linear': linear}})
+  assert _fit(checkpoints, abstract) == (
+    said + 'params.linear.w of shape (2, 3), where (2, 4) is expected'
+  )
+  # Nor does Orbax say more of it.
+  assert capfd.readouterr().err == ''
+
+
+def test_dtype_is_that_which_was_saved_whatever_the_default_is(tmp_path):
+  narrow = _saved(tmp_path / 'narrow', 1)
+  with jax.enable_x64(True):
+    tree = {'w': jnp.array([1 / 3, 2.0])}
+    wide = checkpointing.Checkpoints(tmp_path / 'wide')
+    wide.save(1, tree)
+    wide.wait()
+    abstract = _abstract(tree)
+    assert abstract['w'].dtype == jnp.float64
+    restored = wide.restore(1, abstract)['w']
+    np.testing.assert_array_equal(restored, np.array([1 / 3, 2.0]))
+
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape,
+        jnp.float64 if x.dtype == jnp.float32 else x.dtype,
+        sharding=x.sharding,
+      ),
+      _abstract(),
+    )
+    restored = narrow.restore(1, abstract, keep_dtypes=True)
+    saved = _TREE | {'step': 1}
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    assert restored['params']['linear']['w'].dtype == jnp.float32
+    assert 'in float32, where float64 is expected' in _fit(narrow, abstract)
+  abstract = _abstract({'w': jnp.ones(2)})
+  assert 'in float64, where float32 is expected' in _fit(wide, abstract)
+  assert _fit(wide, abstract, keep_dtypes=True) == (
+    f'{tmp_path}/wide/1 has w in float64, which needs jax_enable_x64'
+  )
+
+
+def test_damaged_steps_leave_the_others_readable(tmp_path, capfd):
+  _saved(tmp_path, *range(1, 7)).close()
+  for path in (tmp_path / '2').rglob('d/*'):
+    path.write_bytes(path.read_bytes()[:40])
+  path = tmp_path / '3' / 'default' / '_METADATA'
+  path.write_bytes(path.read_bytes()[:100])
+  (tmp_path / '4' / '_CHECKPOINT_METADATA').unlink()
+  shutil.rmtree(tmp_path / '5' / 'default')
+  for step in (6, 7):
+    shutil.rmtree(tmp_path / str(step), ignore_errors=True)
+    (tmp_path / str(step)).mkdir()
+  checkpoints = checkpointing.Checkpoints(tmp_path)
+  assert checkpoints.steps() == tuple(range(1, 8))
+  for step in (7, 6, 5, 3, 2):
+    with pytest.raises(checkpointing.DamagedError, match=f'{step} cannot be'):
+      checkpoints.restore(step, _abstract())
+  for step in (1, 4):
+    assert checkpoints.restore(step, _abstract())['step'] == step
+  assert 'Traceback' not in capfd.readouterr().err
+  # Nor are they in the way of the next one.
+  checkpoints.save(8, _TREE)
+  checkpoints.wait()
+  assert checkpoints.restore(8, _abstract())['step'] == 7
 
 
 def test_remains_of_a_killed_save_are_no_checkpoint(tmp_path):
   _saved(tmp_path, 1)
   (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
-  reading = checkpointing.Checkpoints(tmp_path, read_only=True)
+  reading = checkpointing.Checkpoints(tmp_path)
   assert reading.steps() == (1,)
   reading.restore(1, _abstract())
   assert (tmp_path / '2.orbax-checkpoint-tmp').exists()
@@ -127,7 +206,9 @@ def test_moved_checkpoints_never_meet(tmp_path):
     ),
     ({'saving_schedule_type': 'log'}, (1, 3, 10, 32, 100)),
     ({'first_save': 100}, (100,)),
-    ({'num_saves': 1, 'first_save': 3}, (3,)),
+    # A single one is of the trained network.
+    ({'num_saves': 1, 'first_save': 3}, (100,)),
+    ({'num_saves': 1, 'saving_schedule_type': 'linear'}, (100,)),
     ({'num_saves': 0}, ()),
     ({'training_steps': 3}, (1, 2, 3)),
     ({'training_steps': 0}, ()),

@@ -1,3 +1,4 @@
+import math
 import os
 
 import pytest
@@ -17,6 +18,19 @@ def test_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
     files.write_whole(path, b'new')
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
+  path = tmp_path / 'table.json'
+  content = {'rows': [{'regret': 0.5, 'stderr': math.nan}], 'all': (math.inf,)}
+  files.write_json(path, content)
+  read = files.read_json(path)
+  assert read == {'rows': [{'regret': 0.5, 'stderr': None}], 'all': [None]}
+  (row,) = files.measured(read)['rows']
+  assert row['regret'] == 0.5 and math.isnan(row['stderr'])
+  # What was written before is read as it is.
+  path.write_text('[NaN, -Infinity]')
+  assert files.read_json(path)[1] == -math.inf
 
 
 def test_table_comes_back_as_it_was_written(tmp_path):

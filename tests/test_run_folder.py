@@ -1,4 +1,6 @@
 import json
+import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import checkpointing
 from nonstationary_mbml import run_folder
 
 CONFIG = base_config.ExperimentConfig(name='test')
@@ -84,6 +87,51 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
   assert kept.count('\n') == 3
 
 
+def test_hollow_checkpoints_are_set_aside_and_the_good_one_serves(tmp_path):
+  _run_to(tmp_path, 6)
+  shutil.rmtree(tmp_path / 'checkpoints' / '6' / 'default')
+  (tmp_path / 'checkpoints' / '7').mkdir()
+  step, tree, messages, _ = _restore(tmp_path)
+  assert step == 4
+  np.testing.assert_array_equal(tree['w'], 4.0)
+  for step in (6, 7):
+    assert f'checkpoints/{step} cannot be read' in '\n'.join(messages)
+    assert (tmp_path / 'set_aside' / f'checkpoints_{step}').is_dir()
+
+
+def test_damaged_snapshot_that_is_yet_to_come_is_made_again(tmp_path):
+  with run_folder.RunFolder(tmp_path).open(CONFIG) as run:
+    run.restore(_abstract(), LOG_STEPS, max_lost=4)
+    for step in (2, 6, 8):
+      run.save_snapshot(step, _tree(step))
+    run.save_checkpoint(0, _tree(0), wait=True)
+  shutil.rmtree(tmp_path / 'snapshots' / '8' / 'default')
+  snapshots = checkpointing.Checkpoints(tmp_path / 'snapshots')
+  with run_folder.RunFolder(tmp_path).open(CONFIG) as run:
+    messages = run.restore(_abstract(), LOG_STEPS, 4, _abstract())[2]
+    assert 'snapshots/8 cannot be read' in messages[0]
+    assert snapshots.steps() == (2, 6)
+    run.save_snapshot(8, _tree(8))
+  np.testing.assert_array_equal(snapshots.restore(8, _abstract())['w'], 8.0)
+  assert (tmp_path / 'set_aside' / 'snapshots_8').is_dir()
+
+
+def test_run_of_another_dtype_is_refused_and_nothing_is_changed(tmp_path):
+  _run_to(tmp_path, 4)
+  before = sorted(tmp_path.rglob('*'))
+  wide = {'w': jax.ShapeDtypeStruct((3,), np.dtype('float64'))}
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  wide['w'] = wide['w'].update(sharding=device)
+  with run_folder.RunFolder(tmp_path).open(CONFIG) as run:
+    with pytest.raises(ValueError) as error:
+      run.restore(wide, LOG_STEPS, max_lost=4)
+  message = str(error.value)
+  assert 'checkpoints/4 has w in float32, where float64 is exp' in message
+  assert 'jax_enable_x64' in message and 'nothing was changed' in message
+  assert '\n' not in message
+  assert sorted(tmp_path.rglob('*')) == before
+
+
 def test_without_a_readable_checkpoint_nothing_is_changed(tmp_path):
   _run_to(tmp_path, 6)
   for step in (2, 4, 6):
@@ -147,6 +195,26 @@ def test_last_line_without_its_line_feed_is_an_entry(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 2}\n{"step": 4}')
   assert run_folder.read_metrics(path) == ([{'step': 2}, {'step': 4}], '')
+
+
+def test_log_is_json_even_of_what_is_not_finite(tmp_path):
+  members = [{'step': 2, 'stderr': math.inf}, {'step': 2, 'stderr': 0.5}]
+  with run_folder.RunFolder(tmp_path).open(CONFIG) as run:
+    run.restore(_abstract(), LOG_STEPS, max_lost=4)
+    run.log({'step': 2, 'stderr': math.nan}, members)
+    run.save_checkpoint(2, _tree(2), wait=True)
+  path = tmp_path / 'metrics.jsonl'
+
+  def refuse(constant):
+    raise ValueError(f'{constant} is not JSON')
+
+  line = json.loads(path.read_text(), parse_constant=refuse)
+  assert line['stderr'] is None and line['members'][1]['stderr'] == 0.5
+  # As it is now, and as it was before.
+  for text in (path.read_text(), '{"step": 2, "stderr": NaN}\n'):
+    path.write_text(text)
+    (entry,) = _restore(tmp_path)[3]
+    assert math.isnan(entry['stderr'])
 
 
 def test_members_of_an_ensemble_come_back(tmp_path):
@@ -238,6 +306,46 @@ def test_environment_has_every_start(tmp_path):
   assert starts[1]['packages']['jax'] == jax.__version__
   assert len(starts[1]['devices']) == len(jax.local_devices())
   assert starts[1]['seconds'] >= 0
+
+
+@pytest.mark.parametrize('content', ['{"starts": null}', '[]', '{"starts": 3}'])
+def test_environment_of_another_form_is_begun_anew(tmp_path, content):
+  (tmp_path / 'environment.json').write_text(content)
+  with pytest.raises(ValueError, match='environment.json has no list of'):
+    run_folder.read_starts(tmp_path)
+  _run_to(tmp_path, 2)
+  (start,) = run_folder.read_starts(tmp_path)
+  assert start['last_step'] == 2
+
+
+def _log(run):
+  run.log({'step': 4, 'loss': 0.5})
+
+
+@pytest.mark.parametrize(
+  ('act', 'how'),
+  [
+    (_log, 'deleted'),
+    (_log, 'moved'),
+    (_log, 'made anew'),
+    (lambda run: run.save_checkpoint(4, _tree(4)), 'deleted'),
+    (lambda run: run.save_snapshot(4, _tree(4)), 'deleted'),
+    (lambda run: run.finish(4, 'finished'), 'deleted'),
+  ],
+)
+def test_run_that_is_deleted_while_it_trains_is_an_error(tmp_path, act, how):
+  folder = tmp_path / 'run'
+  _run_to(folder, 2)
+  with run_folder.RunFolder(folder).open(CONFIG) as run:
+    run.restore(_abstract(), LOG_STEPS, max_lost=4)
+    folder.rename(tmp_path / 'elsewhere')
+    if how != 'moved':
+      shutil.rmtree(tmp_path / 'elsewhere')
+    if how == 'made anew':
+      _run_to(folder, 2)
+    with pytest.raises(run_folder.SaveError, match=f'{folder} was deleted'):
+      act(run)
+  assert folder.exists() == (how == 'made anew')
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path):

@@ -538,3 +538,25 @@ def test_set_comes_after_all_other_flags(saved):
   assert changed.data.trajectory_generator_kwargs['shift_parameters'] == (1, 39)
   own = changed.eval.optimal_predictors_kwargs['random_shift']
   assert own['shift_parameters'] == (1, 9)
+
+
+def test_point_of_a_sweep_is_named_without_slashes():
+  sweep = config_lib.ExperimentSweep(
+    general_sweep={
+      'data.trajectory_generator_kwargs.path': ('a/b', '../c'),
+      'seed': {'x/y': 0, 'z': 1},
+    },
+  )
+  names = [config.name for config in sweep.expand()]
+  path = 'data.trajectory_generator_kwargs.path'
+  assert names == [
+    f'lstm_ptw,{path}=a-b,x-y',
+    f'lstm_ptw,{path}=a-b,z',
+    f'lstm_ptw,{path}=..-c,x-y',
+    f'lstm_ptw,{path}=..-c,z',
+  ]
+  for config in sweep.expand():
+    config.validate()
+  sweep.base_config.name = '../elsewhere'
+  with pytest.raises(ValueError, match="base_config.name is '../elsewhere'"):
+    sweep.points()

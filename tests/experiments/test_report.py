@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import files
+from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import question_figures
 from nonstationary_mbml.experiments import question_tables
 from nonstationary_mbml.experiments import report
 from nonstationary_mbml.experiments import sweep_folder
+from nonstationary_mbml.experiments import sweep_networks
 from nonstationary_mbml.experiments import sweeps
 
 SCRIPT = pathlib.Path(report.__file__)
@@ -231,3 +233,43 @@ def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
   assert result.returncode == 1
   (line,) = result.stderr.splitlines()
   assert message in line
+
+
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('commands.json', '{}'),
+    ('commands.json', '[1, 2]'),
+    ('commands.json', '{"sweep": "a", "commands": null}'),
+    ('runs.csv', 'junk\n\nmore,junk\n'),
+    ('on_distribution.csv', ''),
+    ('on_distribution.csv', 'a,b\n1,2,3\n'),
+    ('length.csv', 'a,b\n1,2\n'),
+    ('read_out.csv', 'target\nx\n'),
+  ],
+)
+def test_junk_in_a_folder_of_tables_is_named_in_a_line(tmp_path, name, content):
+  shutil.copy(SMALL / 'learning.csv', tmp_path)
+  (tmp_path / name).write_text(content)
+  message = f'{name} is not what it should'
+  with pytest.raises(ValueError, match=message) as error:
+    report.draw(tmp_path)
+  assert '\n' not in str(error.value)
+
+
+def test_run_whose_starts_are_not_known_is_named_in_a_line(tmp_path):
+  config = config_lib.ExperimentConfig()
+  network = sweep_networks.Network('ptw', 'lstm', tmp_path, config, [], (0,))
+  for content in ('{"starts": null}', '{"starts": []}', '{"starts": [{}]}'):
+    (tmp_path / 'environment.json').write_text(content)
+    with pytest.raises(ValueError, match='environment.json (has no|is not)'):
+      report.describe_runs([network])
+
+
+def test_table_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsys):
+  row = {'source': 'ptw', 'seed': 0, 'regret': 0.25}
+  monkeypatch.setattr(report, 'describe_runs', lambda networks: [row])
+  (tmp_path / 'runs.csv').mkdir()
+  with pytest.raises(OSError, match=f'cannot write to {tmp_path}'):
+    report.measure([], [], tmp_path, 16, 0, 'python report.py')
+  assert 'source,seed,regret\nptw,0,0.25\n' in capsys.readouterr().out

@@ -101,6 +101,51 @@ def test_what_is_damaged_is_left_out_with_a_warning(folder):
   assert {path: path.stat().st_mtime for path in folder.rglob('*')} == before
 
 
+def test_of_one_step_either_snapshot_or_checkpoint_serves(folder, trained):
+  shutil.rmtree(folder / 'snapshots' / '6' / 'default')
+  (folder / 'checkpoints' / '9').mkdir()
+  with pytest.warns(UserWarning) as warned:
+    run = runs.load_run(folder)
+  assert run.step == 6
+  jax.tree.map(np.testing.assert_array_equal, run.params, trained[2].params)
+  said = [str(warning.message) for warning in warned]
+  assert ['/checkpoints/9 cannot' in said[0], '/snapshots/6 cannot' in said[1]]
+
+
+def test_network_of_other_shapes_is_one_line_that_names_them(folder, capfd):
+  path = folder / 'config.json'
+  values = json.loads(path.read_text())
+  values['model']['architecture_kwargs']['hidden_size'] = 4
+  path.write_text(json.dumps(values))
+  with pytest.raises(ValueError) as error:
+    runs.load_run(folder)
+  message = str(error.value)
+  assert '\n' not in message
+  assert 'snapshots/6 has ' in message and ', and 4 more' in message
+  assert 'of shape (2, 3, 2), where (2, 4, 2) is expected' in message
+  assert capfd.readouterr().err == ''
+
+
+def test_parameters_have_the_dtype_that_was_saved(trained):
+  with jax.enable_x64(True):
+    run = runs.load_run(trained[0])
+    assert {x.dtype.name for x in jax.tree.leaves(run.params)} == {'float32'}
+  jax.tree.map(np.testing.assert_array_equal, run.params, trained[2].params)
+
+
+def test_evaluation_of_all_steps_leaves_out_what_is_damaged(folder, trained):
+  config = evaluate.make_config(trained[1], batch_size=4)
+  for name in ('snapshots/1', 'checkpoints/4'):
+    shutil.rmtree(folder / name / 'default')
+  with pytest.warns(UserWarning, match='cannot be read') as warned:
+    content = evaluate.evaluate(folder, config, runs.saved_steps(folder), 4)
+  assert [by['step'] for by in content['steps']] == [2, 6]
+  said = ' '.join(str(warning.message) for warning in warned)
+  assert 'checkpoints/4 cannot' in said and 'snapshots/1 cannot' in said
+  with pytest.raises(ValueError, match='checkpoints/4 cannot.*, and 1 more'):
+    evaluate.evaluate(folder, config, (1, 4), 4)
+
+
 def test_snapshots_alone_can_be_loaded(folder):
   shutil.rmtree(folder / 'checkpoints')
   assert runs.load_run(folder).step == 6
@@ -246,9 +291,27 @@ def test_export_is_loaded_like_the_run(folder, tmp_path):
 
 
 def test_export_refuses_what_has_not_ended_and_what_is_no_run(folder, tmp_path):
+  def refused():
+    with pytest.raises(ValueError) as error:
+      runs.export(folder, tmp_path / 'copy')
+    return str(error.value)
+
+  path = folder / 'snapshots' / '6' / 'default' / '_METADATA'
+  content = path.read_bytes()
+  path.write_bytes(content[:50])
+  assert f'the copy of {folder} cannot be loaded' in refused()
+  path.write_bytes(content)
+  (folder / 'environment.json').write_text('{"starts": null}')
+  assert 'environment.json has no list of starts' in refused()
   shutil.rmtree(folder / 'snapshots' / '6')
-  with pytest.raises(ValueError, match='no snapshot of its last step, 6'):
-    runs.export(folder, tmp_path / 'copy')
+  said = f'{folder} has no snapshot of its last step, 6: '
+  assert refused() == said + 'it has ended, but that snapshot is not there'
+  shutil.rmtree(folder / 'checkpoints' / '6')
+  assert refused() == said + 'its newest checkpoint says that it has not ended'
+  config = json.loads((folder / 'config.json').read_text())
+  config['schedule']['num_saves'] = 0
+  (folder / 'config.json').write_text(json.dumps(config))
+  assert refused() == said + 'schedule.num_saves is 0'
   with pytest.raises(ValueError, match='none is no folder|cannot read .*none'):
     runs.export(tmp_path / 'none', tmp_path / 'copy')
   assert not (tmp_path / 'copy').exists()

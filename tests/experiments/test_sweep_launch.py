@@ -18,6 +18,7 @@ from nonstationary_mbml import files
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import sweep_folder
+from nonstationary_mbml.experiments import sweep_jobs
 from nonstationary_mbml.experiments import sweep_launch
 from nonstationary_mbml.experiments import sweeps
 
@@ -185,32 +186,92 @@ def test_points_that_fail_are_named_and_leave_the_others_alone(tmp_path):
   assert f'{diverges.name}.txt' in blocks[-1]
 
 
-def test_point_that_cannot_be_written_stops_the_sweep(tmp_path):
-  points = _tiny_points(2)
+_TABLE = {
+  'table': [
+    {
+      'predictor': 'lstm',
+      'cumulative_regret': 1.0,
+      'stderr': 0.1,
+      'above_optimum': 0.0,
+      'above_optimum_stderr': 0.0,
+      'is_optimum': True,
+    }
+  ]
+}
+
+
+def _stand_in(monkeypatch, code, names=()):
+  """Lets runs of all points, but for some, execute Python code instead."""
+  command = sweep_jobs.command
+
+  def stand_in(folder, name, flags_of_runs):
+    if name in names:
+      return command(folder, name, flags_of_runs)
+    return [sys.executable, '-c', code, folder.run_path(name)]
+
+  monkeypatch.setattr(sweep_jobs, 'command', stand_in)
+
+
+_FINISH = f"""
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+(folder / 'table.json').write_text({json.dumps(_TABLE)!r})
+"""
+
+
+def test_points_that_cannot_be_written_leave_the_others_alone(
+  tmp_path, monkeypatch
+):
+  points = _tiny_points(4)
   folder = sweep_folder.SweepFolder(tmp_path)
-  finished, full = (point.config.name for point in points)
+  no_folder, no_log, no_config, good = (point.config.name for point in points)
   with folder.open(points, 16):
     pass
-  folder.run_path(finished).mkdir()
-  network = {
-    'predictor': 'lstm',
-    'cumulative_regret': 1.0,
-    'stderr': 0.1,
-    'above_optimum': 0.0,
-    'above_optimum_stderr': 0.0,
-    'is_optimum': True,
-  }
-  table = folder.run_path(finished) / 'table.json'
-  files.write_json(table, {'table': [network]})
-  folder.run_path(full).write_text('a file where a folder shall be')
+  folder.run_path(no_folder).write_text('a file where a folder shall be')
+  folder.log_path(no_log).mkdir()
+  folder.config_path(no_config).mkdir()
+  (tmp_path / 'results.csv').mkdir()
+  _stand_in(monkeypatch, _FINISH, names=[no_folder])
   outcome = sweep_launch.run_sweep(points, tmp_path, num_sequences=16)
-  assert outcome.finished == [finished] and outcome.left == [full]
-  assert f'{full} could not be written' in outcome.cannot_save
-  assert table.exists()
+  assert outcome.finished == [good] and outcome.left == []
+  assert set(outcome.failed) == {no_folder, no_log, no_config}
+  assert 'cannot write to' in outcome.failed[no_folder]
+  assert 'Is a directory' in outcome.failed[no_log]
+  assert 'its config cannot be written' in outcome.failed[no_config]
+  assert 'Is a directory' in outcome.cannot_save
+  report = sweep_launch.format_outcome(tmp_path, outcome)
+  assert '1 points finished, 0 left, 3 failed' in report
+  (tmp_path / 'results.csv').rmdir()
+  again = sweep_launch.run_sweep(points, tmp_path, 1, 16, good.__eq__)
+  assert again.cannot_save is None
   (row,) = files.read_csv(tmp_path / 'results.csv')
-  assert row['point'] == finished
+  assert row['point'] == good
+
+
+def test_full_disk_stops_the_sweep(tmp_path, monkeypatch):
+  points = _tiny_points(3)
+  _stand_in(monkeypatch, f'exit({command_line.EXIT_CANNOT_SAVE})')
+  outcome = sweep_launch.run_sweep(points, tmp_path, num_sequences=16)
+  assert outcome.failed == {} and len(outcome.left) == 3
+  assert f'{points[0].config.name} could not be written' in outcome.cannot_save
   report = sweep_launch.format_outcome(tmp_path, outcome)
   assert 'What is finished is kept' in report
+
+
+def test_names_that_lead_out_of_the_sweep_are_refused(tmp_path):
+  folder = sweep_folder.SweepFolder(tmp_path / 'sweep')
+  (point,) = _tiny_points(1)
+  point.config.name = '../../elsewhere'
+  with pytest.raises(ValueError, match='point is .*elsewhere.* not a path'):
+    with folder.open([point], 16):
+      pass
+  assert not folder.path.exists()
+  folder.path.mkdir()
+  manifest = {'points': [{'settings': {}, 'config': {'name': '..'}}]}
+  files.write_json(folder.path / 'sweep.json', manifest)
+  with pytest.raises(ValueError, match="sweep.json: config.name is '..'"):
+    folder.points()
 
 
 def test_folder_of_another_sweep_is_refused(tmp_path):
@@ -343,12 +404,20 @@ def test_wrong_flags_are_named(flag, message):
     sweep_launch.points_from_flags(values)
 
 
-def test_folder_that_cannot_be_made_is_a_one_line_error(tmp_path):
-  process = _start(tmp_path, '--output_dir=/dev/null/x')
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--output_dir=/dev/null/x', 'cannot write to /dev/null/x'),
+    ('--name=..', "--name is '..'; it must be the name of one folder"),
+  ],
+)
+def test_folder_that_cannot_be_is_a_one_line_error(tmp_path, flag, message):
+  process = _start(tmp_path, flag)
   _, stderr = process.communicate()
   assert process.returncode == 1
   (line,) = stderr.splitlines()
-  assert 'cannot write to /dev/null/x' in line
+  assert message in line
+  assert not os.listdir(tmp_path)
 
 
 def test_list_tells_where_points_stand_and_runs_nothing(tmp_path):
