@@ -30,11 +30,12 @@ import numpy as np
 # Keys of jax.random take 32 bits; the last value of model_init_seed is kept for
 # the random lengths of the steps, which all of them share.
 SEQ_LENGTH_STREAM = 2**32 - 1
-_MAX_SEED = SEQ_LENGTH_STREAM - 1
+MAX_SEED = SEQ_LENGTH_STREAM - 1
 SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
-_MAX_INT32 = 2**31 - 1
+# Sizes and counts are int32.
+MAX_SIZE = 2**31 - 1
 
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
@@ -72,18 +73,42 @@ def naming(field: str) -> Iterator[None]:
 class Registry(dict):
   """Things by name, in any case of letters.
 
-  A missing name is a ValueError with the list and the nearest match.
+  A missing name is a ValueError with the list and the nearest match; so is an
+  entry under a name that is not in lower case, which no lookup would find.
   """
 
   def __init__(self, kind: str, entries: Mapping[str, Any]):
     """Initializes the registry.
 
     Args:
-      kind: What the names are names of, for messages.
+      kind: Word for what the names stand for, for messages.
       entries: By lower-case name.
     """
-    super().__init__(entries)
+    super().__init__()
     self.kind = kind
+    self.update(entries)
+
+  def __setitem__(self, name: str, entry: Any) -> None:
+    if not isinstance(name, str) or name != name.lower():
+      raise ValueError(
+        f'{self.kind} {name!r} cannot be registered: names are text in lower '
+        'case, and found in any'
+      )
+    super().__setitem__(name, entry)
+
+  # Those of dict know nothing of our `__setitem__`.
+  def update(self, *args: Any, **kwargs: Any) -> None:
+    for name, entry in dict(*args, **kwargs).items():
+      self[name] = entry
+
+  def setdefault(self, name: str, default: Any = None) -> Any:
+    if name not in self:
+      self[name] = default
+    return self[name]
+
+  def __ior__(self, entries: Mapping[str, Any]) -> 'Registry':
+    self.update(entries)
+    return self
 
   def lookup(self, field: str, name: Any) -> Any:
     """Returns the entry; `field` is what the message calls the name."""
@@ -122,33 +147,59 @@ def check_constructor(
     kwargs: By name.
     given: Parameters that the caller supplies besides.
   """
-  parameters = {
-    name: parameter
-    for name, parameter in inspect.signature(constructor).parameters.items()
-    if name not in given
-    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-  }
-  check_kwargs(field, kwargs, parameters)
-  for name, parameter in parameters.items():
+  signature = inspect.signature(constructor).parameters
+  own = _named(signature, given)
+  choices = set(own)
+  # What a class does not know itself, its `**kwargs` hand on to its bases.
+  bases = constructor.__mro__[1:-1] if inspect.isclass(constructor) else ()
+  for base in bases:
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+      break
+    signature = inspect.signature(base).parameters
+    choices.update(_named(signature, given))
+  check_kwargs(field, kwargs, choices)
+  for name, parameter in own.items():
     if parameter.default is parameter.empty and name not in kwargs:
       raise ValueError(f'{field} lacks {name!r}')
 
 
+def _named(
+  signature: Mapping[str, inspect.Parameter], given: Iterable[str]
+) -> dict[str, inspect.Parameter]:
+  """The parameters that can be named, but for those that are given."""
+  return {
+    name: parameter
+    for name, parameter in signature.items()
+    if name not in given
+    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+  }
+
+
 def check_int(
   field: str, value: Any, minimum: int, maximum: int | None = None
-) -> None:
-  """Raises ValueError unless `value` is an integer in [minimum, maximum].
+) -> int:
+  """Returns an integer in [minimum, maximum] as an int, or raises ValueError.
 
-  Without a maximum it is that of int32, since sizes and counts are.
+  Without a maximum it is that of int32, since sizes and counts are. A NumPy
+  integer may have as few as 8 bits: compute with the int that is returned.
   """
   is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if maximum is None and is_int and value > _MAX_INT32:
-    maximum = _MAX_INT32
+  if maximum is None and is_int and value > MAX_SIZE:
+    maximum = MAX_SIZE
   if not is_int or value < minimum or (maximum is not None and value > maximum):
     limit = f' and <= {maximum}' if maximum is not None else ''
     raise ValueError(
       f'{field} is {value!r}; it must be an int >= {minimum}{limit}'
     )
+  return int(value)
+
+
+def check_seed(field: str, value: Any) -> int:
+  """Returns a seed as an int, or raises ValueError.
+
+  `jax.random.key` takes 32 bits: it would take 2^32 for 0, and -1 for 2^32 - 1.
+  """
+  return check_int(field, value, 0, MAX_SEED)
 
 
 def check_float(
@@ -320,7 +371,7 @@ class TrainConfig(Config):
     """Raises ValueError, naming the field, if a value is out of range."""
     seeds = self.model_init_seed
     for seed in seeds if isinstance(seeds, tuple) else (seeds,):
-      check_int('train.model_init_seed', seed, 0, _MAX_SEED)
+      check_seed('train.model_init_seed', seed)
     if isinstance(seeds, tuple) and len(set(seeds)) != max(len(seeds), 1):
       raise ValueError(
         f'train.model_init_seed is {seeds!r}; an ensemble has at least one '
@@ -472,7 +523,7 @@ class ExperimentConfig(Config):
       raise ValueError(
         f'name is {self.name!r}; it must be a non-empty, printable string'
       )
-    check_int('seed', self.seed, 0, _MAX_SEED)
+    check_seed('seed', self.seed)
     for field, annotation in typing.get_type_hints(type(self)).items():
       wanted = nested_class(annotation)
       if wanted is not None:

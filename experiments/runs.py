@@ -13,7 +13,6 @@ import warnings
 
 import numpy as np
 
-from nonstationary_mbml import base_config
 from nonstationary_mbml import checkpointing
 from nonstationary_mbml import files
 from nonstationary_mbml import predictor_factories
@@ -272,6 +271,4 @@ def build_evaluator(
 
 def member_params(run: Run, member: int = 0) -> predictors.Params:
   """Returns the parameters of one network of a run."""
-  num_members = len(train.member_seeds(run.config.train))
-  base_config.check_int('member', member, 0, num_members - 1)
   return train.member_params(run.config.train, run.params, member)
