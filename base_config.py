@@ -147,32 +147,34 @@ def check_constructor(
     kwargs: By name.
     given: Parameters that the caller supplies besides.
   """
-  signature = inspect.signature(constructor).parameters
-  own = _named(signature, given)
-  choices = set(own)
-  # What a class does not know itself, its `**kwargs` hand on to its bases.
-  bases = constructor.__mro__[1:-1] if inspect.isclass(constructor) else ()
-  for base in bases:
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
-      break
-    signature = inspect.signature(base).parameters
-    choices.update(_named(signature, given))
+  choices = keywords(constructor).difference(given)
   check_kwargs(field, kwargs, choices)
-  for name, parameter in own.items():
-    if parameter.default is parameter.empty and name not in kwargs:
+  for name, parameter in inspect.signature(constructor).parameters.items():
+    is_required = name in choices and parameter.default is parameter.empty
+    if is_required and name not in kwargs:
       raise ValueError(f'{field} lacks {name!r}')
 
 
-def _named(
-  signature: Mapping[str, inspect.Parameter], given: Iterable[str]
-) -> dict[str, inspect.Parameter]:
-  """The parameters that can be named, but for those that are given."""
-  return {
-    name: parameter
-    for name, parameter in signature.items()
-    if name not in given
-    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-  }
+def keywords(constructor: Callable[..., Any]) -> set[str]:
+  """Returns the names of all arguments that a class or function takes.
+
+  What a class does not know itself, its `**kwargs` hand on to its bases.
+  """
+  names = set()
+  bases = constructor.__mro__[1:-1] if inspect.isclass(constructor) else ()
+  for function in (constructor, *bases):
+    hands_on = False
+    for name, parameter in inspect.signature(function).parameters.items():
+      hands_on |= parameter.kind is parameter.VAR_KEYWORD
+      if parameter.kind not in (
+        parameter.POSITIONAL_ONLY,
+        parameter.VAR_KEYWORD,
+        parameter.VAR_POSITIONAL,
+      ):
+        names.add(name)
+    if not hands_on:
+      break
+  return names
 
 
 def check_int(
@@ -192,6 +194,17 @@ def check_int(
       f'{field} is {value!r}; it must be an int >= {minimum}{limit}'
     )
   return int(value)
+
+
+def read_int(text: str) -> int:
+  """Returns the int that a text stands for; 1e4 is one. Raises ValueError."""
+  try:
+    return int(text)
+  except ValueError:
+    number = float(text)
+    if number.is_integer():
+      return int(number)
+    raise
 
 
 def check_seed(field: str, value: Any) -> int:

@@ -237,8 +237,8 @@ def evaluator_of(
     evaluation = config_lib.EvalConfig(
       batch_size=own.batch_size,
       chunk_length=own.chunk_length,
-      seq_length=seq_length or own.seq_length,
-      data=copy.deepcopy(source or own.data),
+      seq_length=own.seq_length if seq_length is None else seq_length,
+      data=copy.deepcopy(own.data if source is None else source),
     )
   if batch_size is not None:
     evaluation.batch_size = batch_size
