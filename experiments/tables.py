@@ -84,8 +84,8 @@ def results_table(
 
   `stderr_over` says what the standard errors of a row are over: `sequences`, or
   `seeds` for an ensemble. `is_optimum` is the row that the others are measured
-  from: without an exact predictor it is but the best reference, and a predictor
-  that is better than it has a negative distance.
+  from: without an exact predictor (`is_exact`) it is only the best reference,
+  and what is better than it has a negative distance.
 
   Args:
     regrets: Cumulative regret of every sequence `[N]`, by predictor, as from
@@ -125,6 +125,7 @@ def results_table(
       'predictor': shown,
       **measured(values),
       'is_optimum': name == optimum,
+      'is_exact': name == exact,
     }
     if values.ndim == 2:
       row['seeds'] = [measured(member) for member in values]

@@ -198,10 +198,12 @@ def test_point_that_cannot_be_written_stops_the_sweep(tmp_path):
     'stderr': 0.1,
     'above_optimum': 0.0,
     'above_optimum_stderr': 0.0,
-    'is_optimum': True,
+    'is_optimum': False,
   }
+  # A source without an exact predictor.
+  best = {**network, 'predictor': 'LAD', 'is_optimum': True, 'is_exact': False}
   table = folder.run_path(finished) / 'table.json'
-  files.write_json(table, {'table': [network]})
+  files.write_json(table, {'table': [network, best]})
   folder.run_path(full).write_text('a file where a folder shall be')
   outcome = sweep_launch.run_sweep(points, tmp_path, num_sequences=16)
   assert outcome.finished == [finished] and outcome.left == [full]
@@ -209,6 +211,7 @@ def test_point_that_cannot_be_written_stops_the_sweep(tmp_path):
   assert table.exists()
   (row,) = files.read_csv(tmp_path / 'results.csv')
   assert row['point'] == finished
+  assert row['exact'] == 'LAD (best reference)'
   report = sweep_launch.format_outcome(tmp_path, outcome)
   assert 'What is finished is kept' in report
 

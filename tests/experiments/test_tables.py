@@ -74,6 +74,7 @@ def test_table_without_an_exact_predictor_claims_no_optimum():
   rows = tables.results_table(regrets, names, None)
   text = tables.format_table(rows, is_exact=False)
   head, network, lad, _ = text.splitlines()
+  assert not any(row['is_exact'] for row in rows)
   assert 'above the best reference' in head
   assert 'optimum' not in text
   # Better than the best reference.
