@@ -30,11 +30,12 @@ import numpy as np
 # Keys of jax.random take 32 bits; the last value of model_init_seed is kept for
 # the random lengths of the steps, which all of them share.
 SEQ_LENGTH_STREAM = 2**32 - 1
-_MAX_SEED = SEQ_LENGTH_STREAM - 1
+MAX_SEED = SEQ_LENGTH_STREAM - 1
 SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
-MAX_INT32 = 2**31 - 1
+# Sizes and counts are int32.
+MAX_SIZE = 2**31 - 1
 # Runs compute in float32, whose numbers below the least normal one become 0.
 _FLOAT32 = np.finfo(np.float32)
 FLOAT32_LIMITS = (
@@ -107,18 +108,42 @@ class EqualByValue:
 class Registry(dict):
   """Things by name, in any case of letters.
 
-  A missing name is a ValueError with the list and the nearest match.
+  A missing name is a ValueError with the list and the nearest match; so is an
+  entry under a name that is not in lower case, which no lookup would find.
   """
 
   def __init__(self, kind: str, entries: Mapping[str, Any]):
     """Initializes the registry.
 
     Args:
-      kind: What the names are names of, for messages.
+      kind: Word for what the names stand for, for messages.
       entries: By lower-case name.
     """
-    super().__init__(entries)
+    super().__init__()
     self.kind = kind
+    self.update(entries)
+
+  def __setitem__(self, name: str, entry: Any) -> None:
+    if not isinstance(name, str) or name != name.lower():
+      raise ValueError(
+        f'{self.kind} {name!r} cannot be registered: names are text in lower '
+        'case, and found in any'
+      )
+    super().__setitem__(name, entry)
+
+  # Those of dict know nothing of our `__setitem__`.
+  def update(self, *args: Any, **kwargs: Any) -> None:
+    for name, entry in dict(*args, **kwargs).items():
+      self[name] = entry
+
+  def setdefault(self, name: str, default: Any = None) -> Any:
+    if name not in self:
+      self[name] = default
+    return self[name]
+
+  def __ior__(self, entries: Mapping[str, Any]) -> 'Registry':
+    self.update(entries)
+    return self
 
   def lookup(self, field: str, name: Any) -> Any:
     """Returns the entry; `field` is what the message calls the name."""
@@ -157,33 +182,72 @@ def check_constructor(
     kwargs: By name.
     given: Parameters that the caller supplies besides.
   """
-  parameters = {
-    name: parameter
-    for name, parameter in inspect.signature(constructor).parameters.items()
-    if name not in given
-    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-  }
-  check_kwargs(field, kwargs, parameters)
-  for name, parameter in parameters.items():
-    if parameter.default is parameter.empty and name not in kwargs:
+  choices = keywords(constructor).difference(given)
+  check_kwargs(field, kwargs, choices)
+  for name, parameter in inspect.signature(constructor).parameters.items():
+    is_required = name in choices and parameter.default is parameter.empty
+    if is_required and name not in kwargs:
       raise ValueError(f'{field} lacks {name!r}')
+
+
+def keywords(constructor: Callable[..., Any]) -> set[str]:
+  """Returns the names of all arguments that a class or function takes.
+
+  What a class does not know itself, its `**kwargs` hand on to its bases.
+  """
+  names = set()
+  bases = constructor.__mro__[1:-1] if inspect.isclass(constructor) else ()
+  for function in (constructor, *bases):
+    hands_on = False
+    for name, parameter in inspect.signature(function).parameters.items():
+      hands_on |= parameter.kind is parameter.VAR_KEYWORD
+      if parameter.kind not in (
+        parameter.POSITIONAL_ONLY,
+        parameter.VAR_KEYWORD,
+        parameter.VAR_POSITIONAL,
+      ):
+        names.add(name)
+    if not hands_on:
+      break
+  return names
 
 
 def check_int(
   field: str, value: Any, minimum: int, maximum: int | None = None
-) -> None:
-  """Raises ValueError unless `value` is an integer in [minimum, maximum].
+) -> int:
+  """Returns an integer in [minimum, maximum] as an int, or raises ValueError.
 
-  Without a maximum it is that of int32, since sizes and counts are.
+  Without a maximum it is that of int32, since sizes and counts are. A NumPy
+  integer may have as few as 8 bits: compute with the int that is returned.
   """
   is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if maximum is None and is_int and value > MAX_INT32:
-    maximum = MAX_INT32
+  if maximum is None and is_int and value > MAX_SIZE:
+    maximum = MAX_SIZE
   if not is_int or value < minimum or (maximum is not None and value > maximum):
     limit = f' and <= {maximum}' if maximum is not None else ''
     raise ValueError(
       f'{field} is {value!r}; it must be an int >= {minimum}{limit}'
     )
+  return int(value)
+
+
+def read_int(text: str) -> int:
+  """Returns the int that a text stands for; 1e4 is one. Raises ValueError."""
+  try:
+    return int(text)
+  except ValueError:
+    number = float(text)
+    if number.is_integer():
+      return int(number)
+    raise
+
+
+def check_seed(field: str, value: Any) -> int:
+  """Returns a seed as an int, or raises ValueError.
+
+  `jax.random.key` takes 32 bits: it would take 2^32 for 0, and -1 for 2^32 - 1.
+  """
+  return check_int(field, value, 0, MAX_SEED)
 
 
 def check_float(
@@ -414,7 +478,7 @@ class TrainConfig(Config):
     """Raises ValueError, naming the field, if a value is out of range."""
     seeds = self.model_init_seed
     for seed in seeds if isinstance(seeds, tuple) else (seeds,):
-      check_int('train.model_init_seed', seed, 0, _MAX_SEED)
+      check_seed('train.model_init_seed', seed)
     if isinstance(seeds, tuple) and len(set(seeds)) != max(len(seeds), 1):
       raise ValueError(
         f'train.model_init_seed is {seeds!r}; an ensemble has at least one '
@@ -561,7 +625,7 @@ class ExperimentConfig(Config):
   def validate(self) -> None:
     """Raises ValueError, naming the field, if a value is out of range."""
     check_name('name', self.name)
-    check_int('seed', self.seed, 0, _MAX_SEED)
+    check_seed('seed', self.seed)
     for field, annotation in typing.get_type_hints(type(self)).items():
       wanted = nested_class(annotation)
       if wanted is not None:

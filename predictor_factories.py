@@ -2,13 +2,17 @@
 
   PREDICTOR_FACTORIES['lstm'](output_size=2, architecture_kwargs={})
 
-Types: `rnn` (with a `core`), its shorthands `lstm` and `stack_rnn`,
-`transformer` and `sliding_window_transformer`.
+Types: `rnn` (with a `core`), its shorthands `gru`, `lstm` and `stack_rnn`,
+`cnn`, `transformer` and `sliding_window_transformer`.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
+import functools
 import inspect
+import re
 from typing import Any
 
 import haiku as hk
@@ -39,6 +43,7 @@ _RNN_DEFAULTS = {
   'after_mlp_layers': (),
   'gradient_checkpointing': False,
 }
+_CNN_DEFAULTS = {'hidden_layers_sizes': (64, 64), 'kernel_size': 3}
 _STACK_DEFAULTS = {
   'stack_cell_size': 8,
   'stack_size': 30,
@@ -83,13 +88,15 @@ def make_rnn_predictor(
         'inner_core stack_rnn is the core itself; choose another'
       )
     for name in ('stack_cell_size', 'stack_size', 'n_stacks'):
-      base_config.check_int(name, kwargs[name], 1)
+      kwargs[name] = base_config.check_int(name, kwargs[name], 1)
     defaults = _RNN_DEFAULTS | _STACK_DEFAULTS
   else:
     defaults = _RNN_DEFAULTS
   if core in CORES.values():
     base_config.check_kwargs(core.__name__, kwargs, defaults)
-    base_config.check_int('hidden_size', kwargs['hidden_size'], 1)
+    kwargs['hidden_size'] = base_config.check_int(
+      'hidden_size', kwargs['hidden_size'], 1
+    )
   else:
     hidden_size = inspect.signature(core).parameters.get('hidden_size')
     if architecture_kwargs.get('hidden_size') is None and (
@@ -97,8 +104,29 @@ def make_rnn_predictor(
     ):
       del kwargs['hidden_size']  # Our default is for a class that needs one.
     base_config.check_constructor('architecture_kwargs', core, kwargs)
+    # Its arguments may be called as some of `make_rnn` are.
+    core, kwargs = functools.partial(core, **kwargs), {}
   network = basic.make_rnn(output_size, core, **of_network, **kwargs)
   return predictors.RNNPredictor(network)
+
+
+def make_cnn_predictor(
+  output_size: int, architecture_kwargs: Mapping[str, Any]
+) -> predictors.InContextPredictor:
+  """Returns a causal convolutional predictor.
+
+  Args:
+    output_size: K.
+    architecture_kwargs: `hidden_layers_sizes` (64, 64) and `kernel_size` (3),
+      as in `models.basic.make_cnn`: a prediction is made from the last
+      kernel_size^layers symbols. An argument that is None has its default.
+
+  Raises:
+    ValueError: If an argument is unknown or its value not allowed.
+  """
+  base_config.check_kwargs('cnn', architecture_kwargs, _CNN_DEFAULTS)
+  kwargs = _with_defaults(_CNN_DEFAULTS, architecture_kwargs)
+  return predictors.InContextPredictor(basic.make_cnn(output_size, **kwargs))
 
 
 def make_transformer_predictor(
@@ -113,6 +141,9 @@ def make_transformer_predictor(
   Raises:
     ValueError: If an argument is unknown or its value not allowed.
   """
+  base_config.check_kwargs(
+    'transformer', architecture_kwargs, transformer.FIELDS
+  )
   return predictors.InContextPredictor(
     transformer.make_transformer_encoder(output_size, **architecture_kwargs)
   )
@@ -146,7 +177,7 @@ def make_sliding_window_transformer_predictor(
     kwargs,
     ('context_length', *transformer.FIELDS),
   )
-  base_config.check_int('context_length', context_length, 1)
+  context_length = base_config.check_int('context_length', context_length, 1)
   model = transformer.make_transformer_encoder(output_size, **kwargs)
 
   def windowed(inputs: jax.Array) -> jax.Array:
@@ -186,7 +217,9 @@ def _shorthand(core: str) -> Callable[..., predictors.RNNPredictor]:
 PREDICTOR_FACTORIES = base_config.Registry(
   'model_type',
   {
+    'cnn': make_cnn_predictor,
     'rnn': make_rnn_predictor,
+    'gru': _shorthand('gru'),
     'lstm': _shorthand('lstm'),
     'stack_rnn': _shorthand('stack_rnn'),
     'transformer': make_transformer_predictor,
@@ -209,8 +242,37 @@ def build_predictor(
   """
   config.validate()
   factory = PREDICTOR_FACTORIES.lookup('model.model_type', config.model_type)
-  with base_config.naming('model.architecture_kwargs'):
-    return factory(output_size, config.architecture_kwargs)
+  with naming_arguments():
+    return factory(output_size, _Arguments(config.architecture_kwargs))
+
+
+# How Python says that a function does not take its arguments.
+_NOT_TAKEN = re.compile(
+  'unexpected keyword argument|multiple values for|missing .*required'
+)
+
+
+@contextlib.contextmanager
+def naming_arguments() -> Iterator[None]:
+  """Inside a `with`, says which of `model.architecture_kwargs` is wrong.
+
+  For a network of the user's own, which may use them only where it is traced.
+  Of other errors than that it does not take them, nothing is known here.
+  """
+  try:
+    with base_config.naming('model.architecture_kwargs'):
+      yield
+  except TypeError as error:
+    if not _NOT_TAKEN.search(str(error)):
+      raise
+    raise ValueError(f'model.architecture_kwargs: {error}') from error
+
+
+class _Arguments(dict):
+  """Arguments of a factory; one that is missing is a ValueError."""
+
+  def __missing__(self, name: str) -> Any:
+    raise ValueError(f'{name!r} is missing')
 
 
 def _with_defaults(

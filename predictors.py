@@ -13,7 +13,9 @@ those of Bayes predictors are normalised log-probabilities, in nats.
 
 import abc
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -106,7 +108,7 @@ class InContextPredictor(Predictor):
   ) -> Params:
     self._check_stateless(state_init)
     check_batch(batch_init)
-    return self._transformed.init(rng, batch_init)
+    return self._transformed.init(rng, _as_floating(batch_init))
 
   def initial_state(
     self, params: Params, rng: jax.Array | None, batch_size: int
@@ -122,7 +124,9 @@ class InContextPredictor(Predictor):
   ) -> tuple[jax.Array, State]:
     self._check_stateless(init_state)
     check_batch(batch)
-    return self._transformed.apply(params, rng, batch), None
+    batch = _as_floating(batch)
+    with _explaining_params(self, params, batch):
+      return self._transformed.apply(_cast(params, batch), rng, batch), None
 
   def unroll_features(
     self, params: Params, rng: jax.Array | None, batch: jax.Array
@@ -142,7 +146,9 @@ class InContextPredictor(Predictor):
         vector for every symbol.
     """
     check_batch(batch)
-    features = self._features(params, rng, batch)
+    batch = _as_floating(batch)
+    with _explaining_params(self, params, batch):
+      features = self._features(_cast(params, batch), rng, batch)
     # By position, and with a padded end, as models like it.
     num_sequences, seq_length, _ = batch.shape
     if features.size % (num_sequences * features.shape[-1]) == 0:
@@ -196,12 +202,12 @@ class RNNPredictor(Predictor):
     self, rng: jax.Array, batch_init: jax.Array, state_init: State
   ) -> Params:
     check_batch(batch_init)
-    return self._init(rng, batch_init)
+    return self._init(rng, _as_floating(batch_init))
 
   def initial_state(
     self, params: Params, rng: jax.Array | None, batch_size: int
   ) -> State:
-    base_config.check_int('batch_size', batch_size, 1)
+    batch_size = base_config.check_int('batch_size', batch_size, 1)
     return self._initial_state(params, rng, batch_size)
 
   def unroll(
@@ -211,8 +217,7 @@ class RNNPredictor(Predictor):
     batch: jax.Array,
     init_state: State = None,
   ) -> tuple[jax.Array, State]:
-    rng, state = self._start(params, rng, batch, init_state)
-    return self._apply(params, rng, batch, state)
+    return self._run(self._apply, params, rng, batch, init_state)
 
   def unroll_states(
     self,
@@ -233,24 +238,25 @@ class RNNPredictor(Predictor):
       A pytree like the state, its arrays `[B, T, ...]`: T times the memory of
       `unroll`.
     """
-    rng, state = self._start(params, rng, batch, init_state)
-    return self._unroll_states(params, rng, batch, state)
+    return self._run(self._unroll_states, params, rng, batch, init_state)
 
-  def _start(
+  def _run(
     self,
+    apply: Callable[..., Any],
     params: Params,
     rng: jax.Array | None,
     batch: jax.Array,
     init_state: State,
-  ) -> tuple[jax.Array | None, State]:
-    """The key to unroll with, and the state to start from."""
+  ) -> Any:
+    """Applies the network, from a state and in the dtype of the batch."""
     check_batch(batch)
-    if init_state is None:
-      rng, rng_state = _split(rng)
-      state = self.initial_state(params, rng_state, batch.shape[0])
-      return rng, _cast(state, batch)
-    check_state_batch_size(init_state, batch)
-    return rng, init_state
+    batch = _as_floating(batch)
+    with _explaining_params(self, params, batch):
+      if init_state is None:
+        rng, rng_state = _split(rng)
+        init_state = self.initial_state(params, rng_state, batch.shape[0])
+      check_state_batch_size(init_state, batch)
+      return apply(_cast(params, batch), rng, batch, _cast(init_state, batch))
 
 
 class ScanPredictor(base_config.EqualByValue, Predictor):
@@ -320,7 +326,7 @@ class OptimalPredictor(ScanPredictor):
         entries, or is lost in float32.
     """
     if alphabet_size is not None:
-      base_config.check_int('alphabet_size', alphabet_size, 2)
+      alphabet_size = base_config.check_int('alphabet_size', alphabet_size, 2)
     self.concentration = base_config.check_dirichlet(
       'concentration', concentration, alphabet_size
     )
@@ -335,7 +341,7 @@ class OptimalPredictor(ScanPredictor):
   def initial_state(
     self, params: Params, rng: jax.Array | None, batch_size: int
   ) -> State:
-    base_config.check_int('batch_size', batch_size, 1)
+    batch_size = base_config.check_int('batch_size', batch_size, 1)
     return self.empty_state(batch_size, self._alphabet_size or 2)
 
   def prior(self, alphabet_size: int, dtype: Any) -> jax.Array:
@@ -461,10 +467,10 @@ def _check_count(counts: jax.Array, num_symbols: int) -> None:
   if isinstance(counts, jax.core.Tracer):
     return
   most = int(np.asarray(counts).sum(axis=-1, dtype=np.int64).max(initial=0))
-  if most + num_symbols > base_config.MAX_INT32:
+  if most + num_symbols > base_config.MAX_SIZE:
     raise ValueError(
       f'{most + num_symbols} symbols are more than can be counted: '
-      f'{base_config.MAX_INT32}'
+      f'{base_config.MAX_SIZE}'
     )
 
 
@@ -547,6 +553,8 @@ def unroll_in_chunks(
     As `Predictor.unroll`.
   """
   seq_length = batch.shape[1]
+  if chunk_length is not None:
+    chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
   if chunk_length is None or chunk_length >= seq_length:
     return predictor.unroll(params, rng, batch, init_state)
   # Traced, not computed: what `unroll` refuses is refused here, too.
@@ -613,12 +621,68 @@ def _split(rng: jax.Array | None) -> tuple[jax.Array | None, ...]:
   return (None, None) if rng is None else tuple(jax.random.split(rng))
 
 
-def _cast(state: State, batch: jax.Array) -> State:
-  """A state with its floating-point arrays in the dtype of the batch."""
+def _as_floating(batch: jax.Array) -> jax.Array:
+  """A batch as an array of floating-point numbers, for a network."""
+  batch = jnp.asarray(batch)
+  return batch.astype(dtype_of(batch))
+
+
+def _cast(tree: Any, batch: jax.Array) -> Any:
+  """A tree with its floating-point arrays in the dtype of the batch."""
   dtype = dtype_of(batch)
   return jax.tree.map(
     lambda leaf: (
       leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
     ),
-    state,
+    tree,
+  )
+
+
+@contextlib.contextmanager
+def _explaining_params(
+  predictor: Predictor, params: Params, batch: jax.Array
+) -> Iterator[None]:
+  """Inside a `with`, an error that comes of parameters of other shapes says so.
+
+  Haiku and JAX tell of a product of two matrices deep inside the network. The
+  right shapes are traced only after an error: nothing is slower without one.
+  """
+  try:
+    yield
+  except (TypeError, ValueError) as error:
+    wanted = jax.eval_shape(
+      lambda: predictor.init_params(jax.random.key(0), batch, None)
+    )
+    problem = _params_problem(params, wanted)
+    if problem is None:
+      raise
+    raise ValueError(problem) from error
+
+
+def _params_problem(params: Params, wanted: Params) -> str | None:
+  """Returns why parameters are not a network's; None if they are."""
+  given, wanted = (
+    {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+    for leaves in map(jax.tree.leaves_with_path, (params, wanted))
+  )
+  if given == wanted:
+    return None
+  if given.keys() != wanted.keys():
+    names = sorted(given.keys() ^ wanted.keys())
+    return (
+      f'params are not those of this network: {names[0]} is in one of them only'
+    )
+  num_members = {shape[:1] for shape in given.values()}
+  if len(num_members) == 1 and all(
+    shape[1:] == wanted[name] for name, shape in given.items()
+  ):
+    return (
+      f'params are those of the {num_members.pop()[0]} members of an ensemble; '
+      'take one with train.member_params(config.train, params, member), or '
+      'runs.member_params(run, member) of a run that was loaded'
+    )
+  name = next(name for name in given if given[name] != wanted[name])
+  return (
+    f'params are not those of this network: {name} has shape {given[name]}, '
+    f'but takes {wanted[name]}'
   )

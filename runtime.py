@@ -78,6 +78,29 @@ def start(cpu_devices: int = 1, use_compilation_cache: bool = True) -> None:
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+def backend_problem() -> str | None:
+  """Starts JAX; returns why it does not start, None if it does."""
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    # Where a platform has no plug-in, JAX asserts, and says nothing.
+    reason = str(error).split('\n')[0] or 'there is no plug-in for it'
+    return (
+      f'JAX does not start on the platform {jax.config.jax_platforms}: '
+      f'{reason}. JAX_PLATFORMS=cpu is always there; README.md says what to '
+      'install for others'
+    )
+  return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether an error is that the host or a device has no memory left."""
+  return isinstance(error, MemoryError) or (
+    isinstance(error, jax.errors.JaxRuntimeError)
+    and 'RESOURCE_EXHAUSTED' in str(error)
+  )
+
+
 @dataclasses.dataclass
 class Compilations:
   """What JAX did since the count began.

@@ -212,7 +212,9 @@ def loss_and_grads(
   """
   batch_size, seq_length, _ = batch.shape
   base_config.check_int('seq_length', seq_length, 2)
-  microbatch_size = microbatch_size or batch_size
+  if microbatch_size is None:
+    microbatch_size = batch_size
+  base_config.check_int('microbatch_size', microbatch_size, 1)
   if microbatch_size == batch_size:
     return _microbatch_loss_and_grads(
       predictor, params, rng, batch, init_state, chunk_length
@@ -257,7 +259,11 @@ def _microbatch_loss_and_grads(
   num_targets = batch_size * (seq_length - 1)
   # Nothing is asked of the last prediction.
   targets = jnp.pad(batch[:, 1:], ((0, 0), (0, 1), (0, 0)))
-  chunk_length = min(chunk_length or seq_length, seq_length)
+  if chunk_length is None:
+    chunk_length = seq_length
+  chunk_length = min(
+    base_config.check_int('chunk_length', chunk_length, 1), seq_length
+  )
 
   def chunk_loss(params, chunk_rng, state, inputs, targets):
     logits, state = predictor.unroll(params, chunk_rng, inputs, state)
@@ -625,9 +631,8 @@ def build_parts(
       'train.reset_predictor_init_state is False, but model.model_type '
       f'{config.model.model_type!r} has no state to carry over'
     )
-  jax.eval_shape(
-    lambda: _init(config, predictor, generator.alphabet_size),
-  )
+  with predictor_factories.naming_arguments():
+    jax.eval_shape(lambda: _init(config, predictor, generator.alphabet_size))
   evaluator = build_evaluator(predictor, config.eval)
   if evaluator.alphabet_size != generator.alphabet_size:
     raise ValueError(
@@ -961,7 +966,12 @@ def member_params(
     config: Of the training. Without an ensemble there is one member, 0.
     params: As in `TrainResult`.
     member: Its index.
+
+  Raises:
+    ValueError: If there is no such member.
   """
+  last = len(member_seeds(config)) - 1
+  member = base_config.check_int('member', member, 0, last)
   return _take(params, member) if _is_ensemble(config) else params
 
 

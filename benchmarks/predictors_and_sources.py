@@ -272,7 +272,7 @@ def time_sources(sizes: Sizes) -> Iterator[Row]:
     generator = constants.build_data_generator(
       config_lib.DataConfig(
         trajectory_generator=name,
-        trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(name, {}),
+        trajectory_generator_kwargs=constants.source_kwargs(name),
       )
     )
     sample = jax.jit(

@@ -12,12 +12,15 @@ from collections.abc import Mapping
 import csv
 import dataclasses
 import io
+import math
+import sys
 from typing import Any
 
 from absl import flags
 import jax
 import numpy as np
 
+from nonstationary_mbml import base_config
 from nonstationary_mbml import files
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import bounds
@@ -29,6 +32,7 @@ from nonstationary_mbml.experiments import plotting
 
 # The rows; constants.py has what they need besides their names.
 SOURCES = ('ptw', 'lin', 'regular_shift', 'random_shift', 'static', 'recurring')
+_MAX_ALPHABET_SIZE = 2**16
 # The columns, with what each predictor needs besides what follows from T.
 PREDICTORS = {
   'ptw': {},
@@ -107,7 +111,7 @@ def make_row(
         iid_distribution_kwargs={'feature_size': alphabet_size},
         parameter_distribution_params=(0.5,) * alphabet_size,
         trajectory_generator=source,
-        trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(source, {}),
+        trajectory_generator_kwargs=constants.source_kwargs(source),
       ),
       eval=config_lib.EvalConfig(
         batch_size=min(batch_size, num_sequences),
@@ -121,6 +125,7 @@ def make_row(
   evaluator = evaluator_lib.build_evaluator(
     predictors.OptimalCategoricalPredictor(), config
   )
+  base_config.check_seed('seed', seed)
   rng = jax.random.fold_in(jax.random.key(seed), SOURCES.index(source))
   regrets = evaluator.evaluate({}, rng, num_sequences)
   own = constants.exact_predictor(
@@ -230,21 +235,27 @@ def _mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
   command_line.define_flags()
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'num_sequences', 10_240, 'Fresh sequences of each source.', lower_bound=2
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'seq_length',
     256,
     'Symbols per sequence; the time it takes grows with the square.',
     lower_bound=2,
     upper_bound=65_536,
   )
-  flags.DEFINE_integer('alphabet_size', 2, 'Different symbols.', lower_bound=2)
-  flags.DEFINE_integer('batch_size', 512, 'Sequences at a time.', lower_bound=1)
-  flags.DEFINE_integer(
-    'seed', 0, 'All randomness follows from it.', lower_bound=0
+  command_line.define_integer(
+    'alphabet_size',
+    2,
+    'Different symbols.',
+    lower_bound=2,
+    upper_bound=_MAX_ALPHABET_SIZE,
   )
+  command_line.define_integer(
+    'batch_size', 512, 'Sequences at a time.', lower_bound=1
+  )
+  command_line.define_seed('All randomness follows from it.')
   flags.DEFINE_string(
     'output_dir', 'results/bayes_table', 'Folder of the table.'
   )
@@ -253,6 +264,17 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   """Makes all rows and writes the table."""
   command_line.start(argv)
+  values = flags.FLAGS
+  sizes = (
+    min(values.batch_size, values.num_sequences),
+    values.seq_length,
+    values.alphabet_size,
+  )
+  if math.prod(sizes) > base_config.MAX_SIZE:
+    sys.exit(
+      'error: {} sequences of {} symbols out of {} are more than 2^31 numbers; '
+      'make --batch_size smaller'.format(*sizes)
+    )
   folder = command_line.make_folder(flags.FLAGS.output_dir)
   cells: list[Any] = []
   for source in SOURCES:

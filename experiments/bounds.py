@@ -52,7 +52,7 @@ def kt(seq_length: npt.ArrayLike, alphabet_size: int = 2) -> np.ndarray:
   Raises:
     ValueError: If an argument is out of range.
   """
-  base_config.check_int('alphabet_size', alphabet_size, 2)
+  alphabet_size = base_config.check_int('alphabet_size', alphabet_size, 2)
   return _kt(_check_ints('seq_length', seq_length, 0), alphabet_size)
 
 
@@ -84,8 +84,8 @@ def ptw(
   Raises:
     ValueError: If an argument is out of range.
   """
-  base_config.check_int('alphabet_size', alphabet_size, 2)
-  base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
+  alphabet_size = base_config.check_int('alphabet_size', alphabet_size, 2)
+  depth = base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
   switch_points = _check_switch_points(switch_points)
   seq_length = switch_points.shape[-1]
   ptw_predictors.check_horizon(depth, seq_length)
@@ -141,8 +141,8 @@ def ptw_worst_case(
   Raises:
     ValueError: If an argument is out of range.
   """
-  base_config.check_int('alphabet_size', alphabet_size, 2)
-  base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
+  alphabet_size = base_config.check_int('alphabet_size', alphabet_size, 2)
+  depth = base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
   lengths, switches = _check_num_switches(seq_length, num_switches)
   ptw_predictors.check_horizon(depth, int(lengths.max()))
 
@@ -189,7 +189,7 @@ def lad(switch_points: npt.ArrayLike, alphabet_size: int = 2) -> np.ndarray:
   Raises:
     ValueError: If an argument is out of range.
   """
-  base_config.check_int('alphabet_size', alphabet_size, 2)
+  alphabet_size = base_config.check_int('alphabet_size', alphabet_size, 2)
   switch_points = _check_switch_points(switch_points)
 
   lengths = np.arange(1, switch_points.shape[-1] + 1)
@@ -232,7 +232,7 @@ def lad_worst_case(
   Raises:
     ValueError: If an argument is out of range.
   """
-  base_config.check_int('alphabet_size', alphabet_size, 2)
+  alphabet_size = base_config.check_int('alphabet_size', alphabet_size, 2)
   lengths, switches = _check_num_switches(seq_length, num_switches)
 
   last_weight = alphabet_size / 2

@@ -10,6 +10,7 @@ Whatever is wrong on the command line is one line on stderr.
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import io
 import os
 import pathlib
 import signal
@@ -49,6 +50,40 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   )
 
 
+class _IntegerParser(flags.IntegerParser):
+  """Reads 1e4 as well, as `--set` does."""
+
+  def convert(self, argument: int | str) -> int:
+    try:
+      return super().convert(argument)
+    except ValueError:
+      return base_config.read_int(argument)
+
+
+def define_integer(
+  name: str,
+  default: int | None,
+  doc: str,
+  lower_bound: int | None = None,
+  upper_bound: int | None = base_config.MAX_SIZE,
+  flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
+  """`flags.DEFINE_integer`, with the limit of all sizes and counts."""
+  flags.DEFINE(
+    _IntegerParser(lower_bound, upper_bound),
+    name,
+    default,
+    doc,
+    flag_values,
+    flags.ArgumentSerializer(),
+  )
+
+
+def define_seed(doc: str, values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines `--seed`, with the limit of `base_config.check_seed`."""
+  define_integer('seed', 0, doc, 0, base_config.MAX_SEED, values)
+
+
 def define_distributed_flags(
   values: flags.FlagValues = flags.FLAGS,
 ) -> None:
@@ -70,14 +105,14 @@ def define_distributed_flags(
     'host:port at which process 0 can be reached, with a port that is free.',
     flag_values=values,
   )
-  flags.DEFINE_integer(
+  define_integer(
     'num_processes',
     None,
     'How many processes there are.',
     lower_bound=1,
     flag_values=values,
   )
-  flags.DEFINE_integer(
+  define_integer(
     'process_id',
     None,
     'Of this process: 0, 1, ...',
@@ -126,6 +161,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:
       raise
     except Exception as error:
+      problem = _problem(error)
+      if problem is not None:
+        print(f'error: {problem}', file=sys.stderr)
+        processes.end_at_once(1)
+        sys.exit(1)
       if processes.is_lost(error):
         reason = str(error).splitlines()[0][:200]
         print(
@@ -139,6 +179,10 @@ def run(main: Callable[[list[str]], None]) -> None:
       processes.end_at_once(1)
       raise
 
+  for stream in (sys.stdout, sys.stderr):
+    # A terminal in ASCII has no sign for ±, but can show all else.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='replace')
   with printing():
     app.run(run_main, flags_parser=_parse_flags)
 
@@ -200,6 +244,21 @@ def end_with(error: Exception) -> NoReturn:
     # The first process alone writes; the others end when it has.
     processes.end_at_once(code)
   sys.exit(code)
+
+
+def _problem(error: Exception) -> str | None:
+  """What to say of an error that comes of the machine; None for others."""
+  if runtime.is_out_of_memory(error):
+    return (
+      f'out of memory ({(str(error) or "of the host").splitlines()[0][:200]}). '
+      'Less is taken with a smaller train.batch_size, train.microbatch_size or '
+      'eval.batch_size, and with gradient_checkpointing=true among '
+      'model.architecture_kwargs'
+    )
+  # JAX starts when it is first used, and where it cannot, raises one of these.
+  if isinstance(error, (AssertionError, RuntimeError)):
+    return runtime.backend_problem()
+  return None
 
 
 def check_distributed_flags() -> None:

@@ -335,7 +335,8 @@ def parse_overrides(
   A value is read as the type of its field: `1e4` is an int where the field is
   one, `none` is None where that is allowed, and `0.5,0.5` a tuple. Tuples and
   dicts, and all that is inside of a dict, are Python or JSON; there, what is
-  neither is a string.
+  neither is a string, and a whole number is an int however it is written:
+  `1e2` and `100.0` are 100. What takes a number takes an int.
 
   Args:
     config: To be overridden.
@@ -392,16 +393,6 @@ def _parse(text: str, annotation: Any) -> Any:
   raise ValueError(f'the value must be {allowed}')
 
 
-def _read_int(text: str) -> int:
-  try:
-    return int(text)
-  except ValueError:
-    number = float(text)  # 1e4
-    if number.is_integer():
-      return int(number)
-    raise
-
-
 def _read_bool(text: str) -> bool:
   if text.lower() not in ('true', 'false'):
     raise ValueError
@@ -424,13 +415,24 @@ def _read_literal(text: str) -> Any:
 
 def _read_any(text: str) -> Any:
   try:
-    return _read_literal(text)
+    return _whole(_read_literal(text))
   except ValueError:
     return text
 
 
+def _whole(value: Any) -> Any:
+  """A value in which whole numbers are ints, as far as floats hold them all."""
+  if isinstance(value, dict):
+    return {key: _whole(item) for key, item in value.items()}
+  if isinstance(value, tuple):
+    return tuple(map(_whole, value))
+  if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+    return int(value)
+  return value
+
+
 def _read_dict(text: str) -> dict[str, Any]:
-  value = _read_literal(text)
+  value = _whole(_read_literal(text))
   if not isinstance(value, dict):
     raise ValueError
   return value
@@ -466,7 +468,7 @@ _READERS = {
   bool: _Reader('true or false', _read_bool),
   dict[str, Any]: _Reader('a dict such as {"depth": 7}', _read_dict),
   float: _Reader('a number', float),
-  int: _Reader('an int', _read_int),
+  int: _Reader('an int', base_config.read_int),
   str: _Reader('a string', str),
   tuple[float, ...]: _Reader(
     'a tuple of numbers such as 0.5,0.5',
@@ -474,7 +476,7 @@ _READERS = {
   ),
   tuple[int, ...]: _Reader(
     'a tuple of ints such as 0,1',
-    functools.partial(_read_tuple, read_item=_read_int),
+    functools.partial(_read_tuple, read_item=base_config.read_int),
   ),
   tuple[str, ...]: _Reader(
     'a tuple of names such as ptw,kt',

@@ -1,5 +1,7 @@
 """What a config can name, and how it is built."""
 
+from typing import Any
+
 import numpy as np
 
 from nonstationary_mbml import base_config
@@ -42,6 +44,12 @@ SOURCE_KWARGS = {
     'shift_parameters': (1.0, 39.0),
   },
 }
+
+
+def source_kwargs(source: str) -> dict[str, Any]:
+  """Returns `SOURCE_KWARGS` of a source, by its name in any case of letters."""
+  return SOURCE_KWARGS.get(source.lower(), {})
+
 
 _LABELS = {
   'forget_me_not': 'Forget-Me-Not',
@@ -97,7 +105,13 @@ def check(config: config_lib.ExperimentConfig) -> None:
     )
   optimal_predictors = build_optimal_predictors(config.eval, alphabet_size)
   for name, optimal_predictor in optimal_predictors.items():
-    if hasattr(optimal_predictor, 'depth'):
+    if isinstance(
+      optimal_predictor,
+      (
+        ptw_predictors.PTWPredictor,
+        forget_me_not_predictors.ForgetMeNotPredictor,
+      ),
+    ):
       with base_config.naming(f'eval.optimal_predictors_kwargs[{name}]'):
         ptw_predictors.check_horizon(
           optimal_predictor.depth, config.eval.seq_length
@@ -157,6 +171,8 @@ def build_optimal_predictors(
 ) -> dict[str, predictors.OptimalPredictor]:
   """Returns the exact Bayes predictors of an evaluation, by name.
 
+  Alphabet and prior of the source are passed to those that take them.
+
   Args:
     config: As `post_process_config` leaves it.
     alphabet_size: K.
@@ -169,14 +185,21 @@ def build_optimal_predictors(
       f'eval.optimal_predictors is {config.optimal_predictors!r}; '
       'post_process_config turns it into names'
     )
+  derived = {'alphabet_size': alphabet_size}
+  if config.data.parameter_distribution == 'dirichlet':
+    derived['concentration'] = config.data.parameter_distribution_params
   built = {}
   for name in config.optimal_predictors:
     optimal_predictor = OPTIMAL_PREDICTORS.lookup(
       'eval.optimal_predictors', name
     )
+    kwargs = {**derived, **config.optimal_predictors_kwargs.get(name, {})}
+    # One of the user's own need not take what follows from the source.
+    takes = base_config.keywords(optimal_predictor)
     kwargs = {
-      'alphabet_size': alphabet_size,
-      **config.optimal_predictors_kwargs.get(name, {}),
+      key: value
+      for key, value in kwargs.items()
+      if key in takes or key not in derived or value != derived[key]
     }
     path = f'eval.optimal_predictors_kwargs[{name}]'
     base_config.check_constructor(path, optimal_predictor, kwargs)
@@ -250,6 +273,8 @@ def _are_equal(
   seq_length: int,
 ) -> bool:
   """Whether two predictors have the same prior over T symbols."""
+  if not isinstance(a, predictors.OptimalPredictor):
+    return False  # One of the user's own, of which nothing is known.
   priors = [np.asarray(p.prior(alphabet_size, float)) for p in (a, b)]
   if not np.array_equal(*priors):
     return False

@@ -186,9 +186,8 @@ class _Univariate(Distribution):
   limits: ClassVar[tuple[float, float]] = (0.0, math.inf)
 
   def __init__(self, feature_size: int = 1):
-    base_config.check_int('feature_size', feature_size, 1)
-    self.feature_size = feature_size
-    self.parameter_size = feature_size * len(self.parameter_kinds)
+    self.feature_size = base_config.check_int('feature_size', feature_size, 1)
+    self.parameter_size = self.feature_size * len(self.parameter_kinds)
 
   def sample(
     self,
@@ -641,9 +640,8 @@ class _Simplex(Distribution):
   """Distributions with one parameter per feature."""
 
   def __init__(self, feature_size: int = 2):
-    base_config.check_int('feature_size', feature_size, 2)
-    self.feature_size = feature_size
-    self.parameter_size = feature_size
+    self.feature_size = base_config.check_int('feature_size', feature_size, 2)
+    self.parameter_size = self.feature_size
 
   def support(self, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
     del parameters

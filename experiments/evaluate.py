@@ -63,7 +63,7 @@ def make_config(
   if source is not None:
     overrides['eval.data.trajectory_generator'] = source
     overrides['eval.data.trajectory_generator_kwargs'] = (
-      constants.SOURCE_KWARGS.get(source, {})
+      constants.source_kwargs(source)
     )
   # What followed from the old source and length follows from the new ones.
   config = config_lib.without_derived(run_config)
@@ -153,14 +153,15 @@ def launch_keys(
 def format_content(content: dict[str, Any]) -> str:
   """Returns the tables of `evaluate` as text."""
   steps = content['steps']
+  is_exact = content['exact_predictor'] is not None
   if len(steps) == 1:
-    return tables.format_table(steps[0]['table'])
+    return tables.format_table(steps[0]['table'], is_exact=is_exact)
   # The others are the same at every step.
   network = [{'step': by['step'], **by['table'][0]} for by in steps]
   others = steps[-1]['table'][1:]
-  blocks = [tables.format_table(network, 'step')]
+  blocks = [tables.format_table(network, 'step', is_exact)]
   if others:
-    blocks.append(tables.format_table(others))
+    blocks.append(tables.format_table(others, is_exact=is_exact))
   return '\n\n'.join(blocks)
 
 
@@ -213,10 +214,10 @@ def define_flags() -> None:
     constants.TRAJECTORY_GENERATORS,
     'Where segments end; if unset, as in the evaluation of the run',
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'seq_length', None, 'Symbols per sequence; if unset, as in the run.', 2
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'batch_size', None, 'Sequences at a time; if unset, as in the run.', 1
   )
   flags.DEFINE_string(
@@ -225,10 +226,10 @@ def define_flags() -> None:
     'Step whose parameters are evaluated; several with commas between, '
     f'{_NEWEST} or {_ALL}.',
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'cpu_devices',
     None,
     'Devices that the CPU is split into, each with its share of a batch; if '

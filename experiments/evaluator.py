@@ -90,10 +90,10 @@ class MetaLearningEvaluator:
       ValueError: If a size is too small, the source is not categorical, or a
         source or exact predictor cannot be that long.
     """
-    base_config.check_int('batch_size', batch_size, 1)
-    base_config.check_int('seq_length', seq_length, 2)
+    batch_size = base_config.check_int('batch_size', batch_size, 1)
+    seq_length = base_config.check_int('seq_length', seq_length, 2)
     if chunk_length is not None:
-      base_config.check_int('chunk_length', chunk_length, 1)
+      chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
     if NETWORK in optimal_predictors:
       raise ValueError(f'optimal_predictors has the reserved name {NETWORK!r}')
     self.alphabet_size = generator.alphabet_size
@@ -248,7 +248,7 @@ class MetaLearningEvaluator:
     use_tqdm: bool,
   ) -> dict[str, np.ndarray]:
     """Regrets of the first N sequences `[N, ...]`, batch by batch."""
-    base_config.check_int('num_sequences', num_sequences, 1)
+    num_sequences = base_config.check_int('num_sequences', num_sequences, 1)
     keys = self.batch_keys(rng, num_sequences)
     params = self._place(predictor_params)
     batches = []

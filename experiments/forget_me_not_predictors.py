@@ -113,10 +113,10 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
       ValueError: If an argument is out of range.
     """
     super().__init__(concentration, alphabet_size)
-    base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
-    base_config.check_int('memory_size', memory_size, 0)
-    self.depth = depth
-    self.memory_size = memory_size
+    self.depth = base_config.check_int(
+      'depth', depth, 0, ptw_predictors.MAX_DEPTH
+    )
+    self.memory_size = base_config.check_int('memory_size', memory_size, 0)
 
   def empty_state(
     self, batch_size: int, alphabet_size: int

@@ -111,7 +111,7 @@ class KnownPeriod(Hazard):
   period: int
 
   def __post_init__(self):
-    base_config.check_int('period', self.period, 1)
+    _replace(self, 'period', base_config.check_int('period', self.period, 1))
 
   def log_probs(self, num: int) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.arange(num)

@@ -54,7 +54,7 @@ from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import tables
 
-# What a network needs, or is better off with, besides its name.
+# What a network of ours needs, or is better off with, besides its name.
 _RECURRENT = {'hidden_size': 64}
 _TRANSFORMER = {
   'embedding_dim': 64,
@@ -63,6 +63,9 @@ _TRANSFORMER = {
   'dropout_prob': 0.0,
 }
 _ARCHITECTURES = {
+  # Sees 2^5 symbols: as many as there are.
+  'cnn': {'hidden_layers_sizes': 5 * (64,), 'kernel_size': 2},
+  'gru': _RECURRENT,
   'rnn': {'core': 'vanilla_rnn', **_RECURRENT},
   'lstm': _RECURRENT,
   'stack_rnn': _RECURRENT,
@@ -111,7 +114,7 @@ def make_config(
     ValueError: If a name is unknown.
   """
   source, model_type = source.lower(), model_type.lower()
-  base_config.check_choice('model_type', model_type, _ARCHITECTURES)
+  predictor_factories.PREDICTOR_FACTORIES.lookup('model_type', model_type)
   seeds = f'_{num_seeds}seeds' if num_seeds > 1 else ''
   return config_lib.ExperimentConfig(
     name=name or f'{model_type}_{source}_seed{seed}{seeds}',
@@ -122,11 +125,11 @@ def make_config(
       parameter_distribution='dirichlet',
       parameter_distribution_params=(0.5, 0.5),
       trajectory_generator=source,
-      trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(source, {}),
+      trajectory_generator_kwargs=constants.source_kwargs(source),
     ),
     model=base_config.ModelConfig(
       model_type=model_type,
-      architecture_kwargs=_ARCHITECTURES[model_type],
+      architecture_kwargs=_ARCHITECTURES.get(model_type, {}),
     ),
     train=base_config.TrainConfig(
       learning_rate=learning_rate,
@@ -246,8 +249,9 @@ def _print_table(
     f'from the {source} source, after {config.schedule.training_steps} steps '
     f'({seconds:.0f} s):\n'
   )
-  command_line.say(tables.format_table(table.rows))
-  if table.exact is None:
+  is_exact = table.exact is not None
+  command_line.say(tables.format_table(table.rows, is_exact=is_exact))
+  if not is_exact:
     command_line.say(f'\n{tables.no_exact_predictor(source)}')
 
 
@@ -345,16 +349,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     predictor_factories.PREDICTOR_FACTORIES,
     'The network',
   )
-  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+  integer = functools.partial(command_line.define_integer, flag_values=values)
   string = functools.partial(flags.DEFINE_string, flag_values=values)
   integer('steps', 10_000, 'Training steps.', lower_bound=0)
-  integer('seed', 0, 'All randomness follows from it.', lower_bound=0)
+  command_line.define_seed('All randomness follows from it.', values)
   integer(
     'num_seeds',
     1,
     'Networks that are trained together, each from its own initial parameters '
     'and on its own data; the table has their mean.',
     lower_bound=1,
+    upper_bound=2**16,
   )
   integer('seq_length', 32, 'Symbols per sequence.', lower_bound=2)
   integer('batch_size', 128, 'Sequences per training step.', lower_bound=1)

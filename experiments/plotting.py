@@ -223,7 +223,9 @@ def _sequence_of_run(
   run = runs.load_run(folder)
   evaluator = runs.evaluator_of(run)
   sequence = evaluator_lib.draw_sequence(
-    evaluator, runs.member_params(run), jax.random.key(seed)
+    evaluator,
+    runs.member_params(run),
+    jax.random.key(base_config.check_seed('seed', seed)),
   )
   # The source's own exact predictor is the first of them.
   own = next(iter(evaluator.optimal_predictors), None)

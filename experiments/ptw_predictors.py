@@ -51,11 +51,12 @@ MAX_DEPTH = 30
 
 def min_depth(seq_length: int) -> int:
   """Returns ceil(log2 T), the least depth that holds T symbols."""
-  return (seq_length - 1).bit_length()
+  return (int(seq_length) - 1).bit_length()
 
 
 def check_horizon(depth: int, seq_length: int) -> None:
   """Raises ValueError if T symbols are more than a tree of 2^depth holds."""
+  depth = int(depth)
   if seq_length > 2**depth:
     raise ValueError(
       f'depth {depth} holds {2**depth} symbols, not {seq_length}; '
@@ -108,8 +109,7 @@ class PTWPredictor(predictors.OptimalPredictor):
       ValueError: If an argument is out of range.
     """
     super().__init__(concentration, alphabet_size)
-    base_config.check_int('depth', depth, 0, MAX_DEPTH)
-    self.depth = depth
+    self.depth = base_config.check_int('depth', depth, 0, MAX_DEPTH)
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> PTWState:
     return PTWState(

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 from nonstationary_mbml import progress
 from nonstationary_mbml import run_folder
@@ -553,6 +554,7 @@ def _sampled(
   question: int,
 ) -> Iterator[tuple[str, sweep_networks.Sequences]]:
   """Sequences of every source, from a key of its own for every question."""
+  base_config.check_seed('seed', seed)
   key = jax.random.fold_in(jax.random.key(seed), question)
   for index, (name, source) in enumerate(sources.items()):
     yield (

@@ -66,7 +66,7 @@ def over_time(
   """
   evaluator = runs.evaluator_of(run)
   regrets = evaluator.regrets_over_time(
-    runs.member_params(run), jax.random.key(seed), num_sequences, use_tqdm
+    runs.member_params(run), _key(seed), num_sequences, use_tqdm
   )
   return _by_label(run, evaluator, regrets)
 
@@ -103,7 +103,7 @@ def by_length(
   for length in sorted(set(lengths)):
     evaluator = runs.evaluator_of(run, seq_length=length)
     of_length = evaluator.evaluate(
-      runs.member_params(run), jax.random.key(seed), num_sequences, use_tqdm
+      runs.member_params(run), _key(seed), num_sequences, use_tqdm
     )
     for label, values in _by_label(run, evaluator, of_length).items():
       regrets.setdefault(label, {})[length] = values
@@ -131,10 +131,12 @@ def by_source(
     differ in their exact predictors.
   """
   regrets = {}
-  for name, source in (sources or default_sources(run)).items():
+  if sources is None:
+    sources = default_sources(run)
+  for name, source in sources.items():
     evaluator = runs.evaluator_of(run, source=source)
     of_source = evaluator.evaluate(
-      runs.member_params(run), jax.random.key(seed), num_sequences, use_tqdm
+      runs.member_params(run), _key(seed), num_sequences, use_tqdm
     )
     regrets[name] = _by_label(run, evaluator, of_source)
   return regrets
@@ -153,9 +155,13 @@ def default_sources(run: runs.Run) -> dict[str, config_lib.DataConfig]:
       sources[name] = dataclasses.replace(
         own,
         trajectory_generator=name,
-        trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(name, {}),
+        trajectory_generator_kwargs=constants.source_kwargs(name),
       )
   return sources
+
+
+def _key(seed: int) -> jax.Array:
+  return jax.random.key(base_config.check_seed('seed', seed))
 
 
 def _by_label(

@@ -256,16 +256,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "Folder of tables and figures; if unset, results/ and the sweep's name.",
     flag_values=values,
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'num_sequences',
     2_048,
     'Fresh sequences of every source; a read-out takes 65,536 symbols.',
     lower_bound=2,
     flag_values=values,
   )
-  flags.DEFINE_integer(
-    'seed', 0, 'Of the sequences.', lower_bound=0, flag_values=values
-  )
+  command_line.define_seed('Seed of the sequences.', values)
   flags.DEFINE_bool(
     'partial',
     False,

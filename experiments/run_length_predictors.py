@@ -142,7 +142,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     """
     super().__init__(concentration, alphabet_size)
     if max_length is not None:
-      base_config.check_int('max_length', max_length, 1)
+      max_length = base_config.check_int('max_length', max_length, 1)
     self.hazard = hazards_lib.as_hazard(hazard)
     self.max_length = max_length
 
@@ -321,7 +321,7 @@ def regular_shift_predictor(
   Raises:
     ValueError: If an argument is out of range.
   """
-  base_config.check_int('shift_period', shift_period, 1)
+  shift_period = base_config.check_int('shift_period', shift_period, 1)
   return RunLengthPredictor(
     hazards_lib.KnownPeriod(shift_period), concentration, alphabet_size
   )

@@ -277,8 +277,8 @@ def evaluator_of(
     evaluation = config_lib.EvalConfig(
       batch_size=own.batch_size,
       chunk_length=own.chunk_length,
-      seq_length=seq_length or own.seq_length,
-      data=copy.deepcopy(source or own.data),
+      seq_length=own.seq_length if seq_length is None else seq_length,
+      data=copy.deepcopy(own.data if source is None else source),
     )
   if batch_size is not None:
     evaluation.batch_size = batch_size
@@ -311,6 +311,4 @@ def build_evaluator(
 
 def member_params(run: Run, member: int = 0) -> predictors.Params:
   """Returns the parameters of one network of a run."""
-  num_members = len(train.member_seeds(run.config.train))
-  base_config.check_int('member', member, 0, num_members - 1)
   return train.member_params(run.config.train, run.params, member)

@@ -340,7 +340,7 @@ class SweepFolder:
             'seconds': self.seconds(point.name),
             'regret': by_seed['cumulative_regret'],
             'regret_stderr': by_seed['stderr'],
-            'exact': exact['predictor'] if others else None,
+            'exact': _reference(exact) if others else None,
             'exact_regret': exact['cumulative_regret'],
             'above_exact': by_seed['above_optimum'],
             'above_exact_stderr': by_seed['above_optimum_stderr'],
@@ -367,6 +367,15 @@ class SweepFolder:
     files.write_csv(self.path / RESULTS, rows)
     files.write_csv(self.path / SUMMARY, summary)
     return summary
+
+
+def _reference(row: Mapping[str, Any]) -> str:
+  """What a row is called that the others are measured from."""
+  # Older tables do not say, and name the exact predictor of their source.
+  is_exact = row.get('is_exact', True)
+  return (
+    row['predictor'] if is_exact else f'{row["predictor"]} (best reference)'
+  )
 
 
 def _not_default(config: base_config.Config) -> dict[str, Any]:

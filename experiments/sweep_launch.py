@@ -384,7 +384,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   command_line.define_choice(
     values, 'sweep', 'small', sweeps.SWEEPS, 'Which sweep'
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'jobs',
     None,
     'Runs at a time, each on its share of cores or GPUs; if unset, as many as '
@@ -434,14 +434,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'Folder of this sweep; if unset, that of its preset.',
     flag_values=values,
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'num_sequences',
     10_240,
     'Fresh sequences for the table of every point.',
     lower_bound=2,
     flag_values=values,
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'cpu_devices',
     1,
     'Devices that each run splits its CPU into; another number changes '

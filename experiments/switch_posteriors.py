@@ -13,6 +13,7 @@ import jax
 from matplotlib import figure as figure_lib
 import numpy as np
 
+from nonstationary_mbml import base_config
 from nonstationary_mbml import files
 from nonstationary_mbml.experiments import command_line
 from nonstationary_mbml.experiments import config as config_lib
@@ -39,11 +40,11 @@ def make_figure(source: str, seq_length: int, seed: int) -> figure_lib.Figure:
   generator = constants.build_data_generator(
     config_lib.DataConfig(
       trajectory_generator=source,
-      trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(source, {}),
+      trajectory_generator_kwargs=constants.source_kwargs(source),
     )
   )
   size = (_NUM_CANDIDATES, seq_length)
-  rng = jax.random.key(seed)
+  rng = jax.random.key(base_config.check_seed('seed', seed))
   batch, parameters = generator.sample(rng, *size)
   switches = np.asarray(generator.switch_points(rng, *size))
   number = switches.sum(axis=1)
@@ -61,20 +62,24 @@ def make_figure(source: str, seq_length: int, seed: int) -> figure_lib.Figure:
     },
     np.asarray(lad.unroll_run_lengths(batch)[0]),
     'LAD',
-    title=f'One sequence of the {source} source: when did it switch?',
+    title=f'One sequence of the {source.lower()} source: when did it switch?',
   )
 
 
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
   command_line.define_flags()
-  flags.DEFINE_enum(
-    'source', 'ptw', sorted(constants.TRAJECTORY_GENERATORS), 'Of the sequence.'
+  command_line.define_choice(
+    flags.FLAGS,
+    'source',
+    'ptw',
+    constants.TRAJECTORY_GENERATORS,
+    'Where segments end',
   )
-  flags.DEFINE_integer(
+  command_line.define_integer(
     'seq_length', 256, 'Symbols.', lower_bound=2, upper_bound=4096
   )
-  flags.DEFINE_integer('seed', 0, 'Of the sequence.', lower_bound=0)
+  command_line.define_seed('Seed of the sequence.')
   flags.DEFINE_string(
     'output_dir', 'results/switch_posteriors', 'Folder of the figure.'
   )

@@ -82,6 +82,11 @@ def results_table(
 ) -> list[dict[str, Any]]:
   """Returns one row per predictor: its regret, and how far above the optimum.
 
+  `stderr_over` says what the standard errors of a row are over: `sequences`, or
+  `seeds` for an ensemble. `is_optimum` is the row that the others are measured
+  from: without an exact predictor (`is_exact`) it is only the best reference,
+  and what is better than it has a negative distance.
+
   Args:
     regrets: Cumulative regret of every sequence `[N]`, by predictor, as from
       `MetaLearningEvaluator.evaluate`. For an ensemble of networks `[M, N]`:
@@ -102,10 +107,11 @@ def results_table(
     spread_over = values.mean(axis=1) if values.ndim == 2 else values
     return float(spread_over.std(ddof=1) / np.sqrt(len(spread_over)))
 
-  def measured(values: np.ndarray) -> dict[str, float]:
+  def measured(values: np.ndarray) -> dict[str, float | str]:
     # Paired: all predictors read the same sequences.
     above = values - regrets[optimum]
     return {
+      'stderr_over': 'seeds' if values.ndim == 2 else 'sequences',
       'cumulative_regret': float(values.mean()),
       'stderr': stderr(values),
       'above_optimum': float(above.mean()),
@@ -119,6 +125,7 @@ def results_table(
       'predictor': shown,
       **measured(values),
       'is_optimum': name == optimum,
+      'is_exact': name == exact,
     }
     if values.ndim == 2:
       row['seeds'] = [measured(member) for member in values]
@@ -140,33 +147,43 @@ def network_rows(
 
 
 def format_table(
-  rows: Sequence[Mapping[str, Any]], head: str = 'predictor'
+  rows: Sequence[Mapping[str, Any]],
+  head: str = 'predictor',
+  is_exact: bool = True,
 ) -> str:
   """Returns rows as aligned text.
 
   Args:
     rows: As from `results_table`; each has a name under `head`.
-    head: Of the first column.
+    head: Title of the first column.
+    is_exact: Whether the rows are measured from the source's exact predictor;
+      else there is no telling how far from the optimum they are.
   """
+  optimum = 'optimum' if is_exact else 'best reference'
+  above_optimum = f'above the {optimum}'
+  last = max(18, len(above_optimum))
   width = max(len(head), *(len(str(row[head])) for row in rows))
   lines = [
     f'{head:<{width}}  {"cumulative regret (nats)":>24}  '
-    f'{"above the optimum":>18}'
+    f'{above_optimum:>{last}}  {"± over":>9}'
   ]
   for row in rows:
     regret = f'{row["cumulative_regret"]:.4f} ± {row["stderr"]:.4f}'
     above = (
       f'{row["above_optimum"]:+.4f} ± {row["above_optimum_stderr"]:.4f}'
       if not row['is_optimum']
-      else 'optimum'
+      else optimum
     )
-    lines.append(f'{row[head]!s:<{width}}  {regret:>24}  {above:>18}')
+    lines.append(
+      f'{row[head]!s:<{width}}  {regret:>24}  {above:>{last}}  '
+      f'{row["stderr_over"]:>9}'
+    )
   return '\n'.join(lines)
 
 
 def no_exact_predictor(source: str) -> str:
   """Returns the sentence under a table without a predictor of the source."""
   return (
-    f'The {source} source has no exact predictor of its own here: measured '
-    'from the best of the references.'
+    f'The {source} source has no exact predictor of its own here: distances '
+    'are from\nthe best of the references, and negative for what is better.'
   )

@@ -110,7 +110,7 @@ class TrajectoryGenerator(abc.ABC):
     Raises:
       ValueError: If a size is below 1 or the source cannot be that long.
     """
-    base_config.check_int('batch_size', batch_size, 1)
+    batch_size = base_config.check_int('batch_size', batch_size, 1)
     return self.sample_from_keys(jax.random.split(rng, batch_size), seq_length)
 
   def sample_from_keys(
@@ -118,7 +118,7 @@ class TrajectoryGenerator(abc.ABC):
   ) -> tuple[jax.Array, jax.Array]:
     """Returns one sequence for each of B keys, as `sample` does."""
     self.check_seq_length(seq_length)
-    return _sample(self, keys, seq_length)
+    return _sample(self, keys, int(seq_length))
 
   def switch_points(
     self, rng: jax.Array, batch_size: int, seq_length: int
@@ -128,10 +128,10 @@ class TrajectoryGenerator(abc.ABC):
     Returns:
       bool `[B, T]`, True where a new segment starts; False at 0.
     """
-    base_config.check_int('batch_size', batch_size, 1)
+    batch_size = base_config.check_int('batch_size', batch_size, 1)
     self.check_seq_length(seq_length)
     keys = jax.random.split(rng, batch_size)
-    return _switch_points(self, keys, seq_length)
+    return _switch_points(self, keys, int(seq_length))
 
   @abc.abstractmethod
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
@@ -184,8 +184,7 @@ class RegularShiftGenerator(TrajectoryGenerator):
   def __init__(self, *args, shift_period: int, **kwargs):
     """Initializes the source; other arguments as in TrajectoryGenerator."""
     super().__init__(*args, **kwargs)
-    base_config.check_int('shift_period', shift_period, 1)
-    self.shift_period = shift_period
+    self.shift_period = base_config.check_int('shift_period', shift_period, 1)
 
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
     del rng
@@ -264,7 +263,7 @@ class PTWGenerator(TrajectoryGenerator):
     """
     super().__init__(*args, **kwargs)
     if depth is not None:
-      base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
+      depth = base_config.check_int('depth', depth, 0, ptw_predictors.MAX_DEPTH)
     self.depth = depth
 
   def depth_for(self, seq_length: int) -> int:
@@ -337,7 +336,7 @@ class RecurringGenerator(TrajectoryGenerator):
     """
     super().__init__(*args, **kwargs)
     # So that a sum of two regimes is no more than an int32.
-    base_config.check_int('pool_size', pool_size, 2, 2**30)
+    pool_size = base_config.check_int('pool_size', pool_size, 2, 2**30)
     is_number = isinstance(switch_probability, numbers.Real) and not isinstance(
       switch_probability, bool
     )

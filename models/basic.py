@@ -5,6 +5,7 @@ Axes: B batch, T time, F features of a symbol, H hidden units, K outputs.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import inspect
 from typing import Any
 
 import haiku as hk
@@ -14,6 +15,9 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml.models import recurrent
 
 Model = Callable[[jax.Array], jax.Array]
+
+# Symbols that an output of a CNN sees.
+_MAX_CONTEXT = 2**20
 
 
 def make_mlp(
@@ -28,9 +32,10 @@ def make_mlp(
     hidden_layers_sizes: Width of every hidden layer.
     activation: After every hidden layer, not after the last one.
   """
-  sizes = (*hidden_layers_sizes, output_size)
-  for size in sizes:
-    base_config.check_int('layer size', size, 1)
+  sizes = (
+    *_check_sizes('hidden_layers_sizes', hidden_layers_sizes),
+    base_config.check_int('output_size', output_size, 1),
+  )
 
   def mlp(inputs: jax.Array) -> jax.Array:
     return hk.nets.MLP(sizes, activation=activation)(inputs)
@@ -55,15 +60,24 @@ def make_cnn(
 
   Returns:
     A model `[B, T, F] -> [B, T, K]` whose output t depends on symbols up to t.
+
+  Raises:
+    ValueError: If a size is not a positive integer, or an output would see more
+      than 2^20 symbols, for which there has to be as much padding.
   """
-  base_config.check_int('output_size', output_size, 1)
-  base_config.check_int('kernel_size', kernel_size, 1)
-  for size in hidden_layers_sizes:
-    base_config.check_int('layer size', size, 1)
+  output_size = base_config.check_int('output_size', output_size, 1)
+  kernel_size = base_config.check_int('kernel_size', kernel_size, 1)
+  sizes = _check_sizes('hidden_layers_sizes', hidden_layers_sizes)
+  base_config.check_int(
+    'kernel_size to the power of the layers',
+    kernel_size ** len(sizes),
+    1,
+    _MAX_CONTEXT,
+  )
 
   def cnn(inputs: jax.Array) -> jax.Array:
     hidden = inputs
-    for layer, size in enumerate(hidden_layers_sizes):
+    for layer, size in enumerate(sizes):
       convolution = hk.Conv1D(
         size, kernel_size, rate=kernel_size**layer, padding=hk.pad.causal
       )
@@ -148,18 +162,17 @@ def make_rnn(
     **core_kwargs: For the core, e.g. `hidden_size`.
 
   Raises:
-    ValueError: If a size is not a positive integer, or a flag not a bool.
+    ValueError: If a size is not a positive integer, a flag not a bool, or the
+      core does not take its arguments.
   """
-  base_config.check_int('output_size', output_size, 1)
+  output_size = base_config.check_int('output_size', output_size, 1)
   base_config.check_bool('gradient_checkpointing', gradient_checkpointing)
-  for name, layers in (
-    ('before_mlp_layers', before_mlp_layers),
-    ('after_mlp_layers', after_mlp_layers),
-  ):
-    if isinstance(layers, str) or not isinstance(layers, Sequence):
-      raise ValueError(f'{name} is {layers!r}; it must be a tuple of sizes')
-    for size in layers:
-      base_config.check_int(name, size, 1)
+  before_mlp_layers = _check_sizes('before_mlp_layers', before_mlp_layers)
+  after_mlp_layers = _check_sizes('after_mlp_layers', after_mlp_layers)
+  try:
+    inspect.signature(core).bind(**core_kwargs)
+  except TypeError as error:
+    raise ValueError(f'{getattr(core, "__name__", core)}: {error}') from error
 
   def build() -> RecurrentNetwork:
     return RecurrentNetwork(
@@ -172,3 +185,10 @@ def make_rnn(
     )
 
   return build
+
+
+def _check_sizes(field: str, sizes: Any) -> tuple[int, ...]:
+  """The widths of layers as ints, or a ValueError."""
+  if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+    raise ValueError(f'{field} is {sizes!r}; it must be a tuple of sizes')
+  return tuple(base_config.check_int(field, size, 1) for size in sizes)

@@ -81,10 +81,11 @@ class StackRNNCore(hk.RNNCore):
       ValueError: If a size is not a positive integer.
     """
     super().__init__(name)
-    base_config.check_int('stack_cell_size', stack_cell_size, 1)
-    base_config.check_int('stack_size', stack_size, 1)
-    base_config.check_int('n_stacks', n_stacks, 1)
-    self._shape = (n_stacks, stack_size, stack_cell_size)
+    self._shape = (
+      base_config.check_int('n_stacks', n_stacks, 1),
+      base_config.check_int('stack_size', stack_size, 1),
+      base_config.check_int('stack_cell_size', stack_cell_size, 1),
+    )
     self._inner = inner_core(**inner_core_kwargs)
 
   def initial_state(self, batch_size: int | None) -> StackState:

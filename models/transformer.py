@@ -65,11 +65,11 @@ class TransformerConfig:
 
   def __post_init__(self):
     for field in ('embedding_dim', 'num_heads', 'widening_factor'):
-      base_config.check_int(field, getattr(self, field), 1)
-    base_config.check_int('num_layers', self.num_layers, 0)
+      self._check_int(field, 1)
+    self._check_int('num_layers', 0)
     for field in ('num_hiddens_per_head', 'attention_window'):
       if getattr(self, field) is not None:
-        base_config.check_int(field, getattr(self, field), 1)
+        self._check_int(field, 1)
     base_config.check_float('dropout_prob', self.dropout_prob, 0.0, 1.0)
     base_config.check_float('emb_init_scale', self.emb_init_scale, 0.0)
     for field in ('use_embeddings', 'gradient_checkpointing'):
@@ -89,6 +89,10 @@ class TransformerConfig:
     )
     if 'max_timescale' in params:
       base_config.check_float('max_timescale', params['max_timescale'], 1.0)
+
+  def _check_int(self, field: str, minimum: int) -> None:
+    value = base_config.check_int(field, getattr(self, field), minimum)
+    object.__setattr__(self, field, value)
 
   def check_heads(self, field: str, embedding_dim: int) -> None:
     """Raises ValueError unless the heads divide the embedding."""
@@ -244,7 +248,7 @@ def make_transformer_encoder(
   Raises:
     ValueError: If a field is unknown or its value not allowed.
   """
-  base_config.check_int('output_size', output_size, 1)
+  output_size = base_config.check_int('output_size', output_size, 1)
   base_config.check_kwargs('transformer', config_kwargs, FIELDS)
   config = TransformerConfig(**config_kwargs)
 

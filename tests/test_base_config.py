@@ -68,6 +68,62 @@ def test_registry_finds_any_case_and_suggests_the_nearest():
     registry['aple']
 
 
+@pytest.mark.parametrize(
+  'register',
+  [
+    lambda registry: registry.__setitem__('Fig', 3),
+    lambda registry: registry.update({'Fig': 3}),
+    lambda registry: registry.update(Fig=3),
+    lambda registry: registry.setdefault('Fig', 3),
+    lambda registry: registry.__ior__({'Fig': 3}),
+    lambda registry: base_config.Registry('fruit', {'Fig': 3}),
+  ],
+)
+def test_name_with_capitals_is_refused_when_it_is_registered(register):
+  with pytest.raises(ValueError, match="fruit 'Fig' cannot be registered"):
+    register(base_config.Registry('fruit', {}))
+
+
+def test_registered_name_is_found_in_any_case():
+  registry = base_config.Registry('fruit', {'apple': 1})
+  registry['pear'] = 2
+  registry |= {'fig': 3}
+  assert registry.setdefault('plum', 4) == 4
+  assert [registry[name] for name in ('Pear', 'FIG', 'plum')] == [2, 3, 4]
+
+
+class _Fruit:
+  def __init__(self, size, colour='red'):
+    self.size, self.colour = size, colour
+
+
+class _Apple(_Fruit):
+  def __init__(self, sort, **kwargs):
+    super().__init__(size=3, **kwargs)
+
+
+def test_class_takes_what_it_hands_on_to_its_bases():
+  given = {'sort': 'Cox', 'colour': 'green'}
+  base_config.check_constructor('apple', _Apple, given)
+  with pytest.raises(ValueError, match="apple has no 'colur'.*mean 'colour'"):
+    base_config.check_constructor('apple', _Apple, {'colur': 'green'})
+  with pytest.raises(ValueError, match="apple lacks 'sort'"):
+    base_config.check_constructor('apple', _Apple, {'colour': 'green'})
+
+
+@pytest.mark.parametrize('number', [np.int8(10), np.int64(10), np.uint16(10)])
+def test_numpy_integers_are_ints(number):
+  checked = base_config.check_int('field', number, 0)
+  assert type(checked) is int and 2**checked == 1024
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32 - 1, 2**32, 2**64, np.int64(2**32)])
+def test_seed_that_a_key_does_not_hold_is_refused(seed):
+  with pytest.raises(ValueError, match='seed is .*<= 4294967294'):
+    base_config.check_seed('seed', seed)
+  assert base_config.check_seed('seed', np.uint32(7)) == 7
+
+
 @pytest.mark.parametrize('value', [True, 1.0, '1', None])
 def test_only_integers_are_integers(value):
   with pytest.raises(ValueError, match='field is'):

@@ -11,12 +11,16 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import train
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.models import basic
 
 SMALL_TRANSFORMER = {'embedding_dim': 8, 'num_layers': 2, 'num_heads': 2}
 STATEFUL = {
   'lstm': ('lstm', {'hidden_size': 8}),
   'vanilla_rnn': ('rnn', {'core': 'vanilla_rnn', 'hidden_size': 8}),
-  'gru': ('rnn', {'core': 'gru', 'hidden_size': 8}),
+  'gru': ('gru', {'hidden_size': 8}),
   'haiku_class': ('rnn', {'core': hk.GRU, 'hidden_size': 8}),
   'with_mlps': (
     'rnn',
@@ -29,6 +33,7 @@ STATEFUL = {
   'stack_lstm': ('stack_rnn', {'hidden_size': 8, 'inner_core': 'lstm'}),
 }
 STATELESS = {
+  'cnn': ('cnn', {'hidden_layers_sizes': (8, 8), 'kernel_size': 3}),
   'transformer': ('transformer', SMALL_TRANSFORMER),
   'no_positions': (
     'transformer',
@@ -217,6 +222,21 @@ def test_model_type_in_any_case_of_letters(name):
     ('lstm', {'core': 'gru'}, "core 'gru' contradicts model_type 'lstm'"),
     ('stack_rnn', {'n_stacks': 0}, 'n_stacks is 0'),
     ('stack_rnn', {'inner_core': 'stack_rnn'}, 'inner_core stack_rnn'),
+    ('gru', {'core': 'lstm'}, "core 'lstm' contradicts model_type 'gru'"),
+    ('cnn', {'kernel_size': 0}, 'kernel_size is 0'),
+    ('cnn', {'hidden_layers_sizes': 3}, 'hidden_layers_sizes is 3'),
+    ('cnn', {'activation': 'relu'}, "cnn has no 'activation'"),
+    ('cnn', {'kernel_size': 2000}, 'power of the layers is 4000000'),
+    *(
+      (name, {'context_length': 3, argument: 3}, f"has no '{argument}'")
+      for name in ('sliding_window_transformer',)
+      for argument in ('output_size', 'self', 'architecture_kwargs')
+    ),
+    *(
+      (name, {argument: 3}, f"has no '{argument}'")
+      for name in ('cnn', 'gru', 'lstm', 'rnn', 'stack_rnn', 'transformer')
+      for argument in ('output_size', 'self', 'architecture_kwargs')
+    ),
     ('transformer', {'num_heads': 7}, 'embedding_dim 64 .* num_heads 7'),
     (
       'transformer',
@@ -264,3 +284,84 @@ def test_heads_must_divide_the_features_that_stand_for_embeddings():
   )
   with pytest.raises(ValueError, match='feature size 2 .* num_heads 4'):
     _init(predictor, _batch())
+
+
+class _OwnCore(hk.VanillaRNN):
+  """A core with an argument that `make_rnn` has as well."""
+
+  def __init__(self, output_size):
+    super().__init__(output_size)
+
+
+def test_core_of_ones_own_may_call_its_arguments_as_it_likes():
+  predictor = predictor_factories.PREDICTOR_FACTORIES['rnn'](
+    2, {'core': _OwnCore, 'output_size': 5}
+  )
+  assert predictor.initial_state({}, None, 3).shape == (3, 5)
+
+
+def _with_a_size(output_size, size=8):
+  return predictors.InContextPredictor(basic.make_mlp(output_size, (size,)))
+
+
+OWN_FACTORIES = {
+  'keywords': lambda output_size, kwargs: _with_a_size(output_size, **kwargs),
+  'core': lambda output_size, kwargs: predictors.RNNPredictor(
+    basic.make_rnn(output_size, hk.VanillaRNN, **kwargs)
+  ),
+  # Uses its arguments only where it is traced.
+  'late': lambda output_size, kwargs: predictors.InContextPredictor(
+    lambda batch: hk.nets.MLP((output_size,), **kwargs)(batch)
+  ),
+  'item': lambda output_size, kwargs: _with_a_size(output_size, kwargs['size']),
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'kwargs', 'message'),
+  [
+    ('keywords', {'sise': 3}, "unexpected keyword argument 'sise'"),
+    ('keywords', {'output_size': 3}, "multiple values .*'output_size'"),
+    ('keywords', {'size': 0}, 'hidden_layers_sizes is 0'),
+    ('core', {'hidden_sise': 3}, "VanillaRNN: .*'hidden_s"),
+    ('late', {'sise': 3}, "unexpected keyword argument 'sise'"),
+    ('item', {}, "'size' is missing"),
+  ],
+)
+def test_arguments_that_a_registered_factory_does_not_take_are_named(
+  monkeypatch, name, kwargs, message
+):
+  registry = predictor_factories.PREDICTOR_FACTORIES
+  monkeypatch.setitem(registry, 'mine', OWN_FACTORIES[name])
+  config = config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      model=base_config.ModelConfig(
+        model_type='Mine', architecture_kwargs=kwargs
+      )
+    )
+  )
+  with pytest.raises(
+    ValueError, match=f'model.architecture_kwargs: .*{message}'
+  ):
+    train.build_parts(
+      config, constants.build_data_generator, evaluator_lib.build_evaluator
+    )
+
+
+def test_error_inside_of_a_registered_factory_stays_what_it_is(monkeypatch):
+  registry = predictor_factories.PREDICTOR_FACTORIES
+  monkeypatch.setitem(registry, 'mine', lambda output_size, kwargs: 1 + '1')
+  config = base_config.ModelConfig(model_type='mine')
+  with pytest.raises(TypeError, match='unsupported operand'):
+    predictor_factories.build_predictor(config, 2)
+
+
+def test_sizes_of_a_network_may_be_of_8_bits():
+  small = predictor_factories.PREDICTOR_FACTORIES['lstm'](
+    np.int8(2), {'hidden_size': np.int8(100)}
+  )
+  params = jax.eval_shape(
+    lambda: small.init_params(jax.random.key(0), _batch(), None)
+  )
+  shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+  assert shapes == {(102, 400), (400,), (100, 2), (2,)}

@@ -11,6 +11,9 @@ from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.models import basic
+from nonstationary_mbml.models import recurrent
+from nonstationary_mbml.models import stack_rnn
+from nonstationary_mbml.models import transformer
 from nonstationary_mbml.tests import oracles
 
 BAYES = {
@@ -321,3 +324,126 @@ def test_features_of_a_model_without_a_linear_layer_are_an_error():
   predictor = predictors.InContextPredictor(lambda batch: batch)
   with pytest.raises(ValueError, match='no linear layer'):
     predictor.unroll_features({}, None, _random_batch(1, 3))
+
+
+@pytest.mark.parametrize('dtype', [np.int8, np.int64])
+def test_integers_of_numpy_are_sizes(dtype):
+  whole, _ = ptw_predictors.PTWPredictor(10).unroll(
+    {}, None, _random_batch(2, 5)
+  )
+  ptw = ptw_predictors.PTWPredictor(dtype(10), alphabet_size=dtype(2))
+  state = ptw.initial_state({}, None, dtype(2))
+  predictions, _ = predictors.unroll_in_chunks(
+    ptw, {}, None, _random_batch(2, 5), state, dtype(2)
+  )
+  np.testing.assert_allclose(predictions, whole, atol=1e-6)
+  assert ptw_predictors.min_depth(dtype(100)) == 7
+
+
+def test_chunks_of_no_symbols_are_refused():
+  with pytest.raises(ValueError, match='chunk_length is 0'):
+    predictors.unroll_in_chunks(
+      BAYES['kt'], {}, None, jnp.eye(2)[None], None, 0
+    )
+
+
+NETWORKS = {
+  'lstm': _lstm,
+  'gru': lambda: predictors.RNNPredictor(
+    basic.make_rnn(2, recurrent.GRU, hidden_size=3)
+  ),
+  'stack_rnn': lambda: predictors.RNNPredictor(
+    basic.make_rnn(
+      2, stack_rnn.StackRNNCore, stack_cell_size=2, stack_size=3, hidden_size=3
+    )
+  ),
+  'transformer': lambda: predictors.InContextPredictor(
+    transformer.make_transformer_encoder(
+      2,
+      embedding_dim=4,
+      num_layers=1,
+      num_heads=2,
+      positional_encodings='RELATIVE',
+    )
+  ),
+}
+
+
+def _parameters(network, batch):
+  return jax.jit(lambda: network.init_params(jax.random.key(0), batch, None))()
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_network_reads_integers_as_it_reads_floats(name):
+  network = NETWORKS[name]()
+  floats = _random_batch(2, 4).astype(jnp.float32)
+  integers = floats.astype(jnp.int32)
+  params, same = (_parameters(network, b) for b in (floats, integers))
+  jax.tree.map(np.testing.assert_array_equal, params, same)
+  unroll = jax.jit(lambda batch: network.unroll(params, None, batch)[0])
+  np.testing.assert_array_equal(unroll(floats), unroll(integers))
+
+
+def test_integers_that_stand_for_embeddings_have_positions():
+  network = predictors.InContextPredictor(
+    transformer.make_transformer_encoder(
+      2, use_embeddings=False, num_layers=1, num_heads=1
+    )
+  )
+  floats = _random_batch(2, 4).astype(jnp.float32)
+  params = _parameters(network, floats)
+  whole, integers = (
+    network.unroll(params, None, batch)[0]
+    for batch in (floats, floats.astype(jnp.int32))
+  )
+  np.testing.assert_array_equal(whole, integers)
+
+
+@pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [
+    ('lstm', jnp.bfloat16),
+    ('gru', jnp.float16),
+    ('stack_rnn', jnp.bfloat16),
+    ('stack_rnn', jnp.float16),
+    ('transformer', jnp.bfloat16),
+  ],
+)
+def test_network_computes_in_16_bits_if_its_batch_has_them(name, dtype):
+  network = NETWORKS[name]()
+  batch = _random_batch(2, 4).astype(jnp.float32)
+  params = _parameters(network, batch)
+  unroll = jax.jit(lambda batch: network.unroll(params, None, batch))
+  whole, _ = unroll(batch)
+  narrow, state = unroll(batch.astype(dtype))
+  leaves = jax.tree.leaves((narrow, state))
+  assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
+  np.testing.assert_allclose(narrow.astype(float), whole, atol=0.03)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_parameters_of_an_ensemble_are_recognised(name):
+  network, batch = NETWORKS[name](), _random_batch(2, 4).astype(jnp.float32)
+  params = _parameters(network, batch)
+  several = jax.tree.map(lambda array: jnp.stack([array, array]), params)
+  message = 'of the 2 members of an ensemble; take one with train.member_params'
+  with pytest.raises(ValueError, match=message):
+    network.unroll(several, None, batch)
+  with pytest.raises(ValueError, match=message):
+    jax.jit(network.unroll)(several, None, batch)
+  # One by one they are right.
+  predictions = jax.jit(
+    jax.vmap(lambda params: network.unroll(params, None, batch)[0])
+  )(several)
+  assert predictions.shape == (2, 2, 4, 2)
+
+
+def test_parameters_of_another_network_are_named():
+  network, batch = _lstm(), jnp.eye(2)[None]
+  params = _parameters(network, batch)
+  other = _parameters(_lstm(), jnp.eye(3)[None])
+  with pytest.raises(ValueError, match=r'linear.* has shape .*\(8, 20\), but'):
+    network.unroll(other, None, batch)
+  del params['recurrent_network/~/lstm/linear']
+  with pytest.raises(ValueError, match='lstm/linear.* is in one of them only'):
+    network.unroll(params, None, batch)

@@ -1,7 +1,10 @@
 import csv
 import dataclasses
 import io
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -113,3 +116,31 @@ def test_committed_table_has_its_least_regret_on_the_diagonal():
       assert float(line['above_own']) > 5 * float(line['above_own_stderr'])
     if line['bound']:
       assert float(line['cumulative_regret']) < float(line['bound'])
+
+
+@pytest.mark.parametrize(
+  ('size', 'message'),
+  [
+    ('3000000000', 'not an integer in the range [2, 65536]'),
+    ('65536', 'make --batch_size smaller'),
+  ],
+)
+def test_alphabet_that_no_memory_holds_is_an_error_in_one_line(
+  tmp_path, size, message
+):
+  result = subprocess.run(
+    [
+      sys.executable,
+      pathlib.Path(bayes_table.__file__),
+      f'--alphabet_size={size}',
+    ],
+    cwd=tmp_path,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 1
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('error: ') and message in line
+  assert not list(tmp_path.iterdir())

@@ -363,6 +363,12 @@ def test_overrides_inside_evaluation_data_change_a_copy_of_the_training_data():
     ('eval.optimal_predictors_kwargs.kt.concentration=1e-1', 0.1),
     ("model.architecture_kwargs={'core': 'gru'}", {'core': 'gru'}),
     ('model.architecture_kwargs={"use": true}', {'use': True}),
+    ('model.architecture_kwargs.hidden_size=1e2', 100),
+    ('model.architecture_kwargs={"hidden_size": 1e2}', {'hidden_size': 100}),
+    ('model.architecture_kwargs.before_mlp_layers=[3e1, 4]', (30, 4)),
+    ('model.architecture_kwargs.dropout_prob=1e-1', 0.1),
+    ('model.architecture_kwargs.max_timescale=1e300', 1e300),
+    ('model.architecture_kwargs.max_timescale=inf', 'inf'),
     ('model.architecture_kwargs.core=gru', 'gru'),
     ("model.architecture_kwargs.core='gru'", 'gru'),
     ('model.architecture_kwargs.positional_encodings=NONE', 'NONE'),
@@ -560,3 +566,24 @@ def test_point_of_a_sweep_is_named_without_slashes():
   sweep.base_config.name = '../elsewhere'
   with pytest.raises(ValueError, match="base_config.name is '../elsewhere'"):
     sweep.points()
+
+
+@pytest.mark.parametrize(
+  ('model_type', 'path', 'text'),
+  [
+    ('lstm', 'model.architecture_kwargs.hidden_size', '1e1'),
+    ('transformer', 'model.architecture_kwargs.emb_init_scale', '1e0'),
+    ('lstm', 'eval.optimal_predictors_kwargs.kt.concentration', '2.0'),
+  ],
+)
+def test_whole_number_in_any_notation_serves_sizes_and_numbers(
+  model_type, path, text
+):
+  config = local_launch.make_config(model_type=model_type)
+  overrides = config_lib.parse_overrides(config, [f'{path}={text}'])
+  config = config_lib.post_process_config(
+    config_lib.with_overrides(config, overrides)
+  )
+  constants.check(config)
+  saved = json.loads(json.dumps(base_config.to_dict(config)))
+  assert base_config.from_dict(config_lib.ExperimentConfig, saved) == config

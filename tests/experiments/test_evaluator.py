@@ -421,3 +421,77 @@ def test_no_predictor_is_exact_without_a_dirichlet():
   generator = constants.build_data_generator(data)
   optimal = constants.build_optimal_predictors(config.eval, 2)
   assert constants.exact_predictor(config.eval, generator, optimal) is None
+
+
+class _Uniform(predictors.Predictor):
+  """A predictor from outside: a depth that is no tree's, and no prior."""
+
+  has_state = False
+
+  def __init__(self, depth=2):
+    self.depth = depth
+
+  def init_params(self, rng, batch_init, state_init):
+    return {}
+
+  def initial_state(self, params, rng, batch_size):
+    return None
+
+  def unroll(self, params, rng, batch, init_state=None):
+    return jnp.zeros_like(batch), None
+
+
+class _OwnPTW(ptw_predictors.PTWPredictor):
+  """One from outside that takes the prior, through its base."""
+
+  def __init__(self, margin=1, **kwargs):
+    super().__init__(depth=4 + margin, **kwargs)
+
+
+def test_predictors_of_ones_own_are_given_what_they_take(monkeypatch):
+  registry = constants.OPTIMAL_PREDICTORS
+  monkeypatch.setitem(registry, 'uniform', _Uniform)
+  monkeypatch.setitem(registry, 'own_ptw', _OwnPTW)
+  names = ('uniform', 'own_ptw', 'ptw')
+  data = config_lib.DataConfig(parameter_distribution_params=(2.0, 1.0))
+  config = config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      data=data, eval=config_lib.EvalConfig(optimal_predictors=names)
+    )
+  )
+  constants.check(config)
+  optimal = constants.build_optimal_predictors(config.eval, 2)
+  assert optimal['own_ptw'].concentration == (2.0, 1.0)
+  generator = constants.build_data_generator(data)
+  assert constants.exact_predictor(config.eval, generator, optimal) == 'ptw'
+  evaluator = _evaluator(
+    predictors.OptimalCategoricalPredictor(),
+    prior=(2.0, 1.0),
+    optimal_predictors=names,
+    batch_size=64,
+  )
+  regrets = evaluator.evaluate({}, jax.random.key(0), 64)
+  assert regrets['uniform'].mean() > regrets['ptw'].mean()
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'concentration': 3.0}, r"\[uniform\] has no 'concentration'; .* depth"),
+    ({'alphabet_size': 3}, r"\[uniform\] has no 'alphabet_size'"),
+  ],
+)
+def test_what_a_predictor_of_ones_own_is_given_but_does_not_take_is_named(
+  monkeypatch, kwargs, message
+):
+  monkeypatch.setitem(constants.OPTIMAL_PREDICTORS, 'uniform', _Uniform)
+  config = config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      eval=config_lib.EvalConfig(
+        optimal_predictors=('uniform',),
+        optimal_predictors_kwargs={'uniform': kwargs},
+      )
+    )
+  )
+  with pytest.raises(ValueError, match=message):
+    constants.check(config)

@@ -8,8 +8,13 @@ from absl import flags
 import pytest
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import local_launch
+from nonstationary_mbml.models import basic
 
 SCRIPT = pathlib.Path(local_launch.__file__)
 
@@ -134,6 +139,10 @@ def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
     ('--batch_size=0', '--batch_size=0'),
     ('--num_seeds=0', '--num_seeds=0'),
     ('--num_processes=0', '--num_processes=0'),
+    ('--num_sequences=3000000000', 'range .*2147483647'),
+    ('--num_seeds=3000000000', 'range .*65536'),
+    ('--seed=4294967296', 'range .*4294967294'),
+    ('--steps=1e-1', '--steps=1e-1'),
   ],
 )
 def test_wrong_values_of_flags_are_flag_errors(flag, message):
@@ -169,6 +178,37 @@ def test_default_config_is_the_documented_run():
   assert config.train.learning_rate == 2e-3
   assert config.train.batch_size == 128
   assert config.schedule.training_steps == 10_000
+
+
+@pytest.mark.parametrize('name', ['RECURRING', 'Regular_Shift', 'random_SHIFT'])
+def test_source_has_its_arguments_in_any_case_of_letters(name):
+  values = flags.FlagValues()
+  local_launch.define_flags(values)
+  values(['', f'--source={name}', '--model_type=GRU', '--steps=1e2'])
+  config = local_launch.config_from_flags(values)
+  assert config.schedule.training_steps == 100
+  default = constants.SOURCE_KWARGS[name.lower()]
+  assert config.data.trajectory_generator_kwargs == default
+  config = evaluate.make_config(config, source=name)
+  assert config.eval.data.trajectory_generator_kwargs == default
+  constants.check(config)
+
+
+def test_registered_network_is_a_model_type(monkeypatch):
+  monkeypatch.setitem(
+    predictor_factories.PREDICTOR_FACTORIES,
+    'mine',
+    lambda output_size, kwargs: predictors.InContextPredictor(
+      basic.make_cnn(output_size, **kwargs)
+    ),
+  )
+  values = flags.FlagValues()
+  local_launch.define_flags(values)
+  path = 'model.architecture_kwargs.kernel_size'
+  values(['', '--model_type=Mine', f'--set={path}=4'])
+  config = local_launch.config_from_flags(values)
+  assert config.name == 'mine_ptw_seed0'
+  assert config.model.architecture_kwargs == {'kernel_size': 4}
 
 
 def test_made_config_can_still_be_changed():

@@ -13,6 +13,7 @@ from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import regret_curves
 from nonstationary_mbml.experiments import runs
 
 
@@ -169,6 +170,30 @@ def test_evaluator_has_the_exact_predictor_of_its_source(trained):
   assert other.optimal_predictors['ptw'].depth == 4
   # The run's own config is as it was.
   assert run.config == trained[1]
+
+
+def test_evaluation_on_no_symbols_is_refused(trained):
+  run = runs.load_run(trained[0])
+  with pytest.raises(ValueError, match='eval.seq_length is 0; .* >= 2'):
+    runs.evaluator_of(run, seq_length=0)
+  assert regret_curves.by_source(run, {}) == {}
+
+
+def test_evaluator_says_whose_parameters_it_was_given(trained):
+  run = runs.load_run(trained[0])
+  with pytest.raises(ValueError, match='of the 2 members of an ensemble'):
+    runs.evaluator_of(run).evaluate(run.params, jax.random.key(0), 4)
+
+
+def test_missing_member_is_named(trained):
+  _, config, result = trained
+  with pytest.raises(ValueError, match='member is 2; .* <= 1'):
+    train.member_params(config.train, result.params, 2)
+
+
+def test_curves_refuse_a_seed_that_a_key_does_not_hold(trained):
+  with pytest.raises(ValueError, match='seed is 4294967296; .* <= 4294967294'):
+    regret_curves.over_time(runs.load_run(trained[0]), 4, seed=2**32)
 
 
 def test_source_of_another_alphabet_is_refused(trained):

@@ -186,18 +186,20 @@ def test_points_that_fail_are_named_and_leave_the_others_alone(tmp_path):
   assert f'{diverges.name}.txt' in blocks[-1]
 
 
-_TABLE = {
-  'table': [
-    {
-      'predictor': 'lstm',
-      'cumulative_regret': 1.0,
-      'stderr': 0.1,
-      'above_optimum': 0.0,
-      'above_optimum_stderr': 0.0,
-      'is_optimum': True,
-    }
-  ]
-}
+def _row(predictor, **values):
+  return {
+    'predictor': predictor,
+    'cumulative_regret': 1.0,
+    'stderr': 0.1,
+    'above_optimum': 0.0,
+    'above_optimum_stderr': 0.0,
+    'is_optimum': False,
+    **values,
+  }
+
+
+# Of a source without an exact predictor.
+_TABLE = {'table': [_row('lstm'), _row('LAD', is_optimum=True, is_exact=False)]}
 
 
 def _stand_in(monkeypatch, code, names=()):
@@ -247,6 +249,7 @@ def test_points_that_cannot_be_written_leave_the_others_alone(
   assert again.cannot_save is None
   (row,) = files.read_csv(tmp_path / 'results.csv')
   assert row['point'] == good
+  assert row['exact'] == 'LAD (best reference)'
 
 
 def test_full_disk_stops_the_sweep(tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ from nonstationary_mbml.experiments import tables
 def test_ensembles_are_measured_over_their_members():
   regrets = {'network': np.array([[1.0, 3.0], [2.0, 6.0]]), 'kt': np.ones(2)}
   names = {'network': 'lstm, 2 seeds', 'kt': 'KT'}
-  network, _ = tables.results_table(regrets, names, 'kt')
+  network, kt = tables.results_table(regrets, names, 'kt')
   assert network['cumulative_regret'] == 3.0
+  assert network['stderr_over'] == 'seeds' and kt['stderr_over'] == 'sequences'
+  assert [row['stderr_over'] for row in network['seeds']] == 2 * ['sequences']
   # Means of the members are 2 and 4.
   assert network['stderr'] == pytest.approx(1.0)
   assert network['above_optimum'] == 2.0
@@ -43,6 +45,7 @@ def test_table_without_exact_predictors_has_the_network():
 
 def test_columns_are_aligned():
   row = {
+    'stderr_over': 'seeds',
     'cumulative_regret': 1.0,
     'stderr': 0.1,
     'above_optimum': 0.5,
@@ -53,8 +56,29 @@ def test_columns_are_aligned():
     [{'step': 5, **row}, {'step': 10_000_000, **row}], 'step'
   ).splitlines()
   assert lines[0].split() == [
-    'step', 'cumulative', 'regret', '(nats)', 'above', 'the', 'optimum',
+    'step', 'cumulative', 'regret', '(nats)', 'above', 'the', 'optimum', '±',
+    'over',
   ]  # fmt: skip
   assert len({len(line) for line in lines}) == 1
   assert lines[1].split() == ['5', '1.0000', '±', '0.1000', '+0.5000', '±',
-                              '0.2000']  # fmt: skip
+                              '0.2000', 'seeds']  # fmt: skip
+
+
+def test_table_without_an_exact_predictor_claims_no_optimum():
+  regrets = {
+    'network': np.array([1.0, 2.0]),
+    'lad': np.array([2.0, 2.5]),
+    'kt': np.array([3.0, 3.0]),
+  }
+  names = {'network': 'lstm', 'lad': 'LAD', 'kt': 'KT'}
+  rows = tables.results_table(regrets, names, None)
+  text = tables.format_table(rows, is_exact=False)
+  head, network, lad, _ = text.splitlines()
+  assert not any(row['is_exact'] for row in rows)
+  assert 'above the best reference' in head
+  assert 'optimum' not in text
+  # Better than the best reference.
+  assert '-0.7500 ± 0.2500' in network and 'best reference' in lad
+  assert 'negative' in tables.no_exact_predictor('own')
+  exact = tables.format_table(tables.results_table(regrets, names, 'lad'))
+  assert 'above the optimum' in exact and 'best reference' not in exact

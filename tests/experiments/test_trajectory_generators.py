@@ -450,3 +450,20 @@ def test_wrong_sizes_are_named(batch_size, seq_length, message):
 def test_other_name_of_the_ptw_source():
   registry = trajectory_generators.TRAJECTORY_GENERATORS
   assert registry['iid_ptw_cat'] is registry['ptw']
+
+
+@pytest.mark.parametrize(
+  ('name', 'kwargs', 'narrow'),
+  [
+    ('ptw', {}, {}),
+    ('ptw', {'depth': 10}, {'depth': np.int8(10)}),
+    ('regular_shift', {'shift_period': 3}, {'shift_period': np.int8(3)}),
+  ],
+)
+def test_integers_of_numpy_are_sizes(name, kwargs, narrow):
+  rng = jax.random.key(0)
+  expected, _ = _make(name, **kwargs).sample(rng, 2, 100)
+  source = _make(name, **narrow)
+  for dtype in (np.int8, np.int64):
+    batch, _ = source.sample(rng, dtype(2), dtype(100))
+    np.testing.assert_array_equal(batch, expected)
