@@ -11,7 +11,7 @@ process, and on as many processes with one each, in turns. It writes
 results/scaling.json. --markdown prints that as a table.
 
 --plan reckons, from the step times that benchmarks/run.py has written on some
-machine, how long the grid of the paper would take on so many machines like it.
+machine, how long a grid of the paper's size would take on so many like it.
 A machine trains one network at a time, on all of its devices.
 
 --reckon does so for an accelerator that nobody has measured, from what its
@@ -70,7 +70,8 @@ _WORK = {
   },
 }
 
-# The grid of the paper: every source, architecture and seed.
+# A grid of the size of the paper's: its four kinds of source and ten seeds; the
+# number of steps and the networks are ours.
 _SOURCES = 4
 _SEEDS = 10
 _STEPS = 500_000
@@ -146,7 +147,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
-  """Returns what the grid of the paper costs, as a table.
+  """Returns what a grid of the paper's size costs, as a table.
 
   Args:
     rows: Of benchmarks/run.py, on some machine.
@@ -185,7 +186,7 @@ def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
 
 
 def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
-  """Returns what the grid of the paper would cost on accelerators, as a table.
+  """Returns what such a grid would cost on accelerators, as a table.
 
     step = max(seeds x operations / rate, T x time of a step over time)
 

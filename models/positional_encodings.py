@@ -6,7 +6,8 @@
   RELATIVE  learned attention to sinusoids of the distance (Dai et al., 2019)
 
 Positions count from the start of the sequence and distances from the query, so
-a prefix is encoded as it is inside the whole.
+a prefix is encoded as it is inside the whole. In SIN_COS and ALIBI the release
+of 2023 does otherwise: docs/coming_from_the_release.md.
 """
 
 import enum

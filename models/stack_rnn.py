@@ -56,6 +56,9 @@ class StackRNNCore(hk.RNNCore):
     s_t[i] = a_push s_{t-1}[i-1] + a_pop s_{t-1}[i+1] + a_noop s_{t-1}[i]
 
   A pop from an empty stack gives zeros; a push on a full one drops its bottom.
+  Joulin and Mikolov's own code has -1 in an empty stack and a sigmoid on what
+  is pushed; ours has 0 and none, as the release of 2023 that
+  docs/coming_from_the_release.md compares with.
   """
 
   def __init__(

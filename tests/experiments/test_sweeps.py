@@ -35,7 +35,7 @@ def _check_grid(points, sources, per_cell):
   assert set(cells.values()) == {per_cell}
 
 
-def test_paper_is_the_grid_of_the_paper():
+def test_paper_has_the_sources_and_the_ten_seeds_of_the_paper():
   points = sweeps.paper().points()
   _check_grid(points, SOURCES, per_cell=3)
   for point in points:

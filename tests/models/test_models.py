@@ -271,7 +271,7 @@ def _stack_step(params, inputs, state):
   return hidden, new
 
 
-def test_stack_rnn_is_the_papers_recursion():
+def test_stack_rnn_has_zeros_when_empty_and_pushes_what_is_linear():
   transformed = hk.transform(
     lambda x, state: stack_rnn.StackRNNCore(
       3, stack_size=4, n_stacks=2, hidden_size=5
