@@ -19,6 +19,7 @@ import contextlib
 import functools
 from typing import Any
 from typing import NamedTuple
+from typing import NoReturn
 
 import haiku as hk
 import jax
@@ -84,7 +85,24 @@ class Predictor(abc.ABC):
     """
 
 
-class InContextPredictor(Predictor):
+class _Network(Predictor):
+  """A predictor that is made of functions, which do not change."""
+
+  def __copy__(self) -> '_Network':
+    return self
+
+  def __deepcopy__(self, memo: dict[int, Any]) -> '_Network':
+    return self
+
+  def __reduce__(self) -> NoReturn:
+    raise TypeError(
+      'a network cannot be pickled, since functions are part of it; save its '
+      'parameters and its config, and build it again with '
+      'predictor_factories.build_predictor'
+    )
+
+
+class InContextPredictor(_Network):
   """A Haiku model of whole sequences, without a state (Transformer, CNN).
 
   Each call is a context of its own: there is nothing to carry over.
@@ -168,7 +186,7 @@ class InContextPredictor(Predictor):
       )
 
 
-class RNNPredictor(Predictor):
+class RNNPredictor(_Network):
   """A recurrent Haiku network.
 
   The network is a module with `initial_state(batch_size)`, `__call__(batch,

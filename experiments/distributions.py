@@ -41,7 +41,7 @@ from nonstationary_mbml import base_config
 _SUM_TOLERANCE = 1e-5
 
 
-class Distribution(abc.ABC):
+class Distribution(base_config.EqualByValue, abc.ABC):
   """A family of distributions over feature vectors.
 
   Attributes:

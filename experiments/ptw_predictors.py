@@ -548,12 +548,13 @@ def _kt_and_change(
   inner_kt = (inner[0].astype(dtype) + own) / inner_total
   inner_complement = (inner[1].astype(dtype) + rest) / inner_total
   total = sum(outer).astype(dtype) + (own + rest)
-  # Before the inner block: r and s.
-  drawn, others = (
-    (out - inn).astype(dtype) for out, inn in zip(outer, inner, strict=True)
-  )
   kt = (outer[0].astype(dtype) + own) / total
-  change = inner_kt * (others / total) - inner_complement * (drawn / total)
+  # Before the inner block, r and s, as shares of what there is.
+  drawn, others = (
+    (out - inn).astype(dtype) / total
+    for out, inn in zip(outer, inner, strict=True)
+  )
+  change = inner_kt * others - inner_complement * drawn
   return kt, change
 
 
@@ -567,12 +568,13 @@ def _gain(
     kt: kt_j of it.
     mixture: p_{j+1} of it.
   """
-  # Each form has its digits where the other one loses them.
+  # Each form has its digits where the other one loses them. No quotient of
+  # quotients: the compiler would multiply their denominators.
   is_near = jnp.abs(difference) < kt / 2
   return jnp.where(
     is_near,
     jnp.log1p(jnp.where(is_near, difference / kt, 0)),
-    jnp.log(mixture / kt),
+    jnp.log(mixture) - jnp.log(kt),
   )
 
 

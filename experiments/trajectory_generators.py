@@ -60,11 +60,12 @@ def check_prior(
   return params
 
 
-class TrajectoryGenerator(abc.ABC):
+class TrajectoryGenerator(base_config.EqualByValue, abc.ABC):
   """A piecewise-stationary source.
 
   A subclass gives the law of its switching points. The parameters of every
-  segment are drawn anew, unless it says otherwise.
+  segment are drawn anew, unless it says otherwise. Sources with equal
+  attributes are equal, and share their compiled programs.
   """
 
   def __init__(

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import warnings
 
 import haiku as hk
@@ -7,9 +9,11 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import predictors
+from nonstationary_mbml import runtime
 from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml.experiments import run_length_predictors
 from nonstationary_mbml.models import basic
 from nonstationary_mbml.models import recurrent
 from nonstationary_mbml.models import stack_rnn
@@ -447,3 +451,75 @@ def test_parameters_of_another_network_are_named():
   del params['recurrent_network/~/lstm/linear']
   with pytest.raises(ValueError, match='lstm/linear.* is in one of them only'):
     network.unroll(params, None, batch)
+
+
+MAKE_BAYES = {
+  'kt': lambda **kwargs: predictors.OptimalCategoricalPredictor(**kwargs),
+  'ptw': lambda **kwargs: ptw_predictors.PTWPredictor(6, **kwargs),
+  'lad': lambda **kwargs: live_and_die_predictors.LADPredictor(**kwargs),
+  'period': lambda **kwargs: run_length_predictors.regular_shift_predictor(
+    5, **kwargs
+  ),
+  'lengths': lambda **kwargs: run_length_predictors.random_shift_predictor(
+    'uniform', (1.0, 9.0), **kwargs
+  ),
+  'fmn': lambda **kwargs: forget_me_not_predictors.ForgetMeNotPredictor(
+    6, **kwargs
+  ),
+}
+
+
+@pytest.mark.parametrize('name', MAKE_BAYES)
+def test_equal_predictors_share_their_programs(name):
+  batch = jax.device_put(np.asarray(_random_batch(2, 12), np.float32))
+  symbols = batch[:, 0]
+
+  def use(predictor):
+    _, state = predictor.unroll({}, None, batch)
+    predictor.unroll({}, None, batch, state)
+    predictor.output_from_state(predictor.update(symbols, state))
+    for method in ('switch_posterior', 'unroll_run_lengths'):
+      if hasattr(predictor, method):
+        getattr(predictor, method)(batch)
+
+  predictor, equal = MAKE_BAYES[name](), MAKE_BAYES[name]()
+  assert predictor == equal and hash(predictor) == hash(equal)
+  assert predictor != MAKE_BAYES[name](concentration=0.3)
+  use(predictor)
+  with runtime.count_compilations() as compilations:
+    use(equal)
+  assert compilations.programs == 0
+
+
+@pytest.mark.parametrize('name', MAKE_BAYES)
+@pytest.mark.parametrize(
+  'copied',
+  [copy.deepcopy, lambda predictor: pickle.loads(pickle.dumps(predictor))],
+  ids=['deepcopy', 'pickle'],
+)
+def test_copies_of_exact_predictors_are_equal(name, copied):
+  predictor = MAKE_BAYES[name]()
+  assert copied(predictor) == predictor
+
+
+def test_network_is_its_own_copy_and_says_why_it_cannot_be_pickled():
+  for predictor in (
+    predictors.InContextPredictor(lambda batch: batch),
+    predictors.RNNPredictor(basic.make_rnn(2, hk.LSTM, hidden_size=4)),
+  ):
+    assert copy.deepcopy(predictor) is predictor
+    assert copy.copy(predictor) is predictor
+    with pytest.raises(TypeError, match='build it again.*build_predictor'):
+      pickle.dumps(predictor)
+
+
+def test_predictor_with_an_array_is_equal_to_itself_alone():
+  class Array(predictors.OptimalCategoricalPredictor):
+    def __init__(self):
+      super().__init__()
+      self.array = np.ones(2)
+
+  predictor = Array()
+  assert predictor == predictor and predictor != Array()
+  assert isinstance(hash(predictor), int)
+  assert predictor != predictors.OptimalCategoricalPredictor()

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from nonstationary_mbml import runtime
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import trajectory_generators
 from nonstationary_mbml.tests import oracles
@@ -467,3 +470,20 @@ def test_integers_of_numpy_are_sizes(name, kwargs, narrow):
   for dtype in (np.int8, np.int64):
     batch, _ = source.sample(rng, dtype(2), dtype(100))
     np.testing.assert_array_equal(batch, expected)
+
+
+@pytest.mark.parametrize('name', constants.TRAJECTORY_GENERATORS)
+def test_equal_sources_share_their_programs(name):
+  config = config_lib.DataConfig(
+    trajectory_generator=name,
+    trajectory_generator_kwargs=constants.source_kwargs(name),
+  )
+  source, equal = (constants.build_data_generator(config) for _ in range(2))
+  assert source == equal and hash(source) == hash(equal)
+  key = jax.random.key(0)
+  source.sample(key, 4, 16), source.switch_points(key, 4, 16)
+  with runtime.count_compilations() as compilations:
+    equal.sample(key, 4, 16), equal.switch_points(key, 4, 16)
+  assert compilations.programs == 0
+  config.parameter_distribution_params = (0.5, 2.0)
+  assert constants.build_data_generator(config) != source
