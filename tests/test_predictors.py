@@ -388,6 +388,25 @@ def test_network_reads_integers_as_it_reads_floats(name):
   np.testing.assert_array_equal(unroll(floats), unroll(integers))
 
 
+@pytest.mark.parametrize('name', NETWORKS)
+def test_network_reads_float64_arrays_of_numpy_without_warnings(name):
+  """As JAX holds them: in float32."""
+  network = NETWORKS[name]()
+  batch = np.asarray(_random_batch(2, 4), np.float64)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    params = _parameters(network, batch)
+    predictions, state = network.unroll(params, None, batch)
+  narrow = batch.astype(np.float32)
+  expected, expected_state = network.unroll(params, None, narrow)
+  assert predictions.dtype == jnp.float32
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (predictions, state),
+    (expected, expected_state),
+  )
+
+
 def test_integers_that_stand_for_embeddings_have_positions():
   network = predictors.InContextPredictor(
     transformer.make_transformer_encoder(
