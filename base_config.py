@@ -79,8 +79,9 @@ class EqualByValue:
   """Base of objects that are equal if their class and attributes are.
 
   So a function that is compiled for one of them (a static argument of
-  `jax.jit`) serves all that are equal to it. An object with an attribute that
-  has no hash, such as an array, is equal to itself alone.
+  `jax.jit`) serves all that are equal to it. Attributes are those in `vars`;
+  they must not change once the object was used. An object with an attribute
+  that has no hash, such as an array, is equal to itself alone.
   """
 
   def __eq__(self, other: object) -> bool:
@@ -97,7 +98,11 @@ class EqualByValue:
 
   def _value(self) -> tuple[Any, ...] | None:
     """Class and attributes, if they have a hash."""
-    value = (type(self), *sorted(vars(self).items()))
+    value = (
+      type(self),
+      # With types: 1 and 1.0 are equal, but do not compute the same.
+      *((name, type(item), item) for name, item in sorted(vars(self).items())),
+    )
     try:
       hash(value)
     except TypeError:
@@ -605,7 +610,7 @@ class ExperimentConfig(Config):
   """What every experiment has; experiments add their data and evaluation.
 
   Attributes:
-    name: Of the run, and of its folder: no path.
+    name: Name of the run and of its folder; no path.
     seed: All randomness follows from it and from `train.model_init_seed`.
     model: The network.
     train: Its training.

@@ -238,11 +238,15 @@ def snapshot_steps(config: base_config.ScheduleConfig) -> tuple[int, ...]:
 
 
 def _read_all(path: pathlib.Path) -> None:
-  """Reads all bytes that were saved; raises an exception if one is missing."""
+  """Reads all bytes that were saved; raises an exception if one is missing.
+
+  Orbax reads them a second time: of a file that is cut short, its threads would
+  print tracebacks before it raises.
+  """
   base = {'driver': 'file', 'path': f'{path}/'}
   store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
-  for key in store.list().result():
-    store.read(key).result()
+  for read in [store.read(key) for key in store.list().result()]:
+    read.result()
 
 
 def _matched(

@@ -47,12 +47,12 @@ def _finite(content: Any) -> Any:
   return content
 
 
-def measured(content: Any) -> Any:
-  """Returns what was measured, as read from JSON, with NaN for null."""
+def null_to_nan(content: Any) -> Any:
+  """Returns plain data as read from JSON, with NaN for null."""
   if isinstance(content, dict):
-    return {key: measured(value) for key, value in content.items()}
+    return {key: null_to_nan(value) for key, value in content.items()}
   if isinstance(content, list):
-    return [measured(value) for value in content]
+    return [null_to_nan(value) for value in content]
   return math.nan if content is None else content
 
 

@@ -678,7 +678,7 @@ def _explaining_params(
 
 
 def _params_problem(params: Params, wanted: Params) -> str | None:
-  """Returns why parameters are not a network's; None if they are."""
+  """Returns why parameters do not fit a network; None if they do."""
   given, wanted = (
     {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
     for leaves in map(jax.tree.leaves_with_path, (params, wanted))
@@ -687,20 +687,18 @@ def _params_problem(params: Params, wanted: Params) -> str | None:
     return None
   if given.keys() != wanted.keys():
     names = sorted(given.keys() ^ wanted.keys())
-    return (
-      f'params are not those of this network: {names[0]} is in one of them only'
-    )
-  num_members = {shape[:1] for shape in given.values()}
-  if len(num_members) == 1 and all(
+    return f'params do not fit this network: {names[0]} is in one of them only'
+  leading_axes = {shape[:1] for shape in given.values()}
+  if len(leading_axes) == 1 and all(
     shape[1:] == wanted[name] for name, shape in given.items()
   ):
     return (
-      f'params are those of the {num_members.pop()[0]} members of an ensemble; '
-      'take one with train.member_params(config.train, params, member), or '
-      'runs.member_params(run, member) of a run that was loaded'
+      f'params are those of the {leading_axes.pop()[0]} members of an '
+      'ensemble; take one with train.member_params(config.train, params, '
+      'member), or runs.member_params(run, member) of a run that was loaded'
     )
   name = next(name for name in given if given[name] != wanted[name])
   return (
-    f'params are not those of this network: {name} has shape {given[name]}, '
-    f'but takes {wanted[name]}'
+    f'params do not fit this network on a batch of these features: {name} has '
+    f'shape {given[name]}; {wanted[name]} is needed'
   )

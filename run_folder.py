@@ -133,7 +133,7 @@ def read_metrics(path: pathlib.Path) -> tuple[list[dict[str, Any]], str]:
       raise ValueError(
         f'{path}: line {number} is not an entry of a log: {error}'
       ) from error
-    entries.append(files.measured(entry))
+    entries.append(files.null_to_nan(entry))
   return entries, ''
 
 

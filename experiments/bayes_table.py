@@ -272,7 +272,7 @@ def main(argv: list[str]) -> None:
   )
   if math.prod(sizes) > base_config.MAX_SIZE:
     sys.exit(
-      'error: {} sequences of {} symbols out of {} are more than 2^31 numbers; '
+      'error: {} sequences of {} symbols out of {} are 2^31 numbers or more; '
       'make --batch_size smaller'.format(*sizes)
     )
   folder = command_line.make_folder(flags.FLAGS.output_dir)

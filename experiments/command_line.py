@@ -30,7 +30,7 @@ from nonstationary_mbml import runtime
 # Of a script that was asked to stop, and goes on when it is started again:
 # EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
-# Of a script that has no place to write to, as on a full disk: EX_IOERR.
+# Of a script that finds the disk full, or the quota used up: EX_IOERR.
 EXIT_CANNOT_SAVE = 74
 # Of a script whose output nobody reads any more, as a shell has it.
 _EXIT_UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
@@ -225,7 +225,9 @@ def flush() -> None:
 
 def _print_nowhere() -> None:
   """Not even when Python ends, which would be a traceback."""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  if sys.stdout is not None:
+    with open(os.devnull, 'w') as nowhere:
+      os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def end_with(error: Exception) -> NoReturn:

@@ -230,10 +230,11 @@ class ExperimentSweep(base_config.Config):
   def points(self) -> list[SweepPoint]:
     """Returns the points, each named by the base and by what was set.
 
-    Of a named value the name is shown, else `path=value`, with - for a slash,
-    which no name of a folder has:
+    Of a named value the name is shown, else `path=value`:
 
       base,seed=0,train.learning_rate=0.001,small
+
+    Slashes, which the name of a folder cannot have, become `-`.
 
     Raises:
       ValueError: If a path is unknown, its values are neither a sequence nor

@@ -488,7 +488,7 @@ class Uniform(_Univariate):
     if not np.all(valid):
       raise ValueError(
         f'{field} {parameters!r}: the low of uniform must be below its high, '
-        f'both finite; so must their difference, {base_config.FLOAT32_LIMITS}'
+        f'both finite, and their difference {base_config.FLOAT32_LIMITS}'
       )
 
   def _limits(self, low: jax.Array, high: jax.Array) -> tuple[Any, Any]:
@@ -726,8 +726,10 @@ class Dirichlet(_Simplex):
     self, features: jax.Array, parameters: jax.Array
   ) -> jax.Array:
     sums = features.sum(axis=-1, keepdims=True)
+    # Narrow floats and large K round the sum by more.
+    rounding = self.feature_size * float(jnp.finfo(sums.dtype).eps)
     outside = jnp.any(features < 0, axis=-1) | (
-      jnp.abs(sums[..., 0] - 1) > _SUM_TOLERANCE
+      jnp.abs(sums[..., 0] - 1) > max(_SUM_TOLERANCE, rounding)
     )
     probs = jnp.where(outside[..., None], 1 / self.feature_size, features)
     sums = jnp.where(outside[..., None], 1, sums)
@@ -914,7 +916,7 @@ def _stirling_error(x: jax.Array) -> jax.Array:
 @jax.jit
 def _stirling_slope(x: jax.Array) -> jax.Array:
   """r'(x) = digamma(x) - log x + 1 / (2 x)."""
-  x = 1.0 * x
+  x = 1.0 * x  # Integers have no tangents.
   return jax.jvp(_stirling_error, (x,), (jnp.ones_like(x),))[1]
 
 
@@ -952,7 +954,7 @@ def _difference_of_products(
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The leading half of the digits, and the rest."""
-  x = 1.0 * x
+  x = 1.0 * x  # Integers have no digits to halve.
   info = jnp.finfo(x.dtype)
   high = jax.lax.reduce_precision(x, info.nexp, (info.nmant - 1) // 2)
   high = jax.lax.stop_gradient(high)

@@ -39,6 +39,9 @@ symbols. The least recently used one was tried in its stead: it cost more on the
 `recurring` source wherever memory was short, and less on sources whose regimes
 go for good.
 
+Unlike PTW's, the log-odds are sums of differences of logarithms: in float32,
+those of a block of 2^20 equal symbols are off by 1e-3.
+
 From the paper are the mixture over partitions, the uniform mixture of a fresh
 model and a memory in it, and a memory that follows the most probable segments.
 The rule above, which says exactly when a model enters and what it replaces, is

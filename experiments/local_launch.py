@@ -63,7 +63,7 @@ _TRANSFORMER = {
   'dropout_prob': 0.0,
 }
 _ARCHITECTURES = {
-  # Sees 2^5 symbols: as many as there are.
+  # An output sees 2^5 = 32 symbols: the default --seq_length.
   'cnn': {'hidden_layers_sizes': 5 * (64,), 'kernel_size': 2},
   'gru': _RECURRENT,
   'rnn': {'core': 'vanilla_rnn', **_RECURRENT},

@@ -71,9 +71,9 @@ class PTWState(NamedTuple):
     time: Symbols seen so far, int32, the same for all sequences.
     counts: Of the symbols in the open block of each level, int32
       `[B, d + 1, K]`.
-    log_odds: L_j of the open blocks, `[B, d]`.
-    log_odds_residual: What rounding has left out of L_j, `[B, d]`: a long
-      stream adds terms that are too small for it.
+    log_odds: L_j of the open blocks in nats, `[B, d]`.
+    log_odds_residual: Remainder of L_j below its rounding, `[B, d]`: a long
+      stream adds terms that are too small for L_j alone.
   """
 
   time: jax.Array
@@ -123,11 +123,10 @@ class PTWPredictor(predictors.OptimalPredictor):
   def update(self, symbols: jax.Array, state: PTWState) -> PTWState:
     self._check_update(symbols, state)
     self._check_time(state, 1)
-    return _step(
-      state,
-      symbols,
-      self.prior(symbols.shape[-1], predictors.compute_dtype(symbols)),
-    )[0]
+    prior = self.prior(symbols.shape[-1], predictors.compute_dtype(symbols))
+    new, _ = _step(state, symbols, prior)
+    # Concrete where it was: the time inside of a compiled function is not.
+    return new._replace(time=state.time + np.int32(1))
 
   def output_from_state(self, state: PTWState) -> jax.Array:
     self._check_state(state)
@@ -147,7 +146,7 @@ class PTWPredictor(predictors.OptimalPredictor):
       return self._unroll_whole(batch, state.log_odds.dtype)
     prior = self.prior(batch.shape[-1], predictors.compute_dtype(batch))
     log_probs, final_state = _stream(batch, state, prior)
-    # Concrete where it was: the time inside of a compiled function is not.
+    # Concrete where it was.
     return log_probs.astype(predictors.dtype_of(batch)), final_state._replace(
       time=state.time + np.int32(batch.shape[1])
     )
@@ -467,13 +466,14 @@ def _stream(
   return jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1), state
 
 
+@jax.jit
 def _step(
   state: PTWState, symbols: jax.Array, prior: jax.Array
 ) -> tuple[PTWState, jax.Array]:
-  """The state after one more symbol `[B, K]`, and what it was expected to be.
+  """The state after one more symbol, and its log-probabilities `[B, K]`.
 
   Args:
-    state: Before the symbol.
+    state: State before the symbol.
     symbols: One-hot, `[B, K]`.
     prior: Dirichlet concentration `[K]`.
   """

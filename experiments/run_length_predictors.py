@@ -58,17 +58,17 @@ from nonstationary_mbml.experiments import hazards as hazards_lib
 # power of two: 64, 96, 128, 192, ... More steps would do less work, and compile
 # more.
 _LEAST_ROOM = 64
-# A sequence is read from its first symbol on in so many parts, each on the
-# starts that there can be by its end: 5/8 of the work of a single one.
+# A whole sequence is read in so many parts. Each has room only for the starts
+# that there can be by its end, which is 5/8 of the work of a single part.
 _NUM_PARTS = 4
 # Power of two of a scaled 0: less than any other, and sums of few do not wrap.
 _ZERO_EXPONENT = -(10**8)
 # In a sum above this, terms too small for a float do not count.
 _SAFE_SUM = 1e-20
 
-# A sum over no more starts is a matrix product, which is faster on CPUs; one
-# over more is many sums next to each other, since a running sum of thousands of
-# terms loses the small ones.
+# Sums over at most so many starts are matrix products, which are faster on
+# CPUs. Longer ones are sums of _LANES partial sums: a single running sum of
+# thousands of terms would lose the small ones.
 _LONGEST_PRODUCT = 257
 _LANES = 32
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -537,7 +537,7 @@ def _unroll(
 
   Args:
     symbols: `[B, T, K]`, one-hot.
-    state: Before them.
+    state: State before them.
     prior: Dirichlet concentration `[K]`.
     tables: S and f, for the room that the state has in the end.
     parts: Begin and end of the parts in which they are read, and the room for
@@ -583,7 +583,7 @@ def _switch_posterior(
 
   Args:
     symbols: `[B, T, K]`, one-hot.
-    state: Before them.
+    state: State before them.
     prior: Dirichlet concentration `[K]`.
     tables: S and f.
   """

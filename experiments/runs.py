@@ -4,8 +4,6 @@ run = load_run('runs/lstm_ptw_seed0')
 logits, _ = run.predictor.unroll(run.params, None, batch)
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
 import copy
 import dataclasses
 import pathlib
@@ -120,38 +118,35 @@ def _load_params(
       f'{", ".join(map(str, steps)) or "none"}'
     )
 
-  def read(candidate: int) -> Iterator[Callable[[], predictors.Params]]:
-    """The ways to read the parameters of a step."""
-    if candidate in of_snapshots:
-      params = abstract.train.params
-      yield lambda: snapshots.restore(candidate, params, keep_dtypes=True)
-    if candidate in of_checkpoints:
-      yield (
-        lambda: (
-          checkpoints.restore(
-            candidate, abstract, keep_dtypes=True
-          ).train.params
-        )
-      )
+  def read(kept: checkpointing.Checkpoints, step: int) -> predictors.Params:
+    if kept is snapshots:
+      return kept.restore(step, abstract.train.params, keep_dtypes=True)
+    return kept.restore(step, abstract, keep_dtypes=True).train.params
 
   problems = []
   for candidate in reversed(steps if step is None else (step,)):
-    for way in read(candidate):
+    for kept, kept_steps in (
+      (snapshots, of_snapshots),
+      (checkpoints, of_checkpoints),
+    ):
+      if candidate not in kept_steps:
+        continue
       try:
-        params = way()
+        params = read(kept, candidate)
       except ValueError as error:
         if processes.is_lost(error):
           raise
-        problems.append(str(error))
+        problems.append(error)
         continue
       for problem in problems:
-        warnings.warn(problem, stacklevel=3)
+        warnings.warn(str(problem), stacklevel=3)
       return candidate, params
   if not problems:
     raise ValueError(f'{folder} has no parameters to load: no step was saved')
-  raise checkpointing.DamagedError(
+  # Of another network, or damaged: as the newest step is.
+  raise type(problems[0])(
     f'{folder} has no parameters to load: '
-    f'{checkpointing.shown_problems(problems)}'
+    f'{checkpointing.shown_problems([str(problem) for problem in problems])}'
   )
 
 

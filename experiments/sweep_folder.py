@@ -286,7 +286,7 @@ class SweepFolder:
     """
     path = self.run_path(name) / TABLE
     try:
-      table = files.measured(files.read_json(path)['table'])
+      table = files.null_to_nan(files.read_json(path)['table'])
       if table and all('cumulative_regret' in row for row in table):
         return table
     except (KeyError, TypeError):

@@ -26,7 +26,7 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
   files.write_json(path, content)
   read = files.read_json(path)
   assert read == {'rows': [{'regret': 0.5, 'stderr': None}], 'all': [None]}
-  (row,) = files.measured(read)['rows']
+  (row,) = files.null_to_nan(read)['rows']
   assert row['regret'] == 0.5 and math.isnan(row['stderr'])
   # What was written before is read as it is.
   path.write_text('[NaN, -Infinity]')

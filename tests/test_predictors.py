@@ -60,7 +60,6 @@ def test_kt_refuses_more_symbols_than_it_can_count():
 
 @pytest.mark.parametrize('name', BAYES)
 def test_bayes_computes_narrow_floats_in_float32(name):
-  """Counts beyond the largest float16, 65,504, too."""
   batch = jnp.concatenate(
     [_random_batch(2, 20), jnp.tile(jnp.eye(2)[:1], (2, 44, 1))], axis=1
   )
@@ -80,10 +79,12 @@ def test_bayes_computes_narrow_floats_in_float32(name):
   [BAYES['kt'], ptw_predictors.PTWPredictor(17)],
   ids=['kt', 'ptw'],
 )
-def test_long_sequences_of_narrow_floats_are_finite(predictor):
+def test_narrow_floats_count_beyond_their_largest_number(predictor):
   batch = np.tile(np.eye(2, dtype=np.float16)[:1], (1, 66_000, 1))
-  predictions, _ = predictor.unroll({}, None, batch)
-  assert np.all(np.isfinite(predictions))
+  narrow, _ = predictor.unroll({}, None, batch)
+  wide, _ = predictor.unroll({}, None, batch.astype(np.float32))
+  assert np.all(np.isfinite(narrow))
+  np.testing.assert_array_equal(narrow, wide.astype(jnp.float16))
 
 
 @pytest.mark.parametrize('name', BAYES)
@@ -465,7 +466,9 @@ def test_parameters_of_another_network_are_named():
   network, batch = _lstm(), jnp.eye(2)[None]
   params = _parameters(network, batch)
   other = _parameters(_lstm(), jnp.eye(3)[None])
-  with pytest.raises(ValueError, match=r'linear.* has shape .*\(8, 20\), but'):
+  with pytest.raises(
+    ValueError, match=r'linear.* has shape .*\(8, 20\); \(7, 20\)'
+  ):
     network.unroll(other, None, batch)
   del params['recurrent_network/~/lstm/linear']
   with pytest.raises(ValueError, match='lstm/linear.* is in one of them only'):
@@ -539,6 +542,18 @@ def test_predictor_with_an_array_is_equal_to_itself_alone():
       self.array = np.ones(2)
 
   predictor = Array()
-  assert predictor == predictor and predictor != Array()
+  assert predictor != Array()
+  assert {predictor: 'found'}[predictor] == 'found'
   assert isinstance(hash(predictor), int)
   assert predictor != predictors.OptimalCategoricalPredictor()
+
+
+def test_attributes_of_other_types_make_another_predictor():
+  """They are equal, but a program for an int computes otherwise."""
+
+  class Scaled(predictors.OptimalCategoricalPredictor):
+    def __init__(self, scale):
+      super().__init__()
+      self.scale = scale
+
+  assert Scaled(1) == Scaled(1) and Scaled(1) != Scaled(1.0)

@@ -173,6 +173,7 @@ def test_evaluation_is_printed_before_it_is_written(
     'predictor': 'lstm',
     'cumulative_regret': 1.25,
     'stderr': 0.5,
+    'stderr_over': 'sequences',
     'above_optimum': 0.0,
     'above_optimum_stderr': 0.0,
     'is_optimum': True,

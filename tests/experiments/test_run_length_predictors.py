@@ -217,11 +217,14 @@ def test_room_grows_in_steps_of_a_half_or_less(num):
   assert run_length_predictors._room_for(room) == room
 
 
-@pytest.mark.parametrize('seq_length', [100, 700])
-def test_a_sequence_of_any_length_takes_one_program(seq_length):
+@pytest.mark.parametrize(
+  ('hazard', 'seq_length'),
+  [(live_and_die_predictors.hazard, 100), (0.05, 701)],
+)
+def test_a_sequence_of_any_length_takes_one_program(hazard, seq_length):
   batch = np.asarray(_random_batch(0, 1, seq_length), np.float32)
   batch = jax.device_put(batch)
-  predictor = _Predictor(live_and_die_predictors.hazard)
+  predictor = _Predictor(hazard)
   with runtime.count_compilations() as compilations:
     predictor.unroll({}, None, batch)
   assert compilations.programs == 1
@@ -258,6 +261,25 @@ def test_float32_keeps_its_digits_in_sums_over_thousands_of_starts(hazard):
   )
   posterior = np.asarray(predictor.run_length_posterior(final), np.float64)
   np.testing.assert_allclose(posterior.sum(axis=-1), 1, atol=1e-6)
+
+
+def test_float32_stream_of_single_symbols_adds_up_to_one_unroll():
+  """2,047 zeros: each predicted from the state after those before it."""
+  predictor = _Predictor(1e-6, max_length=2048)
+  zero = jnp.eye(2)[:1]
+
+  def step(state, _):
+    return predictor.update(zero, state), predictor.output_from_state(state)
+
+  state = predictor.initial_state({}, None, 1)
+  _, streamed = jax.jit(lambda s: jax.lax.scan(step, s, None, 2047))(state)
+  with jax.enable_x64(True):
+    batch = jnp.tile(jnp.eye(2)[:1], (1, 2046, 1))
+    exact = np.asarray(predictor.unroll({}, None, batch)[0])
+  total = np.asarray(streamed, np.float64)[:, 0, 0].sum()
+  np.testing.assert_allclose(
+    total, exact[0, :, 0].sum() + np.log(0.5), atol=1e-4
+  )
 
 
 def test_float32_holds_by_hand_where_a_segment_never_ends():

@@ -110,7 +110,8 @@ def test_of_one_step_either_snapshot_or_checkpoint_serves(folder, trained):
   assert run.step == 6
   jax.tree.map(np.testing.assert_array_equal, run.params, trained[2].params)
   said = [str(warning.message) for warning in warned]
-  assert ['/checkpoints/9 cannot' in said[0], '/snapshots/6 cannot' in said[1]]
+  assert '/checkpoints/9 cannot' in said[0]
+  assert '/snapshots/6 cannot' in said[1]
 
 
 def test_network_of_other_shapes_is_one_line_that_names_them(folder, capfd):
