@@ -205,11 +205,17 @@ def printing() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-  """Prints; where nobody reads it any more, the script goes on without."""
+  """Prints; where that is not possible, the script goes on without.
+
+  For results that are written to a file as well.
+  """
   try:
     print(text, flush=True)
-  except BrokenPipeError:
+  except OSError as error:
     _print_nowhere()
+    if not isinstance(error, BrokenPipeError):
+      with contextlib.suppress(OSError):
+        print(f'warning: cannot print: {error.strerror}', file=sys.stderr)
 
 
 def flush() -> None:

@@ -17,7 +17,8 @@ ones, its parameters listed kind by kind: Beta with F = 2 takes
 NotImplementedError.
 
 Outside of the support the density is 0, and so are its gradients; on the edge
-it is the limit, and 0 times infinity is 0. In float32, entropy, kl and
+it is the limit, and 0 times infinity is 0. Where a log density inside of it is
+too low for the dtype, it has no gradients. In float32, entropy, kl and
 log_density have a relative error below 1e-4 (absolute where they are below 1)
 for parameters from 1e-3 to 1e7. The cdf and survival of Beta, Dirichlet and
 Gamma are JAX's incomplete functions: in float32 to 1e-3, for parameters to 1e3.

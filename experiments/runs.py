@@ -144,10 +144,10 @@ def _load_params(
   if not problems:
     raise ValueError(f'{folder} has no parameters to load: no step was saved')
   # Of another network, or damaged: as the newest step is.
-  raise type(problems[0])(
-    f'{folder} has no parameters to load: '
-    f'{checkpointing.shown_problems([str(problem) for problem in problems])}'
-  )
+  shown = checkpointing.shown_problems([str(problem) for problem in problems])
+  if step is None:
+    shown = f'{folder} has no parameters to load: {shown}'
+  raise type(problems[0])(shown)
 
 
 _EXPORTED_ENTRIES = 20

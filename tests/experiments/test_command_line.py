@@ -83,6 +83,25 @@ def test_output_that_cannot_be_written_is_a_line_on_stderr():
   assert result.returncode == command_line.EXIT_CANNOT_SAVE
 
 
+@pytest.mark.skipif(
+  not os.path.exists('/dev/full'), reason='a device that is always full'
+)
+def test_results_are_written_where_they_cannot_be_printed(tmp_path):
+  body = ["command_line.say('1')", "pathlib.Path('written').touch()"]
+  with open('/dev/full', 'w') as full:
+    result = subprocess.run(
+      _script(body),
+      cwd=tmp_path,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+      check=False,
+    )
+  assert result.stderr == 'warning: cannot print: No space left on device\n'
+  assert result.returncode == 0
+  assert (tmp_path / 'written').exists()
+
+
 @pytest.mark.parametrize(
   ('number', 'code'),
   [
