@@ -415,6 +415,15 @@ def run(
   write(output, results)
 
 
+def pattern(text: str) -> str:
+  """Returns a regular expression, or tells argparse why it is none."""
+  try:
+    re.compile(text)
+  except re.error as error:
+    raise argparse.ArgumentTypeError(f'{text!r}: {error}') from error
+  return text
+
+
 def main() -> None:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
@@ -427,7 +436,12 @@ def main() -> None:
     '--quick or --only. With --only, rows that are there are replaced, and the '
     'others kept.',
   )
-  parser.add_argument('--only', default='', help='Pattern of what to run.')
+  parser.add_argument(
+    '--only',
+    type=pattern,
+    default='',
+    help='Pattern (a regular expression) of what to run.',
+  )
   parser.add_argument('--quick', action='store_true', help='At tiny sizes.')
   parser.add_argument('--repeats', type=int, default=5, help='Of each time.')
   parser.add_argument(
