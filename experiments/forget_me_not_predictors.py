@@ -39,9 +39,6 @@ symbols. The least recently used one was tried in its stead: it cost more on the
 `recurring` source wherever memory was short, and less on sources whose regimes
 go for good.
 
-Unlike PTW's, the log-odds are sums of differences of logarithms: in float32,
-those of a block of 2^20 equal symbols are off by 1e-3.
-
 From the paper are the mixture over partitions, the uniform mixture of a fresh
 model and a memory in it, and a memory that follows the most probable segments.
 The rule above, which says exactly when a model enters and what it replaces, is
@@ -78,13 +75,16 @@ class ForgetMeNotState(NamedTuple):
       without any is free.
     log_weights: Log posterior of the base models, given the open block; -inf at
       a free place, `[B, d + 1, 1 + M]`.
-    log_odds: L_j of the open blocks, `[B, d]`.
+    log_odds: L_j of the open blocks in nats, `[B, d]`.
+    log_odds_residual: Remainder of L_j below its rounding, as in PTWState,
+      `[B, d]`.
   """
 
   time: jax.Array
   counts: jax.Array
   log_weights: jax.Array
   log_odds: jax.Array
+  log_odds_residual: jax.Array
 
 
 class ForgetMeNotPredictor(predictors.OptimalPredictor):
@@ -131,6 +131,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
       counts=jnp.zeros((*models, alphabet_size), jnp.int32),
       log_weights=jnp.full(models, -jnp.inf).at[..., 0].set(0),
       log_odds=jnp.zeros((batch_size, self.depth)),
+      log_odds_residual=jnp.zeros((batch_size, self.depth)),
     )
 
   def update(
@@ -197,7 +198,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
 
 
 # What follows is written for one sequence: a state without the batch axis.
-_BATCH_AXES = ForgetMeNotState(time=None, counts=0, log_weights=0, log_odds=0)
+_BATCH_AXES = ForgetMeNotState(None, 0, 0, 0, 0)
 
 
 @jax.jit
@@ -281,11 +282,15 @@ def _learn(
     segments: xi_j.
     mixtures: p_j.
   """
-  log_kts = jnp.log((symbol * kts).sum(axis=-1))
-  log_segments = jnp.log((symbol * segments).sum(axis=-1))
-  log_mixtures = jnp.log((symbol * mixtures).sum(axis=-1))
+  log_kts, log_segments, log_mixtures = (
+    _log_prob(symbol, probs) for probs in (kts, segments, mixtures)
+  )
   log_weights = state.log_weights + (log_kts - log_segments[:, None])
-  log_odds = state.log_odds + (log_mixtures[1:] - log_segments[:-1])
+  log_odds, residual = ptw_predictors.compensated_sum(
+    state.log_odds,
+    state.log_odds_residual,
+    log_mixtures[1:] - log_segments[:-1],
+  )
   counts = state.counts.at[:, 0].add(symbol.astype(jnp.int32))
 
   time = state.time + 1
@@ -312,6 +317,23 @@ def _learn(
       log_weights,
     ),
     log_odds=jnp.where(ended[:-1], 0, log_odds),
+    log_odds_residual=jnp.where(ended[:-1], 0, residual),
+  )
+
+
+def _log_prob(symbol: jax.Array, probs: jax.Array) -> jax.Array:
+  """Log-probability `[...]` of a symbol `[K]`, from probabilities `[..., K]`.
+
+  That of a likely symbol is small, and rounding of its probability would be
+  much of it: it comes from the probability of all others.
+  """
+  prob = (symbol * probs).sum(axis=-1)
+  rest = ((1 - symbol) * probs).sum(axis=-1)
+  is_likely = rest < prob
+  return jnp.where(
+    is_likely,
+    jnp.log1p(-jnp.where(is_likely, rest, 0)),
+    jnp.log(prob),
   )
 
 
@@ -341,4 +363,5 @@ def _cast(state: ForgetMeNotState, dtype: Any) -> ForgetMeNotState:
   return state._replace(
     log_weights=state.log_weights.astype(dtype),
     log_odds=state.log_odds.astype(dtype),
+    log_odds_residual=state.log_odds_residual.astype(dtype),
   )

@@ -499,7 +499,7 @@ def _step(
     jnp.pad(kts[:, -1], ((0, 0), (0, 1))),
   )
   mixtures, excesses = levels[..., :-1], levels[..., -1]
-  log_odds, residual = _add(
+  log_odds, residual = compensated_sum(
     state.log_odds.astype(dtype),
     state.log_odds_residual,
     _gain(
@@ -578,10 +578,19 @@ def _gain(
   )
 
 
-def _add(
+def compensated_sum(
   total: jax.Array, residual: jax.Array, term: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Adds to a sum that is kept in two parts (Kahan's compensated sum)."""
+  """Adds a term to a sum that is kept in two parts (Kahan, 1965).
+
+  Args:
+    total: Sum so far.
+    residual: Its remainder below the rounding.
+    term: Term to add.
+
+  Returns:
+    The new sum and its remainder.
+  """
   term = term + residual
   new = total + term
   return new, term - (new - total)

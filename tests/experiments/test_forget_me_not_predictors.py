@@ -411,3 +411,14 @@ def test_foreign_states_are_refused(state_of, batch_size, message):
   batch = _regime_batch(9, 2, 4).astype(np.float32)
   with pytest.raises(ValueError, match=message):
     _unroll(_make(3, 2), batch, state)
+
+
+def test_float32_does_not_drift_over_long_constant_data():
+  """What a symbol adds to L_j is far below the rounding of a probability."""
+  batch = np.tile(np.eye(2, dtype=np.float32)[:1], (1, 2**15, 1))
+  predictor = forget_me_not_predictors.ForgetMeNotPredictor(16, memory_size=1)
+  predictions, state = predictor.unroll({}, None, batch)
+  with jax.enable_x64(True):
+    exact, exact_state = predictor.unroll({}, None, batch.astype(np.float64))
+  np.testing.assert_allclose(predictions, exact, atol=2e-6)
+  np.testing.assert_allclose(state.log_odds, exact_state.log_odds, rtol=1e-6)
