@@ -30,12 +30,12 @@ bench: $(INSTALLED)
 
 # Trains what is not finished, as many runs at once as there are cores.
 sweep: $(INSTALLED)
-	$(BIN)/python experiments/sweep_launch.py $(ARGS)
+	$(BIN)/python experiments/sweeps/launch.py $(ARGS)
 
 # Tables and figures from the runs of the sweep; without them, figures from the
 # committed tables.
 results: $(INSTALLED)
-	$(BIN)/python experiments/report.py --sweep_dir=$(SWEEP_DIR) \
+	$(BIN)/python experiments/analysis/report.py --sweep_dir=$(SWEEP_DIR) \
 	  $(if $(wildcard $(SWEEP_DIR)/sweep.json),,--draw_only) $(ARGS)
 
 clean:

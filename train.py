@@ -4,12 +4,12 @@ The key of step n = 1, 2, ... is fold_in(fold_in(key(seed), model_init_seed),
 n); step 0 is the initialisation. So a step does not depend on how often the run
 logs. All steps between two logs are one compiled call: data generation, loss,
 gradient and update never visit the host. With several devices, of one process
-or of many (`processes`), the whole call runs inside one `jax.shard_map`: each
+or of many (`multihost`), the whole call runs inside one `jax.shard_map`: each
 draws and predicts its share of the batch, and gradients meet in a mean.
 
 With several seeds as `model_init_seed` an ensemble is trained: one member for
 each, as it would be trained alone (but for dropout masks, which differ with the
-number of devices that share a batch). The devices are a grid (`meshes`): each
+number of devices that share a batch). The devices are a grid (`sharding`): each
 row trains some of the members, and the devices of a row share their batches.
 Where there are as many rows as devices, nothing has to meet. The members of a
 device are under one `vmap`; on a CPU they run one after another.
@@ -42,14 +42,14 @@ import optax
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
-from nonstationary_mbml import checkpointing
-from nonstationary_mbml import interrupts as interrupting
-from nonstationary_mbml import meshes
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
-from nonstationary_mbml import processes
-from nonstationary_mbml import progress
-from nonstationary_mbml import run_folder
+from nonstationary_mbml.runtime import checkpointing
+from nonstationary_mbml.runtime import multihost
+from nonstationary_mbml.runtime import preemption as interrupting
+from nonstationary_mbml.runtime import progress
+from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import sharding
 
 _REPLICATED = jax.sharding.PartitionSpec()
 # Of a network that reads whole sequences, on a CPU: at T = 256, twice and half
@@ -373,7 +373,7 @@ def make_update(
     keys = step_keys(config.seed, model_init_seed, step)
     data_keys = jax.random.split(keys.data, train_config.batch_size)
     if num_shares > 1:
-      device = jax.lax.axis_index(meshes.BATCH)
+      device = jax.lax.axis_index(sharding.BATCH)
       data_keys = jax.lax.dynamic_slice_in_dim(data_keys, device * share, share)
       keys = keys._replace(
         state=jax.random.fold_in(keys.state, device),
@@ -405,7 +405,7 @@ def make_update(
     if num_shares > 1:
       # As one vector: the devices meet once, not once for every array.
       flat, unravel = jax.flatten_util.ravel_pytree((loss, grads))
-      loss, grads = unravel(jax.lax.pmean(flat, meshes.BATCH))
+      loss, grads = unravel(jax.lax.pmean(flat, sharding.BATCH))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     if train_config.reset_predictor_init_state:
       predictor_state = None
@@ -468,7 +468,7 @@ def make_run_steps(
     if _is_ensemble(config.train):
       seeds = jnp.asarray(seeds, jnp.uint32)
       if num_rows > 1:
-        row = jax.lax.axis_index(meshes.SEEDS)
+        row = jax.lax.axis_index(sharding.SEEDS)
         seeds = seeds.reshape(num_rows, -1)[row]
       done = _map_members(run_member, (seeds, sums, *state[1:]))
     else:
@@ -477,7 +477,7 @@ def make_run_steps(
     if num_rows > 1:
       # Every process reads those of all members.
       num_done, sums = jax.lax.all_gather(
-        (num_done, sums), meshes.SEEDS, tiled=True
+        (num_done, sums), sharding.SEEDS, tiled=True
       )
     return TrainState(state.step + num_steps, *parts), sums, num_done
 
@@ -519,7 +519,7 @@ def init_state(
   mesh = device_mesh(config.train, devices)
   return TrainState(
     *(
-      meshes.place(part, jax.sharding.NamedSharding(mesh, spec))
+      sharding.place(part, jax.sharding.NamedSharding(mesh, spec))
       for part, spec in zip(state, _state_spec(config.train), strict=True)
     )
   )
@@ -676,7 +676,7 @@ def train(
     run_folder.SaveError: If the folder cannot be written to.
   """
   parts = build_parts(config, build_data_generator, build_evaluator)
-  processes.check_same('the config', base_config.to_dict(config))
+  multihost.check_same('the config', base_config.to_dict(config))
   run = None if folder is None else run_folder.RunFolder(folder)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(interrupting.catch(run is not None))
@@ -700,7 +700,7 @@ class _Training:
     self._parts = parts
     self._run = run
     self._interrupts = interrupts
-    self._use_tqdm = use_tqdm and processes.is_first()
+    self._use_tqdm = use_tqdm and multihost.is_primary()
     self._seeds = member_seeds(config.train)
     schedule = config.schedule
     self._log_steps = _multiples(
@@ -757,7 +757,7 @@ class _Training:
     is_ensemble = _is_ensemble(config.train)
     return TrainResult(
       predictor,
-      meshes.collect(state.params),
+      sharding.collect(state.params),
       self._history,
       evaluator,
       tuple(self._histories) if is_ensemble else (),
@@ -785,7 +785,7 @@ class _Training:
       config.schedule.ckpt_frequency,
       abstract.train.params,
     )
-    for message in messages if processes.is_first() else ():
+    for message in messages if multihost.is_primary() else ():
       print(message, file=sys.stderr, flush=True)
     self._history, histories = run_folder.split_entries(self._run.entries)
     if not _is_ensemble(config.train):
@@ -832,7 +832,7 @@ class _Training:
     index = self._log_steps.index(step)
     num_steps = step - (self._log_steps[index - 1] if index else 0)
     means = jax.tree.map(lambda x: np.atleast_1d(x) / num_steps, sums)
-    params = meshes.collect(state.params)
+    params = sharding.collect(state.params)
     entries = []
     for member, seed in enumerate(self._seeds):
       metrics = self._parts.evaluator.step(
@@ -894,7 +894,9 @@ class _Training:
     stop after the same one.
     """
     received = self._interrupts.received or 0
-    milliseconds, number = processes.agree([int(1000 * seconds), received])
+    milliseconds, number = multihost.max_over_processes(
+      [int(1000 * seconds), received]
+    )
     return milliseconds / 1000, signal.Signals(number) if number else None
 
   def _check_interrupts(
@@ -927,7 +929,7 @@ def _make_param_norms(
     return jax.jit(norm)
   # Every process reads those of all members.
   mesh = device_mesh(config, devices)
-  return jax.jit(norm, out_shardings=meshes.replicated(mesh))
+  return jax.jit(norm, out_shardings=sharding.replicated(mesh))
 
 
 def zero_sums(config: base_config.TrainConfig, state: TrainState) -> StepSums:
@@ -1026,17 +1028,17 @@ def device_mesh(
   config: base_config.TrainConfig, devices: Sequence[jax.Device]
 ) -> jax.sharding.Mesh:
   """Returns the devices as a grid, on which a config is trained."""
-  return meshes.make(devices, num_seed_shards(config, len(devices)))
+  return sharding.make(devices, num_seed_shards(config, len(devices)))
 
 
 def _state_spec(config: base_config.TrainConfig) -> TrainState:
   """Where the parts of a TrainState lie in the mesh."""
   if _is_ensemble(config):
-    by_member = jax.sharding.PartitionSpec(meshes.SEEDS)
-    by_sequence = jax.sharding.PartitionSpec(meshes.SEEDS, meshes.BATCH)
+    by_member = jax.sharding.PartitionSpec(sharding.SEEDS)
+    by_sequence = jax.sharding.PartitionSpec(sharding.SEEDS, sharding.BATCH)
   else:
     by_member = _REPLICATED
-    by_sequence = jax.sharding.PartitionSpec(meshes.BATCH)
+    by_sequence = jax.sharding.PartitionSpec(sharding.BATCH)
   return TrainState(_REPLICATED, by_member, by_member, by_sequence)
 
 

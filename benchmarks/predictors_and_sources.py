@@ -23,7 +23,7 @@ import project
 import timing
 
 from nonstationary_mbml import predictors
-from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import live_and_die_predictors
@@ -434,5 +434,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  with command_line.printing():
+  with cli.printing():
     main()

@@ -12,12 +12,12 @@ import timing
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
-from nonstationary_mbml import processes
-from nonstationary_mbml import runtime
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.runtime import devices as devices_lib
+from nonstationary_mbml.runtime import multihost
 
 
 def make_config(job: timing.Job) -> config_lib.ExperimentConfig:
@@ -134,11 +134,11 @@ def _start(job: timing.Job) -> int:
   """Starts JAX and returns the number of devices to train on."""
   num_devices = job.num_devices or 1
   if job.all_cores and not job.num_devices:
-    num_devices = runtime.num_cpu_devices(job.batch_size)
+    num_devices = devices_lib.num_cpu_devices(job.batch_size)
   # Compiled anew, so that no time is that of an older version.
-  runtime.start(num_devices, use_compilation_cache=False)
+  devices_lib.start(num_devices, use_compilation_cache=False)
   if job.num_processes > 1:
-    processes.start(job.coordinator, job.num_processes, job.process_id)
+    multihost.start(job.coordinator, job.num_processes, job.process_id)
     return jax.device_count()
   if jax.default_backend() == 'cpu':
     return num_devices

@@ -37,8 +37,8 @@ import suite
 import timing
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import files
-from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import cli
+from nonstationary_mbml.runtime import atomic_files
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _OUTPUT = _ROOT / 'results' / 'benchmarks.json'
@@ -345,8 +345,8 @@ def write(path: pathlib.Path | None, results: dict[str, Any]) -> None:
   """Writes the results, unless there is no path."""
   if path is not None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = files.to_json(results, indent=1) + '\n'
-    files.write_whole(path, content.encode())
+    content = atomic_files.to_json(results, indent=1) + '\n'
+    atomic_files.write_whole(path, content.encode())
 
 
 def run(
@@ -462,9 +462,9 @@ def main() -> None:
   try:
     run(args.only, args.quick, args.repeats, output)
   except (OSError, ValueError) as error:
-    command_line.end_with(error)
+    cli.end_with(error)
 
 
 if __name__ == '__main__':
-  with command_line.printing():
+  with cli.printing():
     main()

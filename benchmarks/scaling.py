@@ -35,8 +35,8 @@ import networks
 import timing
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import files
-from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import cli
+from nonstationary_mbml.runtime import atomic_files
 
 _OUTPUT = pathlib.Path(__file__).parent.parent / 'results' / 'scaling.json'
 _REPEATS = 7
@@ -260,14 +260,14 @@ def main() -> None:
     for number in (arguments.repeats, *arguments.machines):
       base_config.check_int('--repeats or --machines', number, 1)
     if arguments.plan is not None:
-      content = files.read_json(arguments.plan)
+      content = atomic_files.read_json(arguments.plan)
       print(plan(content['rows'], arguments.machines))
     elif arguments.reckon is not None:
       for number in arguments.reckon:
         base_config.check_float('--reckon', number, 1e-3)
       print(reckon(*arguments.reckon, arguments.machines))
     elif arguments.markdown:
-      print(markdown(files.read_json(arguments.output)['rows']))
+      print(markdown(atomic_files.read_json(arguments.output)['rows']))
     else:
       start = time.perf_counter()
       rows = measure(arguments.only, arguments.repeats)
@@ -279,12 +279,12 @@ def main() -> None:
         'seconds': round(time.perf_counter() - start),
         'rows': rows,
       }
-      files.write_json(arguments.output, content)
+      atomic_files.write_json(arguments.output, content)
       print(f'Wrote {arguments.output}')
   except (OSError, ValueError) as error:
-    command_line.end_with(error)
+    cli.end_with(error)
 
 
 if __name__ == '__main__':
-  with command_line.printing():
+  with cli.printing():
     main()

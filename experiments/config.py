@@ -29,8 +29,8 @@ from typing import Any
 from typing import NamedTuple
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import run_folder
 from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml.runtime import run_folder
 
 # The source's own Bayes predictor, and the references.
 AUTO = 'auto'

@@ -21,17 +21,17 @@ from absl import flags
 import jax
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import checkpointing
-from nonstationary_mbml import files
-from nonstationary_mbml import processes
-from nonstationary_mbml import run_folder
-from nonstationary_mbml import runtime
 from nonstationary_mbml import train
-from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
-from nonstationary_mbml.experiments import runs
-from nonstationary_mbml.experiments import tables
+from nonstationary_mbml.experiments import regret_table
+from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.runtime import checkpointing
+from nonstationary_mbml.runtime import devices
+from nonstationary_mbml.runtime import multihost
+from nonstationary_mbml.runtime import run_folder
 
 _ALL = 'all'
 _NEWEST = 'newest'
@@ -112,13 +112,13 @@ def evaluate(
   evaluator = exact = None
   for step in steps:
     try:
-      run = runs.load_run(folder, step)
+      run = saved_runs.load_run(folder, step)
     except checkpointing.DamagedError as error:
       problems.insert(0, str(error))
       continue
     if evaluator is None:
-      evaluator = runs.build_evaluator(run, config.eval)
-    table = tables.make_table(
+      evaluator = saved_runs.build_evaluator(run, config.eval)
+    table = regret_table.make_table(
       config,
       evaluator,
       run.params,
@@ -155,13 +155,13 @@ def format_content(content: dict[str, Any]) -> str:
   steps = content['steps']
   is_exact = content['exact_predictor'] is not None
   if len(steps) == 1:
-    return tables.format_table(steps[0]['table'], is_exact=is_exact)
+    return regret_table.format_table(steps[0]['table'], is_exact=is_exact)
   # The others are the same at every step.
   network = [{'step': by['step'], **by['table'][0]} for by in steps]
   others = steps[-1]['table'][1:]
-  blocks = [tables.format_table(network, 'step', is_exact)]
+  blocks = [regret_table.format_table(network, 'step', is_exact)]
   if others:
-    blocks.append(tables.format_table(others, is_exact=is_exact))
+    blocks.append(regret_table.format_table(others, is_exact=is_exact))
   return '\n\n'.join(blocks)
 
 
@@ -184,7 +184,7 @@ def write(folder: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
     path = folder / f'{name}.json'
     if path.exists() and not _is_same_evaluation(path, content):
       path = checkpointing.free_path(path)
-    files.write_json(path, content)
+    atomic_files.write_json(path, content)
   except OSError as error:
     raise run_folder.save_error(folder, error) from error
   return path
@@ -193,7 +193,7 @@ def write(folder: pathlib.Path, content: dict[str, Any]) -> pathlib.Path:
 def _is_same_evaluation(path: pathlib.Path, content: dict[str, Any]) -> bool:
   """Whether a file has a table of the same settings, made anew now."""
   try:
-    present = files.read_json(path)
+    present = atomic_files.read_json(path)
     steps = [[by['step'] for by in c['steps']] for c in (present, content)]
     return steps[0] == steps[1] and all(
       base_config.plain(present[name]) == base_config.plain(content[name])
@@ -205,19 +205,19 @@ def _is_same_evaluation(path: pathlib.Path, content: dict[str, Any]) -> bool:
 
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
-  command_line.define_flags()
-  command_line.define_distributed_flags()
-  command_line.define_choice(
+  cli.define_flags()
+  cli.define_distributed_flags()
+  cli.define_choice(
     flags.FLAGS,
     'source',
     None,
     constants.TRAJECTORY_GENERATORS,
     'Where segments end; if unset, as in the evaluation of the run',
   )
-  command_line.define_integer(
+  cli.define_integer(
     'seq_length', None, 'Symbols per sequence; if unset, as in the run.', 2
   )
-  command_line.define_integer(
+  cli.define_integer(
     'batch_size', None, 'Sequences at a time; if unset, as in the run.', 1
   )
   flags.DEFINE_string(
@@ -226,10 +226,10 @@ def define_flags() -> None:
     'Step whose parameters are evaluated; several with commas between, '
     f'{_NEWEST} or {_ALL}.',
   )
-  command_line.define_integer(
+  cli.define_integer(
     'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
   )
-  command_line.define_integer(
+  cli.define_integer(
     'cpu_devices',
     None,
     'Devices that the CPU is split into, each with its share of a batch; if '
@@ -248,7 +248,7 @@ def _parse_steps(folder: pathlib.Path, text: str) -> tuple[int | None, ...]:
   if text.lower() == _NEWEST:
     return (None,)
   if text.lower() == _ALL:
-    steps = runs.saved_steps(folder)
+    steps = saved_runs.saved_steps(folder)
     if not steps:
       raise ValueError(f'{folder} has kept no step')
     return steps
@@ -266,13 +266,13 @@ def _print(
 ) -> None:
   """Prints the tables; before they are written, which may fail."""
   source = config.eval.data.trajectory_generator
-  command_line.say(
+  cli.say(
     f'{content["num_sequences"]} fresh sequences of {config.eval.seq_length} '
     f'symbols from the {source} source:\n'
   )
-  command_line.say(format_content(content))
+  cli.say(format_content(content))
   if content['exact_predictor'] is None:
-    command_line.say(f'\n{tables.no_exact_predictor(source)}')
+    cli.say(f'\n{regret_table.no_exact_predictor(source)}')
 
 
 def main(argv: list[str]) -> None:
@@ -286,9 +286,9 @@ def main(argv: list[str]) -> None:
     f'warning: {message}', file=sys.stderr
   )
   try:
-    command_line.check_distributed_flags()
-    default = 1 if values.distributed else runtime.num_cpu_devices()
-    command_line.start(argv[:1], values.cpu_devices or default)
+    cli.check_distributed_flags()
+    default = 1 if values.distributed else devices.num_cpu_devices()
+    cli.start(argv[:1], values.cpu_devices or default)
     config = make_config(
       run_folder.read_config(folder, config_lib.ExperimentConfig),
       values.source,
@@ -296,8 +296,8 @@ def main(argv: list[str]) -> None:
       values.batch_size,
       tuple(values['set'].value),
     )
-    steps = processes.first(lambda: _parse_steps(folder, values.step))
-    processes.check_same(
+    steps = multihost.on_primary(lambda: _parse_steps(folder, values.step))
+    multihost.check_same(
       'their flags',
       {
         'num_sequences': values.num_sequences,
@@ -307,15 +307,15 @@ def main(argv: list[str]) -> None:
     content = evaluate(
       folder, config, steps, values.num_sequences, use_tqdm=True
     )
-    if processes.is_first():
+    if multihost.is_primary():
       _print(config, content)
-    path = processes.first(lambda: write(folder, content))
+    path = multihost.on_primary(lambda: write(folder, content))
   except (ValueError, OSError) as error:
-    command_line.end_with(error)
-  if processes.is_first():
+    cli.end_with(error)
+  if multihost.is_primary():
     print(f'\nWrote {path}')
 
 
 if __name__ == '__main__':
   define_flags()
-  command_line.run(main)
+  cli.run(main)

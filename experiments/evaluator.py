@@ -22,12 +22,12 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
-from nonstationary_mbml import meshes
 from nonstationary_mbml import predictors
-from nonstationary_mbml import processes
-from nonstationary_mbml import progress
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.runtime import multihost
+from nonstationary_mbml.runtime import progress
+from nonstationary_mbml.runtime import sharding
 
 # Name of the evaluated predictor among the regrets; the others have their own.
 NETWORK = 'network'
@@ -110,7 +110,7 @@ class MetaLearningEvaluator:
     for optimal in self.optimal_predictors.values():
       jax.eval_shape(lambda batch, p=optimal: p.unroll({}, None, batch), batch)
     # Compiled once, for `step` and `evaluate` alike.
-    self._mesh = meshes.make(jax.devices())
+    self._mesh = sharding.make(jax.devices())
     self._regrets = self._share_out(self._sequence_regrets)
     self._regrets_over_time = self._share_out(self._symbol_regrets)
     self._metrics = jax.jit(self.metrics)
@@ -256,7 +256,7 @@ class MetaLearningEvaluator:
       total=len(keys),
       desc='evaluation',
       unit='batch',
-      enabled=use_tqdm and processes.is_first(),
+      enabled=use_tqdm and multihost.is_primary(),
     ) as bar:
       for key in keys:
         # One at a time: collectives of two can deadlock a CPU.
@@ -269,7 +269,7 @@ class MetaLearningEvaluator:
 
   def _place(self, tree: Any) -> Any:
     """Arrays on all devices."""
-    return meshes.place(tree, meshes.replicated(self._mesh))
+    return sharding.place(tree, sharding.replicated(self._mesh))
 
   def _share_out(
     self, regrets_of: Callable[..., dict[str, jax.Array]]
@@ -307,7 +307,7 @@ class MetaLearningEvaluator:
       )(params, state, jax.random.split(rng, size)[indices])
       return jax.tree.map(lambda array: array[:size], regrets)
 
-    return jax.jit(regrets_of_batch, out_shardings=meshes.replicated(mesh))
+    return jax.jit(regrets_of_batch, out_shardings=sharding.replicated(mesh))
 
   def _sequence_regrets(
     self,

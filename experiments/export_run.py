@@ -3,13 +3,13 @@
   python experiments/export_run.py runs/lstm_ptw_seed0 results/models/my_lstm
 
 That is its last snapshot, config, table, environment and a few lines of its
-log; `runs.load_run` loads the copy, and evaluate.py evaluates it.
+log; `saved_runs.load_run` loads the copy, and evaluate.py evaluates it.
 """
 
 import sys
 
-from nonstationary_mbml.experiments import command_line
-from nonstationary_mbml.experiments import runs
+from nonstationary_mbml.experiments import cli
+from nonstationary_mbml.experiments import saved_runs
 
 
 def main(argv: list[str]) -> None:
@@ -17,14 +17,14 @@ def main(argv: list[str]) -> None:
   if len(argv) != 3:
     sys.exit('error: give the folder of a run, and that of its copy')
   _, folder, target = argv
-  command_line.start(argv[:1])
+  cli.start(argv[:1])
   try:
-    size = runs.export(folder, target)
+    size = saved_runs.export(folder, target)
   except (ValueError, OSError) as error:
-    command_line.end_with(error)
+    cli.end_with(error)
   print(f'Wrote {target}: {size / 1024:.0f} KiB')
 
 
 if __name__ == '__main__':
-  command_line.define_flags()
-  command_line.run(main)
+  cli.define_flags()
+  cli.run(main)

@@ -39,20 +39,20 @@ import jax
 from matplotlib import figure
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import files
-from nonstationary_mbml import interrupts
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import processes
-from nonstationary_mbml import run_folder
-from nonstationary_mbml import runtime
 from nonstationary_mbml import train
-from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
-from nonstationary_mbml.experiments import tables
+from nonstationary_mbml.experiments import regret_table
+from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.runtime import devices
+from nonstationary_mbml.runtime import multihost
+from nonstationary_mbml.runtime import preemption
+from nonstationary_mbml.runtime import run_folder
 
 # What a network of ours needs, or is better off with, besides its name.
 _RECURRENT = {'hidden_size': 64}
@@ -201,7 +201,7 @@ def run(
     SaveError: If the folder cannot be written to.
   """
   start = time.monotonic()
-  with runtime.count_compilations() as compilations:
+  with devices.count_compilations() as compilations:
     result = train.train(
       config,
       constants.build_data_generator,
@@ -211,7 +211,7 @@ def run(
     )
     seconds = time.monotonic() - start
     rng_table, rng_figure = evaluate.launch_keys(config)
-    table = tables.make_table(
+    table = regret_table.make_table(
       config,
       result.evaluator,
       result.params,
@@ -219,14 +219,14 @@ def run(
       num_sequences,
       use_tqdm=True,
     )
-    if processes.is_first():
+    if multihost.is_primary():
       _print_table(config, table, num_sequences, seconds)
-    processes.first(
+    multihost.on_primary(
       lambda: _write_table(
         config, result, table, rng_figure, folder, num_sequences
       )
     )
-  if not processes.is_first():
+  if not multihost.is_primary():
     return table.rows
   print(
     f'\nCompiled {compilations.compiled} programs and loaded '
@@ -238,27 +238,27 @@ def run(
 
 def _print_table(
   config: config_lib.ExperimentConfig,
-  table: tables.Table,
+  table: regret_table.Table,
   num_sequences: int,
   seconds: float,
 ) -> None:
   """Prints the table of a run; before it is written, which may fail."""
   source = config.eval.data.trajectory_generator
-  command_line.say(
+  cli.say(
     f'\n{num_sequences} fresh sequences of {config.eval.seq_length} symbols '
     f'from the {source} source, after {config.schedule.training_steps} steps '
     f'({seconds:.0f} s):\n'
   )
   is_exact = table.exact is not None
-  command_line.say(tables.format_table(table.rows, is_exact=is_exact))
+  cli.say(regret_table.format_table(table.rows, is_exact=is_exact))
   if not is_exact:
-    command_line.say(f'\n{tables.no_exact_predictor(source)}')
+    cli.say(f'\n{regret_table.no_exact_predictor(source)}')
 
 
 def _write_table(
   config: config_lib.ExperimentConfig,
   result: train.TrainResult,
-  table: tables.Table,
+  table: regret_table.Table,
   rng: jax.Array,
   folder: pathlib.Path,
   num_sequences: int,
@@ -275,9 +275,9 @@ def _write_table(
   png = io.BytesIO()
   sequence_figure(sequence, drawn).savefig(png, format='png')
   try:
-    files.write_whole(folder / 'figure.png', png.getvalue())
+    atomic_files.write_whole(folder / 'figure.png', png.getvalue())
     # Last: a sweep takes a run that has its table for finished.
-    files.write_json(
+    atomic_files.write_json(
       folder / 'table.json',
       {
         'num_sequences': num_sequences,
@@ -304,7 +304,7 @@ def clear(folder: pathlib.Path) -> None:
     for name in ('table.json', 'figure.png'):
       (folder / name).unlink(missing_ok=True)
 
-  processes.first(clear_tables)
+  multihost.on_primary(clear_tables)
 
 
 def sequence_figure(
@@ -333,26 +333,26 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   Args:
     values: Where they are defined.
   """
-  command_line.define_flags(values)
-  command_line.define_distributed_flags(values)
-  command_line.define_choice(
+  cli.define_flags(values)
+  cli.define_distributed_flags(values)
+  cli.define_choice(
     values,
     'source',
     'ptw',
     constants.TRAJECTORY_GENERATORS,
     'Where segments end',
   )
-  command_line.define_choice(
+  cli.define_choice(
     values,
     'model_type',
     'lstm',
     predictor_factories.PREDICTOR_FACTORIES,
     'The network',
   )
-  integer = functools.partial(command_line.define_integer, flag_values=values)
+  integer = functools.partial(cli.define_integer, flag_values=values)
   string = functools.partial(flags.DEFINE_string, flag_values=values)
   integer('steps', 10_000, 'Training steps.', lower_bound=0)
-  command_line.define_seed('All randomness follows from it.', values)
+  cli.define_seed('All randomness follows from it.', values)
   integer(
     'num_seeds',
     1,
@@ -420,17 +420,17 @@ def main(argv: list[str]) -> None:
   try:
     config = config_from_flags(values)
     folder = pathlib.Path(values.output_dir) / config.name
-    command_line.check_distributed_flags()
+    cli.check_distributed_flags()
     # Other processes may have the other cores.
     default = 1
     if not values.distributed:
-      default = runtime.num_cpu_devices(config.train.batch_size)
-    command_line.start(argv, values.cpu_devices or default)
+      default = devices.num_cpu_devices(config.train.batch_size)
+    cli.start(argv, values.cpu_devices or default)
     # What can be wrong with a config is found before the folder is touched.
     train.build_parts(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
-    processes.check_same(
+    multihost.check_same(
       'their flags',
       {
         'overwrite': values.overwrite,
@@ -441,23 +441,23 @@ def main(argv: list[str]) -> None:
     if values.overwrite:
       clear(folder)
     if values.stop_with_stdin:
-      interrupts.terminate_with_stdin()
+      preemption.terminate_with_stdin()
     run(config, folder, values.num_sequences)
   except train.StoppedError as error:
     print(error, file=sys.stderr)
-    sys.exit(command_line.EXIT_STOPPED)
+    sys.exit(cli.EXIT_STOPPED)
   except KeyboardInterrupt:
     print(
       f'stopped; what {folder} holds is whole, and started again, it goes on '
       'from there',
       file=sys.stderr,
     )
-    processes.end_at_once(command_line.EXIT_STOPPED)
-    sys.exit(command_line.EXIT_STOPPED)
+    multihost.exit_now(cli.EXIT_STOPPED)
+    sys.exit(cli.EXIT_STOPPED)
   except (ValueError, OSError, train.NonFiniteError) as error:
-    command_line.end_with(error)
+    cli.end_with(error)
 
 
 if __name__ == '__main__':
   define_flags()
-  command_line.run(main)
+  cli.run(main)

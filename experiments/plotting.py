@@ -30,10 +30,10 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
-from nonstationary_mbml.experiments import regret_curves
-from nonstationary_mbml.experiments import runs
+from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.experiments.analysis import regret_curves
 
-# Of a run, as experiments/runs.py loads it.
+# Of a run, as experiments/saved_runs.py loads it.
 RunFolder = str | pathlib.Path
 # Of a run, as in `TrainResult`.
 History = Sequence[Mapping[str, float]]
@@ -220,11 +220,11 @@ def _sequence_of_run(
   folder: RunFolder, seed: int
 ) -> evaluator_lib.DrawnSequence:
   """A sequence of the run's own source, and who is worth drawing."""
-  run = runs.load_run(folder)
-  evaluator = runs.evaluator_of(run)
+  run = saved_runs.load_run(folder)
+  evaluator = saved_runs.evaluator_of(run)
   sequence = evaluator_lib.draw_sequence(
     evaluator,
-    runs.member_params(run),
+    saved_runs.member_params(run),
     jax.random.key(base_config.check_seed('seed', seed)),
   )
   # The source's own exact predictor is the first of them.
@@ -364,7 +364,7 @@ def plot_regret_over_time(
     ValueError: If there is nothing to draw, or arrays do not fit each other.
   """
   measure = lambda folder: regret_curves.over_time(
-    runs.load_run(folder), num_sequences, seed
+    saved_runs.load_run(folder), num_sequences, seed
   )
   regrets = {
     name: _sample(f'regrets[{name!r}]', values, '[N, T - 1]')
@@ -436,10 +436,12 @@ def plot_learning_curve(
     ValueError: If there is nothing to draw, or a history lacks the predictor.
   """
   if _is_folder(histories):
-    run = runs.load_run(histories)
+    run = saved_runs.load_run(histories)
     histories = {run.config.name: run.history}
   histories = {
-    name: runs.load_run(history).history if _is_folder(history) else history
+    name: saved_runs.load_run(history).history
+    if _is_folder(history)
+    else history
     for name, history in histories.items()
   }
   _check_not_empty('histories', histories)
@@ -501,7 +503,7 @@ def plot_length_generalisation(
   marks = set() if training_length is None else {training_length}
 
   def measure(folder: RunFolder) -> dict[str, dict[int, np.ndarray]]:
-    run = runs.load_run(folder)
+    run = saved_runs.load_run(folder)
     if training_length is None:
       marks.add(run.config.train.seq_length)
     return regret_curves.by_length(run, lengths, num_sequences, seed)
@@ -584,7 +586,7 @@ def plot_matrix(
   """
   if _is_folder(regrets):
     regrets = regret_curves.by_source(
-      runs.load_run(regrets), sources, num_sequences, seed
+      saved_runs.load_run(regrets), sources, num_sequences, seed
     )
   _check_not_empty('regrets', regrets)
   for source, row in regrets.items():
@@ -598,7 +600,7 @@ def plot_matrix(
     for name, value in row.items():
       field = f'regrets[{source!r}][{name!r}]'
       if _is_folder(value):
-        run = runs.load_run(value)
+        run = saved_runs.load_run(value)
         own = {source: (sources or {}).get(source, run.config.eval.data)}
         measured = regret_curves.by_source(run, own, num_sequences, seed)
         value = next(iter(measured[source].values()))

@@ -17,15 +17,7 @@ PACKAGE = 'nonstationary_mbml'
 # Every module may import from the groups before its own, and inside its group
 # from the modules before itself.
 ORDER = (
-  (
-    'base_config',
-    'meshes',
-    'processes',
-    'runtime',
-    'files',
-    'interrupts',
-    'progress',
-  ),
+  ('base_config',),
   (
     'models.recurrent',
     'models.basic',
@@ -36,39 +28,52 @@ ORDER = (
   ),
   ('predictors',),
   ('predictor_factories', 'base_constants'),
-  ('checkpointing', 'run_folder'),
+  (
+    'runtime.devices',
+    'runtime.sharding',
+    'runtime.multihost',
+    'runtime.atomic_files',
+    'runtime.preemption',
+    'runtime.progress',
+    'runtime.checkpointing',
+    'runtime.run_folder',
+  ),
   ('train',),
   (
-    'experiments.command_line',
+    'experiments.cli',
     'experiments.distributions',
     'experiments.hazards',
     'experiments.ptw_predictors',
     'experiments.run_length_predictors',
     'experiments.live_and_die_predictors',
     'experiments.forget_me_not_predictors',
-    'experiments.bounds',
     'experiments.trajectory_generators',
     'experiments.config',
     'experiments.constants',
     'experiments.evaluator',
-    'experiments.runs',
-    'experiments.regret_curves',
+    'experiments.saved_runs',
+    'experiments.analysis.regret_curves',
     'experiments.plotting',
-    'experiments.tables',
+    'experiments.regret_table',
     'experiments.evaluate',
-    'experiments.bayes_table',
-    'experiments.switch_posteriors',
     'experiments.local_launch',
     'experiments.export_run',
-    'experiments.sweeps',
-    'experiments.sweep_folder',
-    'experiments.sweep_jobs',
-    'experiments.sweep_launch',
-    'experiments.sweep_networks',
-    'experiments.questions',
-    'experiments.question_figures',
-    'experiments.question_tables',
-    'experiments.report',
+  ),
+  (
+    'experiments.sweeps.presets',
+    'experiments.sweeps.sweep_folder',
+    'experiments.sweeps.executors',
+    'experiments.sweeps.launch',
+  ),
+  (
+    'experiments.analysis.redundancy_bounds',
+    'experiments.analysis.bayes_table',
+    'experiments.analysis.switch_posteriors',
+    'experiments.analysis.trained_networks',
+    'experiments.analysis.studies',
+    'experiments.analysis.study_figures',
+    'experiments.analysis.study_tables',
+    'experiments.analysis.report',
   ),
 )
 MODULES = [module for group in ORDER for module in group]
@@ -95,8 +100,9 @@ def _imported(path):
 
 
 def _sources():
-  folders = (ROOT, ROOT / 'models', ROOT / 'experiments')
-  paths = [path for folder in folders for path in folder.glob('*.py')]
+  paths = list(ROOT.glob('*.py'))
+  for folder in ('models', 'runtime', 'experiments'):
+    paths += (ROOT / folder).rglob('*.py')
   return [path for path in paths if path.name != '__init__.py']
 
 
@@ -110,12 +116,21 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize('module', MODULES)
 def test_module_imports_only_what_comes_before_it(module):
-  allowed = set(MODULES[: MODULES.index(module)]) | {'models', 'experiments'}
+  packages = {
+    'models',
+    'runtime',
+    'experiments',
+    'experiments.sweeps',
+    'experiments.analysis',
+  }
+  allowed = set(MODULES[: MODULES.index(module)]) | packages
   assert _imported(_path(module)) <= allowed
 
 
-@pytest.mark.parametrize('module', [m for m in MODULES if '.' not in m])
-def test_top_level_imports_nothing_from_experiments(module):
+@pytest.mark.parametrize(
+  'module', [m for m in MODULES if not m.startswith('experiments.')]
+)
+def test_top_level_and_runtime_import_nothing_from_experiments(module):
   assert not any('experiments' in name for name in _imported(_path(module)))
 
 

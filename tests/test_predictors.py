@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import predictors
-from nonstationary_mbml import runtime
 from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
@@ -18,6 +17,7 @@ from nonstationary_mbml.models import basic
 from nonstationary_mbml.models import recurrent
 from nonstationary_mbml.models import stack_rnn
 from nonstationary_mbml.models import transformer
+from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.tests import oracles
 
 BAYES = {
@@ -508,7 +508,7 @@ def test_equal_predictors_share_their_programs(name):
   assert predictor == equal and hash(predictor) == hash(equal)
   assert predictor != MAKE_BAYES[name](concentration=0.3)
   use(predictor)
-  with runtime.count_compilations() as compilations:
+  with devices.count_compilations() as compilations:
     use(equal)
   assert compilations.programs == 0
 

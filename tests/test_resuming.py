@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import checkpointing
-from nonstationary_mbml import run_folder
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.runtime import checkpointing
+from nonstationary_mbml.runtime import run_folder
 
 
 def _config(**train_kwargs):

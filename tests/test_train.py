@@ -11,11 +11,11 @@ import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import runtime
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.runtime import devices as devices_lib
 
 
 def _config(model_type='lstm', architecture_kwargs=None, steps=6, **kwargs):
@@ -338,7 +338,7 @@ def test_no_program_is_compiled_after_the_first_log():
     evaluator.step = spy
     return evaluator
 
-  with runtime.count_compilations() as compilations:
+  with devices_lib.count_compilations() as compilations:
     train.train(config, constants.build_data_generator, build_evaluator)
   # Logs after 3, 3 and 2 steps.
   assert len(counts) == 3

@@ -15,8 +15,11 @@ DOCUMENTS = sorted(
 
 
 def _sources():
-  folders = ('.', 'models', 'experiments', 'benchmarks', 'tests')
-  return [path for folder in folders for path in (ROOT / folder).glob('*.py')]
+  folders = ('models', 'runtime', 'experiments', 'benchmarks', 'tests')
+  return [
+    *ROOT.glob('*.py'),
+    *(path for folder in folders for path in (ROOT / folder).rglob('*.py')),
+  ]
 
 
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)

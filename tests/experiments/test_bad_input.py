@@ -16,12 +16,12 @@ from absl import flags
 import pytest
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import runtime
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import local_launch
+from nonstationary_mbml.runtime import devices
 
 SCRIPT = pathlib.Path(local_launch.__file__)
 ROOT = SCRIPT.parent.parent
@@ -252,7 +252,7 @@ def _frames(error):
 
 @pytest.mark.parametrize(('given', 'message'), CASES.items())
 def test_malformed_config_is_one_line_before_anything_compiles(given, message):
-  with runtime.count_compilations() as compilations:
+  with devices.count_compilations() as compilations:
     with pytest.raises(ValueError, match=message) as caught:
       _check_launch(*given)
   assert '\n' not in str(caught.value)

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from nonstationary_mbml.experiments import command_line
+from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import local_launch
-from nonstationary_mbml.experiments import runs
+from nonstationary_mbml.experiments import saved_runs
 
 SCRIPT = pathlib.Path(local_launch.__file__)
 CKPT_FREQUENCY = 500
@@ -100,7 +100,9 @@ def _assert_same_results(folder, reference):
   ]
   assert steps[0] == steps[1] and len(steps[0]) == 5
   for step in steps[0]:
-    params = [runs.load_run(path, step).params for path in (first, second)]
+    params = [
+      saved_runs.load_run(path, step).params for path in (first, second)
+    ]
     jax.tree.map(np.testing.assert_array_equal, *params)
 
 
@@ -126,7 +128,7 @@ def _check_killed_runs_end_the_same(folder, reference, seed):
   starts = _starts(folder)
   assert logged - starts[1]['first_step'] <= CKPT_FREQUENCY
   if was_running and starts[1]['end'].startswith('stopped'):
-    assert code == command_line.EXIT_STOPPED
+    assert code == cli.EXIT_STOPPED
     assert f'is saved in {pathlib.Path("runs/run")}' in stderr
   stderr = _finish(folder)
   starts = _starts(folder)

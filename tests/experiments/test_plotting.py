@@ -8,8 +8,8 @@ import pytest
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
-from nonstationary_mbml.experiments import regret_curves
-from nonstationary_mbml.experiments import runs
+from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.experiments.analysis import regret_curves
 from nonstationary_mbml.tests import oracles
 
 
@@ -143,7 +143,7 @@ def _legend(figure):
 def run(monkeypatch):
   """A run in the folder `runs/lstm`; nothing of it is computed."""
   config = config_lib.ExperimentConfig(name='lstm_ptw')
-  loaded = runs.Run(
+  loaded = saved_runs.Run(
     folder=pathlib.Path('runs/lstm'),
     config=config_lib.post_process_config(config),
     predictor=None,
@@ -157,7 +157,7 @@ def run(monkeypatch):
     assert str(folder) == 'runs/lstm'
     return loaded
 
-  monkeypatch.setattr(runs, 'load_run', load_run)
+  monkeypatch.setattr(saved_runs, 'load_run', load_run)
   return loaded
 
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import predictors
-from nonstationary_mbml import runtime
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import hazards
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.experiments import run_length_predictors
+from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.tests import oracles
 
 _Predictor = run_length_predictors.RunLengthPredictor
@@ -225,7 +225,7 @@ def test_a_sequence_of_any_length_takes_one_program(hazard, seq_length):
   batch = np.asarray(_random_batch(0, 1, seq_length), np.float32)
   batch = jax.device_put(batch)
   predictor = _Predictor(hazard)
-  with runtime.count_compilations() as compilations:
+  with devices.count_compilations() as compilations:
     predictor.unroll({}, None, batch)
   assert compilations.programs == 1
 

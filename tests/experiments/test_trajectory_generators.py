@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nonstationary_mbml import runtime
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import trajectory_generators
+from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.tests import oracles
 
 SOURCES = {
@@ -482,7 +482,7 @@ def test_equal_sources_share_their_programs(name):
   assert source == equal and hash(source) == hash(equal)
   key = jax.random.key(0)
   source.sample(key, 4, 16), source.switch_points(key, 4, 16)
-  with runtime.count_compilations() as compilations:
+  with devices.count_compilations() as compilations:
     equal.sample(key, 4, 16), equal.switch_points(key, 4, 16)
   assert compilations.programs == 0
   config.parameter_distribution_params = (0.5, 2.0)

@@ -1,0 +1,1 @@
+"""What is asked of trained networks and of exact predictors."""

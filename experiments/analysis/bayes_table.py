@@ -1,0 +1,313 @@
+"""Every exact predictor on every source: who is the best where.
+
+  python experiments/analysis/bayes_table.py
+
+Writes table.csv and table.png into <output_dir>, and prints the table. All
+predictors read the same sequences, so that differences are paired. Each
+predictor keeps the same prior everywhere: that of a known period knows the
+wrong one, or a period where there is none, on every source but its own.
+"""
+
+from collections.abc import Mapping
+import csv
+import dataclasses
+import io
+import math
+import sys
+from typing import Any
+
+from absl import flags
+import jax
+import numpy as np
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import predictors
+from nonstationary_mbml.experiments import cli
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import plotting
+from nonstationary_mbml.experiments.analysis import redundancy_bounds
+from nonstationary_mbml.runtime import atomic_files
+
+# The rows; constants.py has what they need besides their names.
+SOURCES = ('ptw', 'lin', 'regular_shift', 'random_shift', 'static', 'recurring')
+_MAX_ALPHABET_SIZE = 2**16
+# The columns, with what each predictor needs besides what follows from T.
+PREDICTORS = {
+  'ptw': {},
+  'lad': {},
+  'regular_shift': constants.SOURCE_KWARGS['regular_shift'],
+  'random_shift': constants.SOURCE_KWARGS['random_shift'],
+  'kt': {},
+  # The switches of the recurring source, but nothing of its memory.
+  'run_length': {'hazard': 0.05},
+  'forget_me_not': {},
+}
+LABELS = {
+  **{name: constants.label(name) for name in PREDICTORS},
+  'regular_shift': 'period 20',
+  'random_shift': 'lengths U(1, 39)',
+  'run_length': 'hazard 0.05',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One predictor on one source; a line of the CSV file.
+
+  Attributes:
+    source: One of `SOURCES`.
+    predictor: A key of `PREDICTORS`.
+    is_own: Whether it is the source's exact Bayes predictor.
+    cumulative_regret: Over symbols 2, ..., T, mean over sequences, in nats.
+    stderr: Of that mean.
+    above_own: Mean paired difference to the source's own predictor; None where
+      there is none.
+    above_own_stderr: Of that mean.
+    bound: What the regret is known to stay below, on average over the
+      partitions of these sequences (redundancy_bounds.py), in nats; None if
+      nothing is.
+    num_sequences: N.
+    seq_length: T.
+    alphabet_size: K; parameters are from a Dirichlet(1/2).
+    seed: Of the sequences.
+  """
+
+  source: str
+  predictor: str
+  is_own: bool
+  cumulative_regret: float
+  stderr: float
+  above_own: float | None
+  above_own_stderr: float | None
+  bound: float | None
+  num_sequences: int
+  seq_length: int
+  alphabet_size: int
+  seed: int
+
+
+def make_row(
+  source: str,
+  num_sequences: int,
+  seq_length: int,
+  batch_size: int,
+  seed: int,
+  alphabet_size: int = 2,
+) -> list[Cell]:
+  """Returns the cells of one source.
+
+  Args:
+    source: One of `SOURCES`.
+    num_sequences: N.
+    seq_length: T.
+    batch_size: Sequences at a time.
+    seed: Of all sources.
+    alphabet_size: K.
+  """
+  config = config_lib.post_process_config(
+    config_lib.ExperimentConfig(
+      data=config_lib.DataConfig(
+        iid_distribution_kwargs={'feature_size': alphabet_size},
+        parameter_distribution_params=(0.5,) * alphabet_size,
+        trajectory_generator=source,
+        trajectory_generator_kwargs=constants.source_kwargs(source),
+      ),
+      eval=config_lib.EvalConfig(
+        batch_size=min(batch_size, num_sequences),
+        seq_length=seq_length,
+        optimal_predictors=tuple(PREDICTORS),
+        optimal_predictors_kwargs=PREDICTORS,
+      ),
+    )
+  ).eval
+  # The evaluator wants a network: the cheapest predictor stands in for it.
+  evaluator = evaluator_lib.build_evaluator(
+    predictors.OptimalCategoricalPredictor(), config
+  )
+  base_config.check_seed('seed', seed)
+  rng = jax.random.fold_in(jax.random.key(seed), SOURCES.index(source))
+  regrets = evaluator.evaluate({}, rng, num_sequences)
+  own = constants.exact_predictor(
+    config, evaluator.generator, evaluator.optimal_predictors
+  )
+  reference = _bounds(
+    np.concatenate(
+      [
+        evaluator.generator.switch_points(key, config.batch_size, seq_length)
+        for key in evaluator.batch_keys(rng, num_sequences)
+      ]
+    )[:num_sequences],
+    evaluator.optimal_predictors['ptw'].depth,
+    alphabet_size,
+  )
+
+  cells = []
+  for name in PREDICTORS:
+    mean, stderr = _mean_and_stderr(regrets[name])
+    above = above_stderr = None
+    if own is not None:
+      above, above_stderr = _mean_and_stderr(regrets[name] - regrets[own])
+    cells.append(
+      Cell(
+        source=source,
+        predictor=name,
+        is_own=name == own,
+        cumulative_regret=mean,
+        stderr=stderr,
+        above_own=above,
+        above_own_stderr=above_stderr,
+        bound=reference.get(name),
+        num_sequences=num_sequences,
+        seq_length=seq_length,
+        alphabet_size=alphabet_size,
+        seed=seed,
+      )
+    )
+  return cells
+
+
+def not_above(cells: list[Cell]) -> list[Cell]:
+  """Returns what is not above the own predictor of its source.
+
+  By two standard errors of the paired difference.
+  """
+  return [
+    cell
+    for cell in cells
+    if cell.above_own is not None
+    and not cell.is_own
+    and not cell.above_own > 2 * cell.above_own_stderr
+  ]
+
+
+def to_csv(cells: list[Cell]) -> str:
+  """Returns a line for every cell, under a header."""
+  text = io.StringIO()
+  fields = [field.name for field in dataclasses.fields(Cell)]
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(fields)
+  for cell in cells:
+    values = dataclasses.asdict(cell)
+    writer.writerow(
+      [
+        f'{value:.6f}' if isinstance(value, float) else value
+        for value in values.values()
+      ]
+    )
+  return text.getvalue()
+
+
+def to_markdown(cells: list[Cell]) -> str:
+  """Returns the table of means and standard errors, own predictors in bold."""
+  lines = [
+    f'| source | {" | ".join(LABELS.values())} |',
+    '|---' * (1 + len(LABELS)) + '|',
+  ]
+  for source in dict.fromkeys(cell.source for cell in cells):
+    texts = []
+    for cell in cells:
+      if cell.source == source:
+        text = f'{cell.cumulative_regret:.2f} ± {cell.stderr:.2f}'
+        texts.append(f'**{text}**' if cell.is_own else text)
+    lines.append(f'| `{source}` | {" | ".join(texts)} |')
+  return '\n'.join(lines)
+
+
+def _bounds(
+  switch_points: np.ndarray, depth: int, alphabet_size: int
+) -> Mapping[str, float]:
+  """Mean bounds over partitions `[N, T]`, by predictor."""
+  means = {
+    'ptw': redundancy_bounds.ptw(switch_points, depth, alphabet_size).mean(),
+    'lad': redundancy_bounds.lad(switch_points, alphabet_size).mean(),
+  }
+  if not switch_points.any():
+    means['kt'] = redundancy_bounds.kt(switch_points.shape[1], alphabet_size)
+  return {name: float(value) for name, value in means.items()}
+
+
+def _mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
+  values = values.astype(np.float64)
+  return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def define_flags() -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  cli.define_flags()
+  cli.define_integer(
+    'num_sequences', 10_240, 'Fresh sequences of each source.', lower_bound=2
+  )
+  cli.define_integer(
+    'seq_length',
+    256,
+    'Symbols per sequence; the time it takes grows with the square.',
+    lower_bound=2,
+    upper_bound=65_536,
+  )
+  cli.define_integer(
+    'alphabet_size',
+    2,
+    'Different symbols.',
+    lower_bound=2,
+    upper_bound=_MAX_ALPHABET_SIZE,
+  )
+  cli.define_integer('batch_size', 512, 'Sequences at a time.', lower_bound=1)
+  cli.define_seed('All randomness follows from it.')
+  flags.DEFINE_string(
+    'output_dir', 'results/bayes_table', 'Folder of the table.'
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Makes all rows and writes the table."""
+  cli.start(argv)
+  values = flags.FLAGS
+  sizes = (
+    min(values.batch_size, values.num_sequences),
+    values.seq_length,
+    values.alphabet_size,
+  )
+  if math.prod(sizes) > base_config.MAX_SIZE:
+    sys.exit(
+      'error: {} sequences of {} symbols out of {} are 2^31 numbers or more; '
+      'make --batch_size smaller'.format(*sizes)
+    )
+  folder = cli.make_folder(flags.FLAGS.output_dir)
+  cells: list[Any] = []
+  for source in SOURCES:
+    cli.say(f'{source} ...')
+    cells += make_row(
+      source,
+      flags.FLAGS.num_sequences,
+      flags.FLAGS.seq_length,
+      flags.FLAGS.batch_size,
+      flags.FLAGS.seed,
+      flags.FLAGS.alphabet_size,
+    )
+  # Before it is written, which may fail.
+  cli.say(
+    '\nCumulative regret (nats), mean ± standard error of '
+    f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '
+    'symbols; in bold the exact Bayes predictor of the source:\n\n'
+    f'{to_markdown(cells)}\n'
+  )
+  for cell in not_above(cells):
+    cli.say(
+      f'{LABELS[cell.predictor]} is not clearly above the own predictor of '
+      f'{cell.source}: {cell.above_own:+.4f} ± {cell.above_own_stderr:.4f}'
+    )
+  png = io.BytesIO()
+  plotting.plot_bayes_table(
+    [dataclasses.asdict(cell) for cell in cells], LABELS
+  ).savefig(png, format='png')
+  with cli.saving(folder):
+    atomic_files.write_whole(folder / 'table.csv', to_csv(cells).encode())
+    atomic_files.write_whole(folder / 'table.png', png.getvalue())
+  print(f'Wrote table.csv and table.png to {folder}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(main)

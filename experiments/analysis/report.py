@@ -1,0 +1,323 @@
+r"""Answers questions with the networks of a sweep: tables and figures.
+
+  python experiments/analysis/report.py                # all questions
+  python experiments/analysis/report.py --question=length
+  python experiments/analysis/report.py --draw_only    # from the tables alone
+  python experiments/analysis/report.py --sweep_dir=runs/sweeps/tiny \
+    --output_dir=runs/t
+
+Questions: on_distribution, off_distribution, length and inside (what
+`studies` says of them). Measures the networks of a finished sweep (with
+--partial those that are finished) and writes into <output_dir>/ the tables
+(CSV: a row for every seed), the figures (PNG), and tables.md, with means and
+standard errors over seeds. With --draw_only the figures and tables.md are made
+again from the CSV files that are there.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import io
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+from matplotlib import figure as figure_lib
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.experiments import cli
+from nonstationary_mbml.experiments.analysis import studies
+from nonstationary_mbml.experiments.analysis import study_figures
+from nonstationary_mbml.experiments.analysis import study_tables
+from nonstationary_mbml.experiments.analysis import trained_networks
+from nonstationary_mbml.experiments.sweeps import sweep_folder
+from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.runtime import run_folder
+
+RUNS = 'runs'
+COMMANDS = 'commands.json'
+TABLES = 'tables.md'
+Rows = Sequence[dict[str, Any]]
+
+
+def describe_runs(networks: studies.Networks) -> list[dict[str, Any]]:
+  """Returns what was trained, where and for how long: a row for every run."""
+  rows = []
+  for network in networks:
+    row = {
+      'point': network.config.name,
+      'source': network.source,
+      'predictor': network.architecture,
+      'num_seeds': len(network.seeds),
+      'seeds': ' '.join(map(str, network.seeds)),
+      'learning_rate': network.config.train.learning_rate,
+      'seq_length': network.config.train.seq_length,
+      'steps': network.config.schedule.training_steps,
+    }
+    starts = run_folder.read_starts(network.folder)
+    with _of_another_form(network.folder / run_folder.ENVIRONMENT):
+      row |= {
+        'seconds': sum(start['seconds'] for start in starts),
+        'starts': len(starts),
+        'device': ' '.join(starts[-1]['devices']),
+        'python': starts[-1]['python'],
+        'jax': starts[-1]['packages']['jax'],
+        'commit': starts[-1]['commit'],
+      }
+    rows.append(row)
+  return rows
+
+
+@contextlib.contextmanager
+def _of_another_form(path: pathlib.Path) -> Iterator[None]:
+  """Inside a `with`, what goes wrong is that a file is not as we write it."""
+  try:
+    yield
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise ValueError(f'{path} is not what it should be: {error!r}') from error
+
+
+def _read_commands(folder: pathlib.Path) -> dict[str, Any]:
+  """The sweep that the tables of a folder are of, and what made them.
+
+  Raises:
+    ValueError: If the file that says so is of another form.
+  """
+  path = folder / COMMANDS
+  if not path.exists():
+    return {'sweep': None, 'commands': {}}
+  content = atomic_files.read_json(path)
+  with _of_another_form(path):
+    return {'sweep': content['sweep'], 'commands': dict(content['commands'])}
+
+
+def measure(
+  networks: studies.Networks,
+  chosen: Sequence[str],
+  folder: pathlib.Path,
+  num_sequences: int,
+  seed: int,
+  command: str,
+  sweep: str = '',
+) -> None:
+  """Measures, and writes a CSV file for every table.
+
+  Args:
+    networks: Of a sweep.
+    chosen: Keys of `QUESTIONS`.
+    folder: Where to.
+    num_sequences: N, of every measurement on fresh sequences.
+    seed: Of the sequences.
+    command: That is given, to be noted.
+    sweep: What tells the sweep from others. A folder has tables of one only.
+
+  Raises:
+    ValueError: If the networks cannot be compared, or the folder has tables of
+      another sweep.
+    SaveError: If a table cannot be written; then it is printed.
+  """
+  made = _read_commands(folder)
+  if made['sweep'] not in (None, sweep):
+    raise ValueError(
+      f'{folder} has the tables of another sweep; choose another --output_dir, '
+      'or delete them'
+    )
+  made['sweep'] = sweep
+
+  def write(table: str, rows: Rows) -> None:
+    path = folder / f'{table}.csv'
+    if rows:
+      try:
+        atomic_files.write_csv(path, rows)
+      except OSError as error:
+        cli.say(f'{path.name}:\n{atomic_files.to_csv(rows)}')
+        raise run_folder.save_error(folder, error) from error
+      made['commands'][table] = command
+    else:  # Nor what an earlier measurement has left.
+      path.unlink(missing_ok=True)
+      made['commands'].pop(table, None)
+    atomic_files.write_json(folder / COMMANDS, made)
+
+  write(RUNS, describe_runs(networks))
+  for question in chosen:
+    for table, ask in studies.QUESTIONS[question].items():
+      print(f'{table} ...', file=sys.stderr, flush=True)
+      write(table, ask(networks, num_sequences, seed, True))
+
+
+def figures_of(
+  table: str, rows: Rows, training_length: int | None
+) -> dict[str, Callable[[], figure_lib.Figure]]:
+  """Returns how the figures of a table are drawn, by name.
+
+  Args:
+    table: Its name.
+    rows: Its rows.
+    training_length: Is marked where it matters.
+  """
+  draw = {
+    'on_distribution': study_figures.draw_on_distribution,
+    'learning': study_figures.draw_learning,
+    'off_distribution': study_figures.draw_off_distribution,
+    'length': lambda rows: study_figures.draw_length(rows, training_length),
+    'after_switch': study_figures.draw_after_switch,
+    'read_out': study_figures.draw_read_out,
+  }.get(table)
+  drawn = {} if draw is None else {table: lambda: draw(rows)}
+  if table == 'read_out' and all(row['r2_given_time'] is None for row in rows):
+    drawn = {}  # Nothing varies but with time.
+  if table == 'off_distribution':
+    names = dict.fromkeys(
+      row['predictor'] for row in rows if row['seed'] is not None
+    )
+    drawn |= {
+      f'resemblance_{name}': lambda name=name: study_figures.draw_resemblance(
+        rows, name
+      )
+      for name in names
+      if name in ('lstm', 'transformer_sin_cos')
+    }
+  return drawn
+
+
+def draw(folder: pathlib.Path) -> list[str]:
+  """Draws all tables that a folder has, and writes tables.md.
+
+  Args:
+    folder: With the CSV files, and the commands that made them.
+
+  Returns:
+    The names of the files that were written.
+
+  Raises:
+    ValueError: If there is no table, or one that cannot be read.
+    OSError: If a file cannot be written.
+  """
+  training_length = None
+  path = folder / f'{RUNS}.csv'
+  if path.exists():
+    rows = atomic_files.read_csv(path)
+    with _of_another_form(path):
+      (training_length, *_) = {row['seq_length'] for row in rows} or (None,)
+  commands = _read_commands(folder)['commands']
+  names = [RUNS, *(name for of in studies.QUESTIONS.values() for name in of)]
+  written, blocks = [], []
+  for name in names:
+    path = folder / f'{name}.csv'
+    if not path.exists():
+      continue
+    rows = atomic_files.read_csv(path)
+    made_by = f', made by `{commands[name]}`' if name in commands else ''
+    pngs = {}
+    with _of_another_form(path):
+      for title, to_text in study_tables.TABLES.get(name, ()):
+        blocks.append(
+          f'## {title}\n\nFrom `{name}.csv`{made_by}.\n\n{to_text(rows)}'
+        )
+      for drawn, make in figures_of(name, rows, training_length).items():
+        pngs[drawn] = io.BytesIO()
+        make().savefig(pngs[drawn], format='png')
+    for drawn, png in pngs.items():
+      atomic_files.write_whole(folder / f'{drawn}.png', png.getvalue())
+      written.append(f'{drawn}.png')
+  if not blocks:
+    raise ValueError(f'{folder} has no tables to draw')
+  text = '\n'.join(
+    ['# Tables\n\nMeans ± standard errors over seeds.\n', *blocks]
+  )
+  atomic_files.write_whole(folder / TABLES, text.encode())
+  return [*written, TABLES]
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags; not at import, so that scripts do not meet in a test."""
+  cli.define_flags(values)
+  flags.DEFINE_multi_string(
+    'question',
+    [],
+    f'Which question, if not all: {", ".join(studies.QUESTIONS)}; may be '
+    'given several times.',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'sweep_dir', 'runs/sweeps/small', 'Of the sweep.', flag_values=values
+  )
+  flags.DEFINE_string(
+    'output_dir',
+    None,
+    "Folder of tables and figures; if unset, results/ and the sweep's name.",
+    flag_values=values,
+  )
+  cli.define_integer(
+    'num_sequences',
+    2_048,
+    'Fresh sequences of every source; a read-out takes 65,536 symbols.',
+    lower_bound=2,
+    flag_values=values,
+  )
+  cli.define_seed('Seed of the sequences.', values)
+  flags.DEFINE_bool(
+    'partial',
+    False,
+    'Measure the points that are finished, if not all are.',
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    'draw_only',
+    False,
+    'Measure nothing: draw all tables that <output_dir> has.',
+    flag_values=values,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Measures and draws."""
+  values = flags.FLAGS
+  sweep = sweep_folder.SweepFolder(values.sweep_dir)
+  folder = pathlib.Path(
+    values.output_dir
+    or pathlib.Path('results', os.path.basename(os.path.abspath(sweep.path)))
+  )
+  chosen = values.question or list(studies.QUESTIONS)
+  try:
+    for question in chosen:
+      base_config.check_choice('--question', question, studies.QUESTIONS)
+    cli.start(argv)
+    if not values.draw_only:
+      points, finished = sweep.points(), sweep.finished()
+      if not finished or (len(finished) < len(points) and not values.partial):
+        raise ValueError(
+          f'{len(finished)} of {len(points)} points of {sweep.path} are '
+          'finished; sweeps/launch.py goes on, --partial takes what there is, '
+          'and --draw_only draws the tables again'
+        )
+      cli.make_folder(folder)
+      measure(
+        trained_networks.networks(sweep.path),
+        chosen,
+        folder,
+        values.num_sequences,
+        values.seed,
+        f'python experiments/analysis/report.py --sweep_dir={sweep.path} '
+        f'--output_dir={folder} --num_sequences={values.num_sequences} '
+        f'--seed={values.seed}',
+        sweep.digest(),
+      )
+    written = draw(folder)
+  except (ValueError, OSError) as error:
+    cli.end_with(error)
+  print(f'Wrote {", ".join(written)} to {folder}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(main)

@@ -1,0 +1,309 @@
+"""Runs that were saved: loaded in one call, and evaluated on any source.
+
+run = load_run('runs/lstm_ptw_seed0')
+logits, _ = run.predictor.unroll(run.params, None, batch)
+"""
+
+import copy
+import dataclasses
+import pathlib
+import shutil
+import tempfile
+import warnings
+
+import numpy as np
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.runtime import checkpointing
+from nonstationary_mbml.runtime import multihost
+from nonstationary_mbml.runtime import run_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run, as it was at one of its steps.
+
+  Attributes:
+    folder: Of the run.
+    config: Complete, as it was trained.
+    predictor: The network.
+    params: Its parameters; those of an ensemble have a leading axis of members.
+    history: The log, as in `train.TrainResult`, up to the newest entry.
+    member_histories: Those of an ensemble's members.
+    step: Training steps that the parameters have seen.
+  """
+
+  folder: pathlib.Path
+  config: config_lib.ExperimentConfig
+  predictor: predictors.Predictor
+  params: predictors.Params
+  history: list[dict[str, float]]
+  member_histories: tuple[list[dict[str, float]], ...]
+  step: int
+
+
+def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
+  """Returns a run, with the parameters it had after a step.
+
+  Changes nothing in the folder; the run may still be training. A checkpoint or
+  a last line of the log that cannot be read is left out with a warning. The
+  parameters have the dtypes in which they were trained. Of several processes
+  all call it, and all get the same step.
+
+  Args:
+    folder: Of the run.
+    step: One of `saved_steps`; None is the newest one.
+
+  Raises:
+    ValueError: If there is no run, or no such step.
+    DamagedError: If nothing can be read, or it is of another network.
+  """
+  folder = pathlib.Path(folder)
+  config = run_folder.read_config(folder, config_lib.ExperimentConfig)
+  entries, torn = run_folder.read_metrics(folder / run_folder.METRICS)
+  if torn:
+    warnings.warn(
+      f'{folder / run_folder.METRICS}: the last line is torn, and left out',
+      stacklevel=2,
+    )
+  alphabet_size = constants.build_data_generator(config.data).alphabet_size
+  predictor = predictor_factories.build_predictor(config.model, alphabet_size)
+  abstract = train.abstract_state(config, predictor, alphabet_size)
+  step, params = _load_params(folder, step, abstract)
+  history, member_histories = run_folder.split_entries(entries)
+  return Run(folder, config, predictor, params, history, member_histories, step)
+
+
+def saved_steps(folder: str | pathlib.Path) -> tuple[int, ...]:
+  """Returns the steps whose parameters a run has kept, in order.
+
+  Raises:
+    ValueError: If there is no run.
+  """
+  checkpoints, snapshots = _open(pathlib.Path(folder))
+  return tuple(sorted({*checkpoints.steps(), *snapshots.steps()}))
+
+
+def _open(
+  folder: pathlib.Path,
+) -> tuple[checkpointing.Checkpoints, checkpointing.Checkpoints]:
+  if not folder.is_dir():
+    raise ValueError(f'{folder} is no folder of a run')
+  return tuple(
+    checkpointing.Checkpoints(folder / name)
+    for name in (run_folder.CHECKPOINTS, run_folder.SNAPSHOTS)
+  )
+
+
+def _load_params(
+  folder: pathlib.Path, step: int | None, abstract: train.RunState
+) -> tuple[int, predictors.Params]:
+  """The parameters of a step, or of the newest that can be read."""
+  checkpoints, snapshots = _open(folder)
+  # Of several processes each may see another state of the folder.
+  of_snapshots, of_checkpoints = multihost.on_primary(
+    lambda: (snapshots.steps(), checkpoints.steps())
+  )
+  steps = sorted({*of_snapshots, *of_checkpoints})
+  if step is not None and step not in steps:
+    raise ValueError(
+      f'{folder} has kept nothing of step {step}, only of '
+      f'{", ".join(map(str, steps)) or "none"}'
+    )
+
+  def read(kept: checkpointing.Checkpoints, step: int) -> predictors.Params:
+    if kept is snapshots:
+      return kept.restore(step, abstract.train.params, keep_dtypes=True)
+    return kept.restore(step, abstract, keep_dtypes=True).train.params
+
+  problems = []
+  for candidate in reversed(steps if step is None else (step,)):
+    for kept, kept_steps in (
+      (snapshots, of_snapshots),
+      (checkpoints, of_checkpoints),
+    ):
+      if candidate not in kept_steps:
+        continue
+      try:
+        params = read(kept, candidate)
+      except ValueError as error:
+        if multihost.is_peer_failure(error):
+          raise
+        problems.append(error)
+        continue
+      for problem in problems:
+        warnings.warn(str(problem), stacklevel=3)
+      return candidate, params
+  if not problems:
+    raise ValueError(f'{folder} has no parameters to load: no step was saved')
+  # Of another network, or damaged: as the newest step is.
+  shown = checkpointing.shown_problems([str(problem) for problem in problems])
+  if step is None:
+    shown = f'{folder} has no parameters to load: {shown}'
+  raise type(problems[0])(shown)
+
+
+_EXPORTED_ENTRIES = 20
+# Tells a copy from a run, which has more than can be made again.
+_EXPORTED = 'exported.json'
+# Of an environment: what tells of somebody's machine only.
+_PRIVATE = ('command', 'host')
+
+
+def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
+  """Copies what is worth keeping of a finished run; `load_run` loads the copy.
+
+  That is its last snapshot, config, table and environment, without names of
+  hosts and paths; and of the log, entries in equal factors of the steps.
+
+  Args:
+    folder: Of the run.
+    target: Of the copy; replaced if it is there, and whole or not at all.
+
+  Returns:
+    The bytes of the copy.
+
+  Raises:
+    ValueError: If the run has not ended or is damaged, or the target is
+      something else.
+    OSError: If it cannot be written.
+  """
+  folder, target = pathlib.Path(folder), pathlib.Path(target)
+  schedule = run_folder.read_config(
+    folder, config_lib.ExperimentConfig
+  ).schedule
+  steps = schedule.training_steps
+  checkpoints, snapshots = _open(folder)
+  if steps not in snapshots.steps():
+    reason = 'its newest checkpoint says that it has not ended'
+    if schedule.num_saves == 0:
+      reason = 'schedule.num_saves is 0'
+    elif steps in checkpoints.steps():
+      reason = 'it has ended, but that snapshot is not there'
+    elif not checkpoints.steps():
+      reason = 'nor has it a checkpoint'
+    raise ValueError(
+      f'{folder} has no snapshot of its last step, {steps}: {reason}'
+    )
+  if target.exists() and not (target / _EXPORTED).exists():
+    raise ValueError(f'{target} is there already, and no copy of a run')
+  entries, _ = run_folder.read_metrics(folder / run_folder.METRICS)
+  kept = {entry['step'] for entry in thinned(entries, _EXPORTED_ENTRIES)}
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=target.parent, prefix='.export') as new:
+    new = pathlib.Path(new) / 'run'
+    name = pathlib.Path(run_folder.SNAPSHOTS) / str(steps)
+    try:
+      shutil.copytree(folder / name, new / name)
+    except shutil.Error as error:
+      # It has a line for every file.
+      raise OSError(error.args[0][0][-1]) from error
+    for name in (run_folder.CONFIG, 'table.json'):
+      if (folder / name).exists():
+        shutil.copyfile(folder / name, new / name)
+    starts = run_folder.read_starts(folder)
+    for start in starts:
+      for name in _PRIVATE:
+        start.pop(name, None)
+    atomic_files.write_json(new / run_folder.ENVIRONMENT, {'starts': starts})
+    lines = (folder / run_folder.METRICS).read_bytes().splitlines(True)
+    atomic_files.write_whole(
+      new / run_folder.METRICS,
+      b''.join(
+        line
+        for line, entry in zip(lines, entries, strict=False)
+        if entry['step'] in kept
+      ),
+    )
+    atomic_files.write_json(new / _EXPORTED, {'steps_of_the_log': sorted(kept)})
+    with base_config.naming(f'the copy of {folder} cannot be loaded'):
+      load_run(new)
+    if target.exists():
+      target.rename(new.with_name('old'))
+    new.rename(target)
+  return sum(path.stat().st_size for path in target.rglob('*'))
+
+
+def thinned(
+  entries: list[dict[str, float]], number: int
+) -> list[dict[str, float]]:
+  """Returns at most so many entries of a log, in equal factors of the steps.
+
+  The first and the last one are among them.
+  """
+  if not entries:
+    return []
+  steps = np.array([entry['step'] for entry in entries])
+  wanted = np.geomspace(max(1, steps[0]), max(1, steps[-1]), number)
+  nearest = {int(np.abs(steps - step).argmin()) for step in wanted}
+  return [entries[index] for index in sorted(nearest)]
+
+
+def evaluator_of(
+  run: Run,
+  source: config_lib.DataConfig | None = None,
+  seq_length: int | None = None,
+  batch_size: int | None = None,
+) -> evaluator_lib.MetaLearningEvaluator:
+  """Returns an evaluator of a run's network.
+
+  Args:
+    run: From `load_run`.
+    source: To evaluate on, beside its own Bayes predictor and the references;
+      None is the one of the run's evaluation.
+    seq_length: T; None is that of the run's evaluation.
+    batch_size: Sequences at a time; None is that of the run's evaluation.
+
+  Raises:
+    ValueError: If the network, the source or a predictor cannot be that long,
+      or the source has another alphabet than the run's.
+  """
+  own = run.config.eval
+  evaluation = copy.deepcopy(own)
+  if source is not None or seq_length not in (None, own.seq_length):
+    # The exact predictors of the run's evaluation are for another sequence.
+    evaluation = config_lib.EvalConfig(
+      batch_size=own.batch_size,
+      chunk_length=own.chunk_length,
+      seq_length=own.seq_length if seq_length is None else seq_length,
+      data=copy.deepcopy(own.data if source is None else source),
+    )
+  if batch_size is not None:
+    evaluation.batch_size = batch_size
+  config = dataclasses.replace(run.config, eval=evaluation)
+  return build_evaluator(run, config_lib.post_process_config(config).eval)
+
+
+def build_evaluator(
+  run: Run, evaluation: config_lib.EvalConfig
+) -> evaluator_lib.MetaLearningEvaluator:
+  """Returns the evaluator of a run's network that a config describes.
+
+  Args:
+    run: From `load_run`.
+    evaluation: Complete, as `post_process_config` leaves it.
+
+  Raises:
+    ValueError: If it is not valid, or its source has another alphabet than the
+      run's.
+  """
+  evaluator = evaluator_lib.build_evaluator(run.predictor, evaluation)
+  own = constants.build_data_generator(run.config.data).alphabet_size
+  if evaluator.alphabet_size != own:
+    raise ValueError(
+      f'eval.data has an alphabet of {evaluator.alphabet_size} symbols, but '
+      f'{run.folder} was trained on {own}'
+    )
+  return evaluator
+
+
+def member_params(run: Run, member: int = 0) -> predictors.Params:
+  """Returns the parameters of one network of a run."""
+  return train.member_params(run.config.train, run.params, member)

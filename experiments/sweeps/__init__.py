@@ -1,0 +1,1 @@
+"""Many runs: which, where, and what is kept of them."""

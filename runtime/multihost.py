@@ -1,0 +1,305 @@
+"""Several processes that train together: how they meet, agree and end.
+
+All run the same program, each on its own devices (`jax.distributed`). What one
+process alone may do, such as to write a log, the first one does, and all learn
+what came of it. What one process alone notices, such as a signal, all learn at
+the same point of the program. With a single process this costs nothing.
+
+A process that dies takes the others with it: those that wait for it in a
+computation get an error, and those that hear nothing of it for
+`HEARTBEAT_SECONDS` are ended by JAX.
+"""
+
+import collections
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import os
+import pickle
+import re
+import socket
+import sys
+import threading
+from typing import Any
+from typing import TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from nonstationary_mbml import base_config
+
+_T = TypeVar('_T')
+
+HEARTBEAT_SECONDS = 30
+# So old a machine's view of a network file system may be.
+SHARED_SECONDS = 20.0
+# So long a process that has ended waits for the others to end.
+_SHUTDOWN_SECONDS = 30
+# JAX's own timeout ends the process with a stack trace; ours comes before it.
+_GRACE_SECONDS = 30
+# How the message of an error from XLA's runtime begins; others, such as that
+# of a device out of memory, have nothing to do with other processes.
+_STATUS = (
+  'ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
+  'UNAVAILABLE|UNKNOWN'
+)
+# Messages of other sizes are other programs.
+_MIN_MESSAGE_BYTES = 1024
+
+
+def check_address(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Raises ValueError unless the arguments of `start` fit together."""
+  given = {
+    'coordinator': coordinator,
+    'num_processes': num_processes,
+    'process_id': process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) == len(given):
+    return
+  if missing:
+    raise ValueError(
+      f'{" and ".join(missing)} is missing: {", ".join(given)} go together'
+    )
+  base_config.check_int('num_processes', num_processes, 1)
+  base_config.check_int('process_id', process_id, 0, num_processes - 1)
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    raise ValueError(
+      f'coordinator {coordinator!r} is not host:port, as in 10.0.0.1:1234'
+    )
+
+
+def start(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  timeout: float = 120.0,
+) -> None:
+  """Joins the other processes; to be called before anything is computed.
+
+  Ends the process, with a message, if they do not all meet in time: JAX leaves
+  no other way out.
+
+  Args:
+    coordinator: `host:port` that process 0 listens at. Without it, all follows
+      from the environment: on a TPU pod, under SLURM and under Open MPI.
+    num_processes: How many there are.
+    process_id: Of this one: 0, 1, ...
+    timeout: Seconds until all must have come.
+
+  Raises:
+    ValueError: If the arguments do not fit together or are not the same in all
+      processes, if the port is in use, or if the environment says nothing.
+  """
+  check_address(coordinator, num_processes, process_id)
+  if process_id == 0:
+    _check_port(coordinator)
+  if coordinator is None:
+    shown = 'the other processes'
+  else:
+    shown = f'all of {num_processes} processes at {coordinator}'
+    # Of some mistakes, such as another number in process 0, JAX dies.
+    print(
+      f'process {process_id} joins {num_processes} processes at {coordinator}',
+      file=sys.stderr,
+      flush=True,
+    )
+
+  def give_up() -> None:
+    print(
+      f'error: after {timeout:g} s this process has not met {shown}. Start '
+      'each of them once, with the same command but for process_id (0, 1, ...),'
+      ' and let coordinator be an address of process 0 that all can reach.',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
+
+  timer = threading.Timer(timeout, give_up)
+  timer.daemon = True
+  timer.start()
+  # It would handle SIGTERM before us.
+  with contextlib.suppress(AttributeError):  # Not in every version of JAX.
+    jax.config.update('jax_enable_preemption_service', False)
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      cluster_detection_method=None if coordinator is None else 'deactivate',
+      initialization_timeout=int(timeout) + _GRACE_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+    )
+    # All of them meet here once more.
+    devices = collections.Counter(d.process_index for d in jax.devices())
+    if len(set(devices.values())) > 1:
+      raise ValueError(
+        'all processes must have as many devices; they have '
+        f'{", ".join(str(number) for _, number in sorted(devices.items()))}'
+      )
+  except ValueError as error:
+    if coordinator is not None or jax.distributed.is_initialized():
+      raise
+    raise ValueError(
+      f'this is neither a TPU pod nor a job of SLURM or Open MPI ({error}): '
+      'give coordinator, num_processes and process_id'
+    ) from error
+  finally:
+    timer.cancel()
+  if num_processes is not None:
+    check_same('num_processes', {'num_processes': num_processes})
+
+
+def _check_port(coordinator: str) -> None:
+  """Raises ValueError if the coordinator cannot listen: JAX would crash."""
+  port = int(coordinator.rpartition(':')[2])
+  try:
+    if socket.has_dualstack_ipv6():
+      family, host = socket.AF_INET6, '::'
+    else:
+      family, host = socket.AF_INET, ''
+    socket.create_server(
+      (host, port), family=family, dualstack_ipv6=bool(host)
+    ).close()
+  except OSError as error:
+    raise ValueError(
+      f'process 0 cannot listen at coordinator {coordinator}: {error.strerror}'
+    ) from error
+
+
+def is_multiprocess() -> bool:
+  """Whether there are other processes; starts JAX only if there may be."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_primary() -> bool:
+  """Whether this process writes what is written once."""
+  return not is_multiprocess() or jax.process_index() == 0
+
+
+def on_primary(function: Callable[[], _T]) -> _T:
+  """Calls a function in the first process, and returns its result in all.
+
+  Args:
+    function: Its result, or the exception that it raises, can be pickled.
+
+  Raises:
+    Exception: What the function raises, in all processes.
+  """
+  if not is_multiprocess():
+    return function()
+  outcome = _try(function) if is_primary() else None
+  value, error = _broadcast(outcome, source=0)
+  if error is not None:
+    raise error
+  return value
+
+
+def on_all(function: Callable[[], _T]) -> _T:
+  """Calls a function in every process; if one fails, all do.
+
+  Args:
+    function: Does not wait for other processes.
+
+  Returns:
+    What it returns here.
+
+  Raises:
+    Exception: What it raises in the first of the processes where it does.
+  """
+  if not is_multiprocess():
+    return function()
+  value, error = _try(function)
+  failed = multihost_utils.process_allgather(np.array([error is not None]))
+  if failed.any():
+    _, error = _broadcast((None, error), source=int(failed.ravel().argmax()))
+    raise error
+  return value
+
+
+def max_over_processes(values: Sequence[int]) -> list[int]:
+  """Returns the largest of every process's values, one by one.
+
+  Args:
+    values: In int32, as many in every process.
+  """
+  if not is_multiprocess():
+    return list(values)
+  of_all = multihost_utils.process_allgather(np.array(values, np.int32))
+  return of_all.max(axis=0).tolist()
+
+
+def check_same(what: str, values: Mapping[str, Any]) -> None:
+  """Raises ValueError, in all processes, unless they have the same values.
+
+  Args:
+    what: They are, for the message.
+    values: Plain data.
+  """
+  if not is_multiprocess():
+    return
+  of_first = on_primary(lambda: values)
+
+  def check() -> None:
+    differences = base_config.differences(of_first, values)
+    if differences:
+      raise ValueError(
+        f'processes 0 and {jax.process_index()} differ in {what} '
+        f'({"; ".join(differences)}): start all with the same command'
+      )
+
+  on_all(check)
+
+
+def is_peer_failure(error: Exception) -> bool:
+  """Whether an error is that another process could not be reached.
+
+  JAX raises such errors as several classes, ValueError among them.
+  """
+  return is_multiprocess() and re.match(_STATUS, str(error)) is not None
+
+
+def exit_now(code: int) -> None:
+  """Ends this process of several without waiting for others, who end as well.
+
+  With a single one, does nothing.
+  """
+  if is_multiprocess():
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(
+        OSError, ValueError
+      ):  # A full disk, a closed pipe.
+        stream.flush()
+    os._exit(code)
+
+
+def _try(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+  try:
+    return function(), None
+  except Exception as error:
+    return None, error
+
+
+def _broadcast(content: Any, source: int) -> Any:
+  """Returns what the content is in one of the processes."""
+  is_source = jax.process_index() == source
+  message = b''
+  if is_source:
+    try:
+      message = pickle.dumps(content)
+      pickle.loads(message)
+    except Exception:  # Some exceptions cannot be pickled.
+      _, error = content
+      message = pickle.dumps((None, RuntimeError(repr(error or content))))
+  (size,) = max_over_processes([len(message)])
+  # A power of two, so that few programs are compiled.
+  buffer = np.zeros(max(_MIN_MESSAGE_BYTES, 1 << size.bit_length()), np.uint8)
+  buffer[: len(message)] = np.frombuffer(message, np.uint8)
+  buffer = multihost_utils.broadcast_one_to_all(buffer, is_source)
+  return pickle.loads(np.asarray(buffer)[:size].tobytes())

@@ -1,0 +1,643 @@
+"""The folder of a run, which describes it fully.
+
+  config.json        the config
+  environment.json   for every start: versions, devices, steps, seconds
+  metrics.jsonl      a line of JSON for every log
+  checkpoints/       the newest few states, to go on from
+  snapshots/         parameters at some steps, kept for good
+  set_aside/         what could not be read, moved out of the way
+
+Nothing is overwritten that cannot be made again, and nothing that is damaged is
+deleted. Of several processes (`multihost`) all call the methods, and the first
+one writes, but for the states, of which each writes its part.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import datetime
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import types
+from typing import Any
+
+import jax
+
+from nonstationary_mbml import base_config
+from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.runtime import checkpointing
+from nonstationary_mbml.runtime import multihost
+
+try:
+  import fcntl
+except ImportError:  # Not on Windows.
+  fcntl = None
+
+CONFIG = 'config.json'
+ENVIRONMENT = 'environment.json'
+METRICS = 'metrics.jsonl'
+CHECKPOINTS = 'checkpoints'
+SNAPSHOTS = 'snapshots'
+SET_ASIDE = 'set_aside'
+# Under this name the entries of an ensemble's members are in a line.
+_MEMBERS = 'members'
+_KEPT_CHECKPOINTS = 3
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'dm-haiku',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'scipy',
+  'nonstationary_mbml',
+)
+
+
+class SaveError(OSError):
+  """The folder of a run cannot be written to."""
+
+
+def is_full(error: Exception | str) -> bool:
+  """Whether an error says that a disk is full, or a quota used up."""
+  return any(
+    os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
+  )
+
+
+def read_config(
+  folder: pathlib.Path, config_class: type[base_config.Config]
+) -> Any:
+  """Returns the config of a run; fields newer than it have their defaults.
+
+  Raises:
+    ValueError: If there is none, or it cannot be read.
+  """
+  return config_from_file(folder / CONFIG, config_class)
+
+
+def config_from_file(
+  path: pathlib.Path, config_class: type[base_config.Config]
+) -> Any:
+  """Returns the config that a JSON file holds.
+
+  Raises:
+    ValueError: If it cannot be read, or has unknown fields; names the file.
+  """
+  values = atomic_files.read_json(path)
+  try:
+    base_config.check_mapping('its content', values)
+    return base_config.from_dict(config_class, values)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+
+
+def read_metrics(path: pathlib.Path) -> tuple[list[dict[str, Any]], str]:
+  """Returns the entries of a metrics file, and what there is of a torn one.
+
+  Args:
+    path: May be missing: a run that has not logged has no entries.
+
+  Raises:
+    ValueError: If it cannot be read, or a line that is not the last one is not
+      an entry.
+  """
+  try:
+    lines = path.read_bytes().split(b'\n')
+  except FileNotFoundError:
+    return [], ''
+  except OSError as error:
+    raise ValueError(f'cannot read {path}: {error.strerror}') from error
+  if not lines[-1]:  # After the last line feed.
+    lines.pop()
+  entries = []
+  for number, line in enumerate(lines, 1):
+    try:
+      entry = json.loads(line)
+      if not isinstance(entry, dict) or not isinstance(entry.get('step'), int):
+        raise ValueError('it has no step')
+    except ValueError as error:
+      if number == len(lines):
+        return entries, line.decode(errors='replace')
+      raise ValueError(
+        f'{path}: line {number} is not an entry of a log: {error}'
+      ) from error
+    entries.append(atomic_files.null_to_nan(entry))
+  return entries, ''
+
+
+def read_starts(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns what environment.json says of every start of a run.
+
+  Raises:
+    ValueError: If it cannot be read, or says nothing of starts.
+  """
+  content = atomic_files.read_json(folder / ENVIRONMENT)
+  starts = content.get('starts') if isinstance(content, dict) else None
+  if not isinstance(starts, list) or not all(
+    isinstance(start, dict) for start in starts
+  ):
+    raise ValueError(f'{folder / ENVIRONMENT} has no list of starts')
+  return starts
+
+
+def split_entries(
+  entries: Iterable[Mapping[str, Any]],
+) -> tuple[list[dict[str, float]], tuple[list[dict[str, float]], ...]]:
+  """Returns history and member histories, as in `train.TrainResult`."""
+  history = [
+    {name: value for name, value in entry.items() if name != _MEMBERS}
+    for entry in entries
+  ]
+  members = [entry[_MEMBERS] for entry in entries if _MEMBERS in entry]
+  return history, tuple(list(own) for own in zip(*members, strict=True))
+
+
+def is_training(folder: pathlib.Path) -> bool:
+  """Whether some process holds the folder of a run, as far as locks tell."""
+  try:
+    with RunFolder(folder)._locked(wait_seconds=0):
+      return False
+  except ValueError:
+    return True
+  except OSError:
+    return False
+
+
+class RunFolder:
+  """The folder of a run that is training; only one process can have it."""
+
+  def __init__(self, path: str | pathlib.Path):
+    """Initializes the folder; touches nothing yet."""
+    self.path = pathlib.Path(path)
+    self._entries = []
+    self._metrics = None
+
+  def check(self, config: base_config.Config) -> None:
+    """Raises ValueError if the folder holds a run with another config.
+
+    The message names every field that differs. A folder without checkpoint and
+    log has nothing to lose.
+    """
+    multihost.on_primary(lambda: self._check(config))
+
+  def _check(self, config: base_config.Config) -> None:
+    try:
+      holds_run = (self.path / METRICS).exists() or any(
+        (self.path / name).is_dir() for name in (CHECKPOINTS, SNAPSHOTS)
+      )
+      if not holds_run:
+        return
+    except OSError as error:
+      raise save_error(self.path, error) from error
+    present = read_config(self.path, type(config))
+    differences = base_config.differences(
+      base_config.to_dict(present), base_config.to_dict(config)
+    )
+    if differences:
+      raise ValueError(
+        f'{self.path} holds a run with another config '
+        f'({"; ".join(differences)}); choose another name or folder '
+        '(--name, --output_dir), or begin anew (--overwrite)'
+      )
+
+  def clear(self) -> None:
+    """Deletes a run, to begin it anew.
+
+    Raises:
+      SaveError: If it cannot be deleted.
+      ValueError: If another process is training it.
+    """
+    multihost.on_primary(self._clear)
+
+  def _clear(self) -> None:
+    if not self.path.is_dir():
+      return
+    try:
+      with self._locked():
+        for name in (CHECKPOINTS, SNAPSHOTS, SET_ASIDE):
+          if (self.path / name).is_dir():
+            shutil.rmtree(self.path / name)
+        for name in (METRICS, ENVIRONMENT, CONFIG):
+          (self.path / name).unlink(missing_ok=True)
+    except OSError as error:
+      raise save_error(self.path, error) from error
+
+  @contextlib.contextmanager
+  def open(self, config: base_config.Config) -> Iterator['RunFolder']:
+    """Holds the folder for training, inside a `with`.
+
+    Args:
+      config: Of the run.
+
+    Raises:
+      ValueError: If it holds a run with another config, or if another process
+        is training it.
+      SaveError: If it cannot be written to.
+    """
+    self.check(config)
+    with contextlib.ExitStack() as stack:
+
+      def hold() -> None:
+        try:
+          self.path.mkdir(parents=True, exist_ok=True)
+          stack.enter_context(self._locked())
+          atomic_files.write_json(
+            self.path / CONFIG, base_config.to_dict(config)
+          )
+        except OSError as error:
+          raise save_error(self.path, error) from error
+
+      multihost.on_primary(hold)
+      multihost.on_all(lambda: self._check_shared(config))
+      self._checkpoints = checkpointing.Checkpoints(
+        self.path / CHECKPOINTS, _KEPT_CHECKPOINTS
+      )
+      self._snapshots = checkpointing.Checkpoints(self.path / SNAPSHOTS)
+      stack.push(self._close)
+      yield self
+
+  def _check_shared(self, config: base_config.Config) -> None:
+    """Raises ValueError if this process does not see what the first wrote."""
+    deadline = time.monotonic() + multihost.SHARED_SECONDS
+    while not self._holds(config):
+      if time.monotonic() > deadline:
+        raise ValueError(
+          f'process {jax.process_index()} on {socket.gethostname()} does not '
+          f'see the {self.path} of process 0: all processes must share the '
+          'folder (--output_dir)'
+        )
+      time.sleep(0.1)
+
+  def _holds(self, config: base_config.Config) -> bool:
+    try:
+      return read_config(self.path, type(config)) == config
+    except ValueError:
+      return False
+
+  @contextlib.contextmanager
+  def _locked(self, wait_seconds: float = 1.0) -> Iterator[None]:
+    """Holds the lock of the folder, which ends with the process.
+
+    Waits a little: somebody may just ask whether it is held.
+    """
+    deadline = time.monotonic() + wait_seconds
+    with open(self.path / '.lock', 'a') as lock:
+      while fcntl is not None:
+        try:
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          break
+        except BlockingIOError as error:
+          if time.monotonic() >= deadline:
+            raise ValueError(
+              f'{self.path} is being trained by another process'
+            ) from error
+          time.sleep(0.05)
+        except OSError:
+          break  # A file system without locks.
+      yield
+
+  def _close(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    # Of several processes, one that has died would be waited for.
+    if error is not None and multihost.is_multiprocess():
+      return
+    # What can go wrong here was said before: by `finish`, or by the error that
+    # ends the run.
+    with contextlib.suppress(Exception):
+      if self._metrics is not None:
+        self._metrics.close()
+    for checkpoints in (self._checkpoints, self._snapshots):
+      with contextlib.suppress(Exception):
+        checkpoints.close()
+
+  def restore(
+    self,
+    abstract: Any,
+    log_steps: Sequence[int],
+    max_lost: int,
+    abstract_params: Any = None,
+  ) -> tuple[int, Any, list[str]]:
+    """Returns where the run stands, and opens its metrics to go on.
+
+    It stands at the newest checkpoint that can be read and to which the
+    log is whole. What is newer is moved to set_aside/, and so are newer
+    snapshots that cannot be read, to be made again.
+
+    Args:
+      abstract: What is restored, as for `Checkpoints.restore`.
+      log_steps: Steps that have an entry in the log.
+      max_lost: Most steps that a run can have done without a checkpoint.
+      abstract_params: Form of a snapshot; None looks at none of them.
+
+    Returns:
+      The step, what was saved then (0 and None if the run has not begun), and
+      what a user should know.
+
+    Raises:
+      ValueError: If there is nothing to go on from; nothing was changed.
+      SaveError: If the folder cannot be written to.
+    """
+    entries, torn, candidates, snapshots = multihost.on_primary(
+      lambda: (
+        *read_metrics(self.path / METRICS),
+        tuple(reversed(self._checkpoints.steps())),
+        self._snapshots.steps(),
+      )
+    )
+    logged = {entry['step'] for entry in entries}
+    passed_over, unreadable = {}, {}
+    step, tree = 0, None
+    for candidate in candidates:
+      missing = [n for n in log_steps if n <= candidate and n not in logged]
+      try:
+        if missing:
+          raise ValueError(
+            f'{self.path / METRICS} has no entry of step {missing[0]}, which '
+            f'comes before the checkpoint of step {candidate}'
+          )
+        tree = self._checkpoints.restore(candidate, abstract)
+        step = candidate
+        break
+      except ValueError as error:
+        if multihost.is_peer_failure(error):
+          raise
+        passed_over[candidate] = str(error)
+    if tree is None and (passed_over or max(logged, default=0) > max_lost):
+      problems = checkpointing.shown_problems(
+        list(passed_over.values())
+        or [f'{self.path / METRICS} goes to step {max(logged)}']
+      )
+      raise ValueError(
+        f'{self.path} has no checkpoint to go on from ({problems}); nothing '
+        'was changed: mend it, choose another name or folder '
+        '(--name, --output_dir), or begin anew (--overwrite)'
+      )
+    if abstract_params is not None:
+      for candidate in (n for n in snapshots if n > step):
+        try:
+          self._snapshots.restore(candidate, abstract_params)
+        except ValueError as error:
+          if multihost.is_peer_failure(error):
+            raise
+          unreadable[candidate] = str(error)
+    messages = []
+    if torn:
+      messages.append(
+        f'{self.path / METRICS}: the last line is torn, and left out: '
+        f'{torn[:60]!r}'
+      )
+    try:
+      for states, problems in (
+        (self._checkpoints, passed_over),
+        (self._snapshots, unreadable),
+      ):
+        for candidate, problem in problems.items():
+          target = states.move(candidate, self.path / SET_ASIDE)
+          messages.append(f'{problem}; moved it to {target}')
+    except OSError as error:
+      raise save_error(self.path, error) from error
+    kept = [entry for entry in entries if entry['step'] <= step]
+    is_cut = bool(torn or (passed_over and len(kept) < len(entries)))
+    messages += multihost.on_primary(lambda: self._begin(step, kept, is_cut))
+    self._entries = kept
+    return step, tree, messages
+
+  def _begin(
+    self, step: int, kept: Sequence[Mapping[str, Any]], is_cut: bool
+  ) -> list[str]:
+    """Opens the log, and notes a start in environment.json.
+
+    Args:
+      step: Where the run stands.
+      kept: Entries to go on with.
+      is_cut: Whether the log has more of which a copy is kept.
+
+    Returns:
+      What a user should know.
+    """
+    path = self.path / METRICS
+    messages = []
+    try:
+      if is_cut:
+        (self.path / SET_ASIDE).mkdir(exist_ok=True)
+        target = checkpointing.free_path(self.path / SET_ASIDE / METRICS)
+        shutil.copyfile(path, target)
+        messages.append(f'kept a copy of {path} in {target}')
+      if kept or path.exists():
+        atomic_files.write_whole(path, _format_entries(kept))
+      self._metrics = path.open('ab')
+    except OSError as error:
+      raise save_error(self.path, error) from error
+    if step:
+      messages.append(f'{self.path}: going on from step {step}')
+    try:
+      self._starts = read_starts(self.path)
+    except ValueError:
+      self._starts = []  # Not there yet, or not ours.
+    self._clock = time.monotonic()
+    self._starts.append({**describe_environment(), 'first_step': step})
+    self._note(step)
+    return messages
+
+  @property
+  def entries(self) -> list[dict[str, Any]]:
+    """The log so far."""
+    return self._entries
+
+  def log(
+    self, entry: dict[str, float], members: Sequence[dict[str, float]] = ()
+  ) -> None:
+    """Writes a line of the log; it is on disk when the call returns.
+
+    Args:
+      entry: With its `step`.
+      members: Entries of an ensemble's members.
+
+    Raises:
+      SaveError: If it cannot be written.
+    """
+    line = dict(entry)
+    if members:
+      line[_MEMBERS] = list(members)
+    self._check_there()
+    if multihost.is_primary():
+      try:
+        self._metrics.write(_format_entries([line]))
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+      except OSError as error:
+        raise save_error(self.path, error, self.last_checkpoint) from error
+    self._entries.append(line)
+
+  def _check_there(self) -> None:
+    """Raises SaveError if somebody has deleted the run or moved it away.
+
+    Its log could still be written to, and Orbax makes folders anew.
+    """
+    if not multihost.is_primary():
+      return
+    is_there = all((self.path / name).exists() for name in (CONFIG, METRICS))
+    if not is_there or os.fstat(self._metrics.fileno()).st_nlink == 0:
+      raise SaveError(
+        f'{self.path} was deleted, moved or emptied while it was trained'
+      )
+
+  @property
+  def last_checkpoint(self) -> int | None:
+    """Step of the newest checkpoint that is whole; None if there is none."""
+    return max(self._checkpoints.steps(), default=None)
+
+  def save_checkpoint(self, step: int, tree: Any, wait: bool = False) -> None:
+    """Begins to save a state, once the one before is on disk.
+
+    Args:
+      step: Of the state.
+      tree: The state.
+      wait: Whether to return only when it is on disk.
+
+    Raises:
+      SaveError: If it, or the one before, cannot be written.
+    """
+    self._save(self._checkpoints, step, tree, wait)
+    self._note(step)
+
+  def save_snapshot(self, step: int, params: Any) -> None:
+    """Begins to save parameters for good.
+
+    Raises:
+      SaveError: If they, or those before, cannot be written.
+    """
+    self._save(self._snapshots, step, params, wait=False)
+
+  def _save(
+    self,
+    checkpoints: checkpointing.Checkpoints,
+    step: int,
+    tree: Any,
+    wait: bool,
+  ) -> None:
+    self._check_there()
+    try:
+      checkpoints.save(step, tree)
+      if wait:
+        self._checkpoints.wait()
+        self._snapshots.wait()
+    except Exception as error:  # Whatever Orbax makes of a full disk.
+      if multihost.is_peer_failure(error):
+        raise
+      raise save_error(self.path, error, self.last_checkpoint) from error
+
+  def finish(self, step: int, how: str) -> None:
+    """Notes how training ended, once all is on disk.
+
+    Raises:
+      SaveError: If something cannot be written.
+    """
+    try:
+      self._checkpoints.wait()
+      self._snapshots.wait()
+    except Exception as error:  # As above.
+      if multihost.is_peer_failure(error):
+        raise
+      raise save_error(self.path, error, self.last_checkpoint) from error
+    self._note(step, how)
+
+  def _note(self, step: int, how: str = 'running, or killed') -> None:
+    """Notes how far a start has come."""
+    self._check_there()
+    if not multihost.is_primary():
+      return
+    self._starts[-1] |= {
+      'last_step': step,
+      'seconds': round(time.monotonic() - self._clock, 3),
+      'end': how,
+    }
+    try:
+      atomic_files.write_json(self.path / ENVIRONMENT, {'starts': self._starts})
+    except OSError as error:
+      raise save_error(self.path, error, self.last_checkpoint) from error
+
+
+def describe_environment() -> dict[str, Any]:
+  """Returns what a run depends on besides its config, as plain data."""
+  return {
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'command': sys.argv,
+    'host': socket.gethostname(),
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'packages': {name: _version(name) for name in _PACKAGES},
+    'commit': _commit(),
+    'backend': jax.default_backend(),
+    'devices': [device.device_kind for device in jax.devices()],
+    'processes': jax.process_count(),
+  }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _commit() -> str | None:
+  """The commit of this code, if it is in a git repository."""
+  folder = pathlib.Path(__file__).parent
+
+  def git(*args: str) -> str:
+    return subprocess.run(
+      ['git', '-C', str(folder), *args],
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', 'HEAD') + (' with changes' if changed else '')
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def _format_entries(entries: Iterable[Mapping[str, Any]]) -> bytes:
+  return ''.join(
+    atomic_files.to_json(entry) + '\n' for entry in entries
+  ).encode()
+
+
+def save_error(
+  path: pathlib.Path, error: Exception, last_checkpoint: int | None = None
+) -> SaveError:
+  """Returns what to raise when a folder cannot be written to.
+
+  Args:
+    path: Folder.
+    error: What went wrong.
+    last_checkpoint: Step of the last good one, if there is one.
+  """
+  reason = getattr(error, 'strerror', None)
+  if not reason:
+    # What Orbax says ends with what the system said.
+    reason = str(error).split('\n')[0].rsplit(': ', 1)[-1][:200]
+  kept = ''
+  if last_checkpoint is not None:
+    kept = f'; the last good checkpoint is that of step {last_checkpoint}'
+  return SaveError(f'cannot write to {path}: {reason}{kept}')

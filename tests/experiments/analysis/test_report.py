@@ -1,0 +1,275 @@
+"""The committed answers are whole, and the figures show what was measured."""
+
+import collections
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments.analysis import report
+from nonstationary_mbml.experiments.analysis import study_figures
+from nonstationary_mbml.experiments.analysis import study_tables
+from nonstationary_mbml.experiments.analysis import trained_networks
+from nonstationary_mbml.experiments.sweeps import presets
+from nonstationary_mbml.experiments.sweeps import sweep_folder
+from nonstationary_mbml.runtime import atomic_files
+
+SCRIPT = pathlib.Path(report.__file__)
+SMALL = SCRIPT.parents[2] / 'results' / 'small'
+CELLS = {
+  (point.settings['data'], point.settings['model'])
+  for point in presets.small().points()
+}
+SEEDS = [0, 1, 2]
+LENGTHS = {'lin', 'regular_shift', 'random_shift', 'ptw_depth_8'}
+
+
+def _rows(table):
+  return atomic_files.read_csv(SMALL / f'{table}.csv')
+
+
+def _seeds(rows, *columns):
+  """The seeds of every case."""
+  seeds = collections.defaultdict(list)
+  for row in rows:
+    if row['seed'] is not None:
+      seeds[tuple(row[column] for column in columns)].append(row['seed'])
+  return dict(seeds)
+
+
+def test_committed_sweep_has_all_points_and_all_seeds():
+  runs = {(row['source'], row['predictor']): row for row in _rows('runs')}
+  assert set(runs) == CELLS
+  assert {row['steps'] for row in runs.values()} == {10_000}
+  seeds = _seeds(_rows('on_distribution'), 'source', 'predictor')
+  assert seeds == dict.fromkeys(CELLS, SEEDS)
+
+
+def test_committed_tables_have_all_networks():
+  sources = {source for source, _ in CELLS}
+  off = _seeds(
+    _rows('off_distribution'), 'trained_on', 'predictor', 'tested_on'
+  )
+  assert off == {(*cell, source): SEEDS for cell in CELLS for source in sources}
+  length = _seeds(_rows('length'), 'trained_on', 'predictor', 'last_position')
+  assert length == {
+    (*cell, end): SEEDS
+    for cell in CELLS
+    if cell[0] in LENGTHS
+    for end in range(16, 257, 16)
+  }
+  read_out = _seeds(
+    _rows('read_out'), 'source', 'predictor', 'is_trained', 'target'
+  )
+  assert read_out == {
+    (*cell, is_trained, target): SEEDS
+    for cell in CELLS
+    for is_trained in (0, 1)
+    for target in study_figures.TARGETS
+  }
+  for table, column in (
+    ('learning', 'step'),
+    ('after_switch', 'symbols_since'),
+  ):
+    first = min(row[column] for row in _rows(table))
+    rows = [row for row in _rows(table) if row[column] == first]
+    source = 'source' if table == 'learning' else 'tested_on'
+    assert _seeds(rows, source, 'predictor') == dict.fromkeys(CELLS, SEEDS)
+
+
+def test_on_every_source_some_architecture_is_within_two_percent():
+  rows = _rows('on_distribution')
+  own = {row['source']: row['regret'] for row in rows if row['is_own']}
+  for source, exact in own.items():
+    means = [
+      study_figures.over_seeds(of_network, 'above_exact')[0]
+      for (name, of_source, is_network), of_network in study_figures.groups(
+        [{**row, 'is_network': row['seed'] is not None} for row in rows],
+        'predictor',
+        'source',
+        'is_network',
+      ).items()
+      if of_source == source and is_network
+    ]
+    assert min(means) < 0.02 * exact
+
+
+def test_networks_with_a_clock_predict_like_bayes_for_their_source():
+  """All recurrent ones and SIN_COS, on whatever source they are tested."""
+  cases = study_figures.groups(
+    [row for row in _rows('off_distribution') if row['seed'] is not None],
+    'predictor',
+    'trained_on',
+    'tested_on',
+  )
+  nearest = [
+    study_tables.nearest_exact(rows)[0] == trained_on
+    for (predictor, trained_on, _), rows in cases.items()
+    if predictor
+    in ('rnn', 'lstm', 'stack_rnn', 'stack_lstm', 'transformer_sin_cos')
+  ]
+  assert len(nearest) == 125 and all(nearest)
+
+
+def test_percent_is_of_the_exact_predictor_of_the_source():
+  row = {'source': 'lin', 'predictor': 'lstm', 'is_own': None}
+  rows = [
+    {**row, 'seed': 0, 'above_exact': 0.1},
+    {**row, 'seed': 1, 'above_exact': 0.3},
+    {**row, 'predictor': 'LAD', 'seed': None, 'regret': 4.0, 'is_own': 1},
+    {**row, 'predictor': 'KT', 'seed': None, 'regret': 9.0, 'is_own': 0},
+  ]
+  *_, line = study_tables.percent_above(rows).splitlines()
+  assert line == '| LSTM | 5.00 ± 2.50 |'
+
+
+def test_tables_and_figures_follow_from_the_committed_rows(tmp_path):
+  for path in (*SMALL.glob('*.csv'), SMALL / report.COMMANDS):
+    shutil.copy(path, tmp_path)
+  written = report.draw(tmp_path)
+  text = (tmp_path / report.TABLES).read_text()
+  assert text == (SMALL / report.TABLES).read_text()
+  for name in written:
+    assert (SMALL / name).exists()
+    if name.endswith('.png'):
+      assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+
+
+def _curve(seed, regrets, predictor='lstm', trained_on='lin', tested_on='lin'):
+  return [
+    {
+      'tested_on': tested_on,
+      'predictor': predictor,
+      'trained_on': trained_on,
+      'seed': seed,
+      'symbols_since': since,
+      'regret_per_symbol': regret,
+    }
+    for since, regret in enumerate(regrets, start=1)
+  ]
+
+
+def test_curves_are_means_over_seeds_beside_exact_predictors():
+  rows = [
+    *_curve(None, [0.4, 0.2], 'exact', 'lin'),
+    *_curve(None, [0.5, 0.3], 'exact', 'ptw'),
+    *_curve(0, [0.5, 0.2]),
+    *_curve(1, [0.7, 0.4]),
+    *_curve(None, [0.9, 0.9], 'exact', 'static', tested_on='static'),
+    *_curve(None, [0.8, 0.8], 'exact', 'lin', tested_on='static'),
+    # Only in the way.
+    *_curve(None, [0.9, 0.9], 'exact', 'static'),
+  ]
+  panel, static = study_figures.draw_after_switch(rows).axes
+  curves = [line.get_ydata().tolist() for line in panel.get_lines()]
+  np.testing.assert_allclose(curves[0], [0.6, 0.3])
+  assert curves[1:] == [[0.4, 0.2], [0.5, 0.3]]
+  assert panel.get_yscale() == 'log'
+  curves = [line.get_ydata().tolist() for line in static.get_lines()]
+  assert curves == [[0.9, 0.9], [0.8, 0.8]]
+  # Of two seeds, a 95% interval is 12.7 standard errors to either side; what
+  # would be below 0 is cut.
+  (band,) = panel.collections
+  assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(
+    0.6 + 12.706 * 0.1, rel=1e-4
+  )
+
+
+def test_matrix_shows_what_is_missing_and_frames_the_own_source():
+  rows = [
+    {
+      'predictor': predictor,
+      'trained_on': trained_on,
+      'tested_on': tested_on,
+      'seed': seed,
+      'above_exact': above,
+    }
+    for predictor, trained_on, tested_on, seed, above in (
+      ('exact', 'ptw', 'ptw', None, 0.0),
+      ('exact', 'ptw', 'lin', None, 0.5),
+      ('lstm', 'ptw', 'ptw', 0, 0.1),
+      ('lstm', 'ptw', 'ptw', 1, 0.3),
+    )
+  ]
+  exact, lstm, _ = study_figures.draw_off_distribution(rows).axes
+  assert [text.get_text() for text in exact.texts] == ['0.00', '0.50']
+  assert [text.get_text() for text in lstm.texts] == ['0.20', '–']
+  assert len(lstm.patches) == 1
+
+
+def test_tables_of_two_sweeps_are_not_mixed(tmp_path):
+  report.measure([], [], tmp_path, 2, 0, 'command', 'one')
+  with pytest.raises(ValueError, match='tables of another sweep'):
+    report.measure([], [], tmp_path, 2, 0, 'command', 'another')
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--question=lenght', "did you mean 'length'"),
+    ('--sweep_dir=none', 'none is no folder of a sweep'),
+    pytest.param(
+      '--draw_only', 'out has no tables to draw', marks=pytest.mark.slow
+    ),
+    ('--sweep_dir=sweep', '0 of 6 points of sweep are finished'),
+  ],
+)
+def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
+  with sweep_folder.SweepFolder(tmp_path / 'sweep').open(
+    presets.tiny().points(), 16
+  ):
+    pass
+  result = subprocess.run(
+    [sys.executable, SCRIPT, '--output_dir=out', flag],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 1
+  (line,) = result.stderr.splitlines()
+  assert message in line
+
+
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('commands.json', '{}'),
+    ('commands.json', '[1, 2]'),
+    ('commands.json', '{"sweep": "a", "commands": null}'),
+    ('runs.csv', 'junk\n\nmore,junk\n'),
+    ('on_distribution.csv', ''),
+    ('on_distribution.csv', 'a,b\n1,2,3\n'),
+    ('length.csv', 'a,b\n1,2\n'),
+    ('read_out.csv', 'target\nx\n'),
+  ],
+)
+def test_junk_in_a_folder_of_tables_is_named_in_a_line(tmp_path, name, content):
+  shutil.copy(SMALL / 'learning.csv', tmp_path)
+  (tmp_path / name).write_text(content)
+  message = f'{name} is not what it should'
+  with pytest.raises(ValueError, match=message) as error:
+    report.draw(tmp_path)
+  assert '\n' not in str(error.value)
+
+
+def test_run_whose_starts_are_not_known_is_named_in_a_line(tmp_path):
+  config = config_lib.ExperimentConfig()
+  network = trained_networks.Network('ptw', 'lstm', tmp_path, config, [], (0,))
+  for content in ('{"starts": null}', '{"starts": []}', '{"starts": [{}]}'):
+    (tmp_path / 'environment.json').write_text(content)
+    with pytest.raises(ValueError, match='environment.json (has no|is not)'):
+      report.describe_runs([network])
+
+
+def test_table_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsys):
+  row = {'source': 'ptw', 'seed': 0, 'regret': 0.25}
+  monkeypatch.setattr(report, 'describe_runs', lambda networks: [row])
+  (tmp_path / 'runs.csv').mkdir()
+  with pytest.raises(OSError, match=f'cannot write to {tmp_path}'):
+    report.measure([], [], tmp_path, 16, 0, 'python report.py')
+  assert 'source,seed,regret\nptw,0,0.25\n' in capsys.readouterr().out
