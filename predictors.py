@@ -695,7 +695,7 @@ def _params_problem(params: Params, wanted: Params) -> str | None:
     return (
       f'params are those of the {leading_axes.pop()[0]} members of an '
       'ensemble; take one with train.member_params(config.train, params, '
-      'member), or, for a run that was loaded, with saved_runs.member_params(run, '
+      'member) or, for a run that was loaded, saved_runs.member_params(run, '
       'member)'
     )
   name = next(name for name in given if given[name] != wanted[name])

@@ -6,7 +6,7 @@ Field names and values are checked by `validate`, which `post_process_config`
 calls; names are looked up in experiments/constants.py. To start from a run that
 was saved, and let what followed from its fields follow again:
 
-  config = without_derived(load('runs/my_run'))
+  config = without_derived(saved_runs.load_config('runs/my_run'))
   overrides = parse_overrides(config, ['train.seq_length=64'])
   config = post_process_config(with_overrides(config, overrides))
 """
@@ -20,8 +20,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
-import pathlib
 import re
 import types
 import typing
@@ -30,7 +28,6 @@ from typing import NamedTuple
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import ptw_predictors
-from nonstationary_mbml.runtime import run_folder
 
 # The source's own Bayes predictor, and the references.
 AUTO = 'auto'
@@ -485,24 +482,6 @@ _READERS = {
   ),
   type(None): _Reader('None', _read_none),
 }
-
-
-def load(path: str | pathlib.Path) -> ExperimentConfig:
-  """Returns a config that was saved as JSON.
-
-  Args:
-    path: Of the file, or of the folder of a run. Fields that the file lacks,
-      since they are newer, have their defaults.
-
-  Raises:
-    ValueError: If it cannot be read, or is not a valid config.
-  """
-  is_folder = os.path.isdir(path)  # Of no name is it an error to ask.
-  path = pathlib.Path(path, run_folder.CONFIG if is_folder else '')
-  config = run_folder.config_from_file(path, ExperimentConfig)
-  with base_config.naming(str(path)):
-    config.validate()
-  return config
 
 
 def post_process_config(config: ExperimentConfig) -> ExperimentConfig:

@@ -48,6 +48,7 @@ from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import regret_table
+from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
@@ -162,7 +163,7 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
   if values.config is not None:
     of_flags = config
     config = config_lib.with_overrides(
-      config_lib.without_derived(config_lib.load(values.config)),
+      config_lib.without_derived(saved_runs.load_config(values.config)),
       {
         path: operator.attrgetter(path)(of_flags)
         for flag, paths in _FIELDS_OF_FLAGS.items()

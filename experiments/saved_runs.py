@@ -6,6 +6,7 @@ logits, _ = run.predictor.unroll(run.params, None, batch)
 
 import copy
 import dataclasses
+import os
 import pathlib
 import shutil
 import tempfile
@@ -47,6 +48,24 @@ class Run:
   history: list[dict[str, float]]
   member_histories: tuple[list[dict[str, float]], ...]
   step: int
+
+
+def load_config(path: str | pathlib.Path) -> config_lib.ExperimentConfig:
+  """Returns a config that was saved as JSON.
+
+  Args:
+    path: Path of the file, or of the folder of a run. Fields that the file
+      lacks, since they are newer, have their defaults.
+
+  Raises:
+    ValueError: If it cannot be read, or is not a valid config.
+  """
+  is_folder = os.path.isdir(path)  # isdir never raises.
+  path = pathlib.Path(path, run_folder.CONFIG if is_folder else '')
+  config = run_folder.config_from_file(path, config_lib.ExperimentConfig)
+  with base_config.naming(str(path)):
+    config.validate()
+  return config
 
 
 def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:

@@ -89,7 +89,7 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
           'one point, as a tuple in train.model_init_seed'
         )
     path = of_sweep.run_path(point.name)
-    config = config_lib.load(path)
+    config = saved_runs.load_config(path)
     network = Network(
       settings[_SOURCE],
       settings[_ARCHITECTURE],

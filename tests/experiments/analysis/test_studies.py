@@ -185,7 +185,7 @@ MODELS = pathlib.Path(studies.__file__).parents[2] / 'results' / 'models'
 
 def _network(name):
   """A committed model as a network of a sweep."""
-  config = config_lib.load(MODELS / name)
+  config = saved_runs.load_config(MODELS / name)
   table = atomic_files.read_json(MODELS / name / 'table.json')['table']
   return trained_networks.Network(
     config.data.trajectory_generator,
