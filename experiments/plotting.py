@@ -1,40 +1,27 @@
 """Figures of sequences, and of what predictors make of them.
 
-  plot_regret_over_time({'LSTM': regrets, 'PTW': others})  # arrays
-  plot_regret_over_time('runs/lstm_ptw_seed0')             # or a run's folder
-  plot_regret_over_time({'64 units': 'runs/a', '256 units': 'runs/b'})
+  plot_regret_over_time({'LSTM': regrets, 'PTW': others})
 
-Every figure of predictors takes either what was measured or the folders of
-runs, from which it is measured on fresh sequences (regret_curves.py): a folder
-in the place of one curve is the run's network, a folder alone is the network
-with the exact predictors of its source. What is drawn at random follows from
-the `seed` that is given. Of an ensemble the first member is drawn; only its
-learning curve is that of all members.
+Arrays come in, figures go out. What they show of a run is measured first, by
+analysis/regret_curves.py:
+
+  run = saved_runs.load_run('runs/lstm_ptw_seed0')
+  plot_regret_over_time(regret_curves.over_time(run))
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
-import pathlib
 import textwrap
 from typing import Any
 from typing import NamedTuple
 
-import jax
 import matplotlib
 from matplotlib import figure as figure_lib
 import numpy as np
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml.experiments import config as config_lib
-from nonstationary_mbml.experiments import constants
-from nonstationary_mbml.experiments import evaluator as evaluator_lib
-from nonstationary_mbml.experiments import saved_runs
-from nonstationary_mbml.experiments.analysis import regret_curves
 
-# Of a run, as experiments/saved_runs.py loads it.
-RunFolder = str | pathlib.Path
 # Of a run, as in `TrainResult`.
 History = Sequence[Mapping[str, float]]
 
@@ -69,45 +56,30 @@ STYLE = {
 
 
 def plot_sequence(
-  symbols: np.ndarray | RunFolder,
-  parameters: np.ndarray | None = None,
-  switch_points: np.ndarray | None = None,
-  predictions: Mapping[str, np.ndarray] | None = None,
-  regrets: Mapping[str, np.ndarray] | None = None,
+  symbols: np.ndarray,
+  parameters: np.ndarray,
+  switch_points: np.ndarray,
+  predictions: Mapping[str, np.ndarray],
+  regrets: Mapping[str, np.ndarray],
   title: str = '',
-  seed: int = 0,
 ) -> figure_lib.Figure:
   """Draws one sequence, its predictions, and what they cost.
 
   Args:
-    symbols: One-hot `[T, K]`; or the folder of a run, which gives all the rest
-      but the title.
+    symbols: One-hot `[T, K]`.
     parameters: True probabilities `[T, K]`.
     switch_points: bool `[T]`, True where a new segment starts.
     predictions: Probabilities `[T - 1, K]` of symbols 2, ..., T, by predictor.
     regrets: Their regret `[T - 1]` in nats, by predictor.
-    title: Of the figure.
-    seed: Of the sequence of a run.
+    title: Title of the figure.
 
   Returns:
     The figure: for every symbol but the first (at most three of them) its
     probability over time, and under them the cumulative regret.
 
   Raises:
-    ValueError: If something is missing, or arrays do not fit each other.
+    ValueError: If arrays do not fit each other.
   """
-  if _is_folder(symbols):
-    sequence = _sequence_of_run(symbols, seed)
-    symbols, parameters, switch_points, predictions, regrets = sequence
-  given = {
-    'parameters': parameters,
-    'switch_points': switch_points,
-    'predictions': predictions,
-    'regrets': regrets,
-  }
-  for field, value in given.items():
-    if value is None:
-      raise ValueError(f'{field} is None; only a run has its own')
   symbols = _array('symbols', symbols, '[T, K]')
   shape = symbols.shape
   parameters = _array('parameters', parameters, '[T, K]', shape)
@@ -216,32 +188,6 @@ def plot_source(
   return figure
 
 
-def _sequence_of_run(
-  folder: RunFolder, seed: int
-) -> evaluator_lib.DrawnSequence:
-  """A sequence of the run's own source, and who is worth drawing."""
-  run = saved_runs.load_run(folder)
-  evaluator = saved_runs.evaluator_of(run)
-  sequence = evaluator_lib.draw_sequence(
-    evaluator,
-    saved_runs.member_params(run),
-    jax.random.key(base_config.check_seed('seed', seed)),
-  )
-  # The source's own exact predictor is the first of them.
-  own = next(iter(evaluator.optimal_predictors), None)
-  drawn = {
-    name: label
-    for name, label in regret_curves.labels(run, evaluator).items()
-    if name in (evaluator_lib.NETWORK, own, 'ptw', 'lad')
-  }
-  return sequence._replace(
-    probabilities={
-      label: sequence.probabilities[name] for name, label in drawn.items()
-    },
-    regrets={label: sequence.regrets[name] for name, label in drawn.items()},
-  )
-
-
 def _draw_probabilities(
   panel: matplotlib.axes.Axes,
   time: np.ndarray,
@@ -340,21 +286,17 @@ def line_style(index: int) -> dict[str, object]:
 
 
 def plot_regret_over_time(
-  regrets: Mapping[str, np.ndarray | RunFolder] | RunFolder,
+  regrets: Mapping[str, np.ndarray],
   bounds: Mapping[str, np.ndarray] | None = None,
   title: str = '',
-  num_sequences: int = regret_curves.NUM_SEQUENCES,
-  seed: int = 0,
 ) -> figure_lib.Figure:
   """Draws what predictors lose at every time, and in all until then.
 
   Args:
     regrets: Regret of symbols 2, ..., T in nats, `[N, T - 1]`, by predictor, as
-      from `MetaLearningEvaluator.regrets_over_time`; or folders of runs.
+      from `regret_curves.over_time`.
     bounds: Known upper bounds of the cumulative regret `[T - 1]`, by name.
-    title: Of the figure.
-    num_sequences: N, of runs.
-    seed: Of their sequences.
+    title: Title of the figure.
 
   Returns:
     The figure: instantaneous regret, and under it cumulative regret; means over
@@ -363,12 +305,10 @@ def plot_regret_over_time(
   Raises:
     ValueError: If there is nothing to draw, or arrays do not fit each other.
   """
-  measure = lambda folder: regret_curves.over_time(
-    saved_runs.load_run(folder), num_sequences, seed
-  )
+  _check_not_empty('regrets', regrets)
   regrets = {
     name: _sample(f'regrets[{name!r}]', values, '[N, T - 1]')
-    for name, values in _measured('regrets', regrets, measure).items()
+    for name, values in regrets.items()
   }
   num_symbols = next(iter(regrets.values())).shape[1]
   for name, values in regrets.items():
@@ -412,19 +352,20 @@ def plot_regret_over_time(
 
 
 def plot_learning_curve(
-  histories: Mapping[str, History | RunFolder] | RunFolder,
+  histories: Mapping[str, History],
   optimal_predictor: str | None = None,
   title: str = '',
+  labels: Mapping[str, str] | None = None,
 ) -> figure_lib.Figure:
   """Draws how runs come near the optimum while they train.
 
   Args:
-    histories: History of every run, as in `TrainResult`, by name; or folders of
-      runs.
+    histories: History of every run, as in `TrainResult`, by name.
     optimal_predictor: Name in the histories of the exact predictor from which
       regret is measured; None is the best of those in a history, in the mean
       over its steps, which is the source's own where there is one.
-    title: Of the figure.
+    title: Title of the figure.
+    labels: What exact predictors are called, by name in the histories.
 
   Returns:
     The figure: cumulative regret above the optimum against training step, with
@@ -435,15 +376,6 @@ def plot_learning_curve(
   Raises:
     ValueError: If there is nothing to draw, or a history lacks the predictor.
   """
-  if _is_folder(histories):
-    run = saved_runs.load_run(histories)
-    histories = {run.config.name: run.history}
-  histories = {
-    name: saved_runs.load_run(history).history
-    if _is_folder(history)
-    else history
-    for name, history in histories.items()
-  }
   _check_not_empty('histories', histories)
   curves = {
     name: _learning_curve(f'histories[{name!r}]', history, optimal_predictor)
@@ -461,7 +393,10 @@ def plot_learning_curve(
     panel.set_xscale('log')
     set_plain_ticks(panel.xaxis)
     scale = _set_nearly_log(panel, list(curves.values()))
-    optima = {constants.label(curve.optimum) for curve in curves.values()}
+    labels = labels or {}
+    optima = {
+      labels.get(curve.optimum, curve.optimum) for curve in curves.values()
+    }
     optimum = optima.pop() if len(optima) == 1 else 'the best exact predictor'
     panel.set_xlabel('training step (log scale)')
     panel.set_ylabel(f'cumulative regret above\n{optimum} (nats, {scale})')
@@ -473,25 +408,17 @@ def plot_learning_curve(
 
 
 def plot_length_generalisation(
-  regrets: Mapping[str, Mapping[int, np.ndarray] | RunFolder] | RunFolder,
+  regrets: Mapping[str, Mapping[int, np.ndarray]],
   training_length: int | None = None,
-  lengths: Sequence[int] | None = None,
   title: str = '',
-  num_sequences: int = regret_curves.NUM_SEQUENCES,
-  seed: int = 0,
 ) -> figure_lib.Figure:
   """Draws what predictors lose per symbol of shorter and longer sequences.
 
   Args:
     regrets: Cumulative regret `[N]` in nats of sequences of every length, by
-      predictor and length, as from `MetaLearningEvaluator.evaluate`; or folders
-      of runs.
-    training_length: Is marked; None marks those of the runs.
-    lengths: At which runs are evaluated; None is as in
-      `regret_curves.by_length`.
-    title: Of the figure.
-    num_sequences: N, of runs.
-    seed: Of their sequences.
+      predictor and length, as from `regret_curves.by_length`.
+    training_length: Length that is marked; None marks none.
+    title: Title of the figure.
 
   Returns:
     The figure: regret per predicted symbol against sequence length, mean over
@@ -500,15 +427,7 @@ def plot_length_generalisation(
   Raises:
     ValueError: If there is nothing to draw, or arrays do not fit each other.
   """
-  marks = set() if training_length is None else {training_length}
-
-  def measure(folder: RunFolder) -> dict[str, dict[int, np.ndarray]]:
-    run = saved_runs.load_run(folder)
-    if training_length is None:
-      marks.add(run.config.train.seq_length)
-    return regret_curves.by_length(run, lengths, num_sequences, seed)
-
-  regrets = _measured('regrets', regrets, measure)
+  _check_not_empty('regrets', regrets)
   curves = {}
   for name, by_length in regrets.items():
     _check_not_empty(f'regrets[{name!r}]', by_length)
@@ -525,14 +444,14 @@ def plot_length_generalisation(
     panel = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
       _draw_mean(panel, *curve, name, index, marker='o', markersize=4)
-    for index, mark in enumerate(sorted(marks)):
+    if training_length is not None:
       panel.axvline(
-        mark,
+        training_length,
         color='0.35',
         linestyle=':',
         linewidth=1.4,
         zorder=0,
-        label='' if index else 'training length',
+        label='training length',
       )
     panel.set_xscale('log', base=2)
     panel.set_xticks(ticks, [f'{length:,}' for length in ticks])
@@ -547,35 +466,25 @@ def plot_length_generalisation(
 
 
 def plot_matrix(
-  regrets: (
-    Mapping[str, Mapping[str, float | np.ndarray | RunFolder]] | RunFolder
-  ),
+  regrets: Mapping[str, Mapping[str, float | np.ndarray]],
   marked: Mapping[str, str] | None = None,
   mark_label: str | None = None,
   unit: str = 'cumulative regret (nats)',
   log_scale: bool = True,
-  sources: Mapping[str, config_lib.DataConfig] | None = None,
   title: str = '',
-  num_sequences: int = regret_curves.NUM_SEQUENCES,
-  seed: int = 0,
 ) -> figure_lib.Figure:
   """Draws predictors on sources, one number for each.
 
   Args:
     regrets: By source (row) and predictor (column): a number, or values `[N]`
-      of sequences whose mean and standard error are shown, or the folder of a
-      run whose network is evaluated; or, for all rows, the folder of one run. A
-      source need not have all predictors.
+      of sequences whose mean and standard error are shown, as from
+      `regret_curves.by_source`. A source need not have all predictors.
     marked: The predictor with a frame in every row, by source; None frames the
       least.
     mark_label: What a frame says.
     unit: Of the numbers, with their name.
     log_scale: Whether colours are logarithmic.
-    sources: On which runs are evaluated, by the name of the row; None is as in
-      `regret_curves.by_source` for a run alone, and the run's own elsewhere.
-    title: Of the figure.
-    num_sequences: N, of runs.
-    seed: Of their sequences.
+    title: Title of the figure.
 
   Returns:
     The figure: a heat map with the numbers in its cells.
@@ -584,10 +493,6 @@ def plot_matrix(
     ValueError: If there is nothing to draw, a marked cell is not there, or a
       number has no logarithm.
   """
-  if _is_folder(regrets):
-    regrets = regret_curves.by_source(
-      saved_runs.load_run(regrets), sources, num_sequences, seed
-    )
   _check_not_empty('regrets', regrets)
   for source, row in regrets.items():
     _check_not_empty(f'regrets[{source!r}]', row)
@@ -599,11 +504,6 @@ def plot_matrix(
   for i, (source, row) in enumerate(regrets.items()):
     for name, value in row.items():
       field = f'regrets[{source!r}][{name!r}]'
-      if _is_folder(value):
-        run = saved_runs.load_run(value)
-        own = {source: (sources or {}).get(source, run.config.eval.data)}
-        measured = regret_curves.by_source(run, own, num_sequences, seed)
-        value = next(iter(measured[source].values()))
       j = columns.index(name)
       if np.ndim(value) == 0:
         means[i, j] = float(value)
@@ -670,26 +570,6 @@ def plot_matrix(
     add_legend(figure, [frame((0, 0), 1, 1, label=mark_label)])
     figure.suptitle(title, fontsize=11)
   return figure
-
-
-def _is_folder(value: Any) -> bool:
-  return isinstance(value, (str, pathlib.Path))
-
-
-def _measured(
-  field: str,
-  values: Mapping[str, Any] | RunFolder,
-  measure: Callable[[RunFolder], dict[str, Any]],
-) -> dict[str, Any]:
-  """Curves by name, with those of runs in the place of their folders."""
-  if _is_folder(values):
-    return measure(values)
-  _check_not_empty(field, values)
-  return {
-    # The network is the first of a run's curves.
-    name: next(iter(measure(value).values())) if _is_folder(value) else value
-    for name, value in values.items()
-  }
 
 
 class _LearningCurve(NamedTuple):

@@ -52,7 +52,6 @@ ORDER = (
     'experiments.constants',
     'experiments.evaluator',
     'experiments.saved_runs',
-    'experiments.analysis.regret_curves',
     'experiments.plotting',
     'experiments.regret_table',
     'experiments.evaluate',
@@ -66,6 +65,7 @@ ORDER = (
     'experiments.sweeps.launch',
   ),
   (
+    'experiments.analysis.regret_curves',
     'experiments.analysis.redundancy_bounds',
     'experiments.analysis.bayes_table',
     'experiments.analysis.switch_posteriors',
@@ -180,3 +180,7 @@ def test_every_config_field_is_read(config_class):
         }
   fields = {field.name for field in dataclasses.fields(config_class)}
   assert fields <= attributes
+
+
+def test_figures_are_drawn_from_arrays_alone():
+  assert _imported(_path('experiments.plotting')) == {'base_config'}

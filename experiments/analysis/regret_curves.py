@@ -4,6 +4,7 @@
   over_time(run)            # {'lstm': [N, T - 1], 'PTW': ..., 'LAD': ...}
   by_length(run)            # {'lstm': {8: [N], 16: [N], ...}, 'PTW': ...}
   by_source(run)            # {'ptw': {'lstm': [N], 'PTW': [N], ...}, ...}
+  plotting.plot_sequence(*sequence(run))
 
 The network comes first, then the exact predictors of the source. Runs that are
 evaluated on the same source, with the same seed and batch size, read the same
@@ -140,6 +141,37 @@ def by_source(
     )
     regrets[name] = _by_label(run, evaluator, of_source)
   return regrets
+
+
+def sequence(run: saved_runs.Run, seed: int = 0) -> evaluator_lib.DrawnSequence:
+  """Returns a sequence of the run's own source, to be drawn.
+
+  Args:
+    run: The run.
+    seed: Seed of the sequence.
+
+  Returns:
+    The sequence with probabilities and regrets by label: those of the network,
+    of the source's own exact predictor, of PTW and of LAD.
+  """
+  evaluator = saved_runs.evaluator_of(run)
+  drawn = evaluator_lib.draw_sequence(
+    evaluator, saved_runs.member_params(run), _key(seed)
+  )
+  # The source's own exact predictor is the first of them.
+  exact = next(iter(evaluator.optimal_predictors), None)
+  shown = {
+    name: label
+    for name, label in labels(run, evaluator).items()
+    if name in (evaluator_lib.NETWORK, exact, 'ptw', 'lad')
+  }
+  by_label = lambda values: {
+    label: values[name] for name, label in shown.items()
+  }
+  return drawn._replace(
+    probabilities=by_label(drawn.probabilities),
+    regrets=by_label(drawn.regrets),
+  )
 
 
 def default_sources(run: saved_runs.Run) -> dict[str, config_lib.DataConfig]:

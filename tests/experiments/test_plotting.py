@@ -1,15 +1,8 @@
-import pathlib
-
-import jax
 from matplotlib import colors
 import numpy as np
 import pytest
 
-from nonstationary_mbml.experiments import config as config_lib
-from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
-from nonstationary_mbml.experiments import saved_runs
-from nonstationary_mbml.experiments.analysis import regret_curves
 from nonstationary_mbml.tests import oracles
 
 
@@ -139,31 +132,6 @@ def _legend(figure):
   return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-@pytest.fixture
-def run(monkeypatch):
-  """A run in the folder `runs/lstm`; nothing of it is computed."""
-  config = config_lib.ExperimentConfig(name='lstm_ptw')
-  loaded = saved_runs.Run(
-    folder=pathlib.Path('runs/lstm'),
-    config=config_lib.post_process_config(config),
-    predictor=None,
-    params={},
-    history=_history([1.0, 2.0]),
-    member_histories=(),
-    step=2,
-  )
-
-  def load_run(folder):
-    assert str(folder) == 'runs/lstm'
-    return loaded
-
-  monkeypatch.setattr(saved_runs, 'load_run', load_run)
-  return loaded
-
-
-FOLDERS = ('runs/lstm', pathlib.Path('runs/lstm'))
-
-
 # Sequences.
 
 
@@ -212,41 +180,9 @@ def test_source_of_many_symbols_has_a_line_for_each_and_its_occurrences():
     assert times in occurrences
 
 
-@pytest.mark.parametrize('folder', FOLDERS)
-def test_sequence_of_a_run_is_drawn_with_the_predictors_of_its_source(
-  run, monkeypatch, folder
-):
-  batch, parameters, switches = _source(2)
-  names = ('network', 'ptw', 'lad', 'kt')
-  sequence = evaluator_lib.DrawnSequence(
-    batch[0],
-    parameters[0],
-    switches[0],
-    {name: parameters[0, 1:] for name in names},
-    {name: np.full(9, index) for index, name in enumerate(names)},
-  )
-  keys = []
-
-  def draw_sequence(evaluator, params, rng):
-    keys.append(rng)
-    return sequence
-
-  monkeypatch.setattr(evaluator_lib, 'draw_sequence', draw_sequence)
-  figure = plotting.plot_sequence(folder, title='Title', seed=3)
-  lines = _lines(figure.axes[-1])
-  for label, slope in (('lstm', 0), ('PTW', 1), ('LAD', 2)):
-    np.testing.assert_array_equal(
-      lines[label].get_ydata(), slope * np.arange(1, 10)
-    )
-  # What is of no use on this source would only crowd the figure.
-  assert 'KT' not in lines
-  assert keys == [jax.random.key(3)]
-
-
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'regrets': None}, 'regrets is None; only a run has its own'),
     (
       {'parameters': np.ones((9, 2))},
       r'parameters has shape \(9, 2\); it must be \[T, K\] = \(10, 2\)',
@@ -308,27 +244,6 @@ def test_regret_over_time_shows_means_their_sums_and_bands():
   ]
 
 
-@pytest.mark.parametrize('folder', FOLDERS)
-def test_regret_over_time_of_a_run_or_of_its_network_beside_arrays(
-  run, monkeypatch, folder
-):
-  measured = {'lstm': np.ones((5, 3)), 'PTW': np.zeros((5, 3))}
-  calls = []
-  monkeypatch.setattr(
-    regret_curves,
-    'over_time',
-    lambda *args: calls.append(args) or measured,
-  )
-  alone = plotting.plot_regret_over_time(folder, num_sequences=5, seed=7)
-  assert _legend(alone)[:2] == ['lstm', 'PTW']
-  beside = plotting.plot_regret_over_time(
-    {'mine': folder, 'other': np.full((4, 3), 2.0)}
-  )
-  assert _legend(beside)[:2] == ['mine', 'other']
-  assert list(_lines(beside.axes[0])['mine'].get_ydata()) == [1, 1, 1]
-  assert calls == [(run, 5, 7), (run, 4096, 0)]
-
-
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
@@ -376,7 +291,9 @@ def _history(means, **others):
 
 def test_learning_curve_is_above_the_best_exact_predictor_with_bands():
   means = np.array([3.0, 1.0, 0.5])
-  figure = plotting.plot_learning_curve({'LSTM': _history(means)})
+  figure = plotting.plot_learning_curve(
+    {'LSTM': _history(means)}, labels={'ptw': 'PTW'}
+  )
   (panel,) = figure.axes
   line = _lines(panel)['LSTM']
   np.testing.assert_array_equal(line.get_xdata(), [100, 200, 300])
@@ -396,7 +313,7 @@ def test_learning_curve_above_a_chosen_predictor_is_linear_near_zero():
   np.testing.assert_array_equal(_lines(panel)['LSTM'].get_ydata(), means - 5)
   assert panel.get_yscale() == 'symlog'
   # The half-width of the last band, 0.392, up to the next power of ten.
-  assert 'KT (nats, log scale beyond ±1)' in panel.get_ylabel()
+  assert 'kt (nats, log scale beyond ±1)' in panel.get_ylabel()
 
 
 def test_learning_curve_of_a_single_log_is_seen():
@@ -410,16 +327,6 @@ def test_learning_curve_of_an_ensemble_has_the_spread_over_its_seeds():
   figure = plotting.plot_learning_curve({'LSTMs': _history(means, **seeds)})
   _check_band(figure.axes[0], 0, [100, 200], means, np.full(2, 0.3))
   assert _legend(figure)[-1].endswith('standard errors over seeds')
-
-
-@pytest.mark.parametrize('folder', FOLDERS)
-def test_learning_curve_of_a_run(run, folder):
-  alone = plotting.plot_learning_curve(folder)
-  assert list(_lines(alone.axes[0])['lstm_ptw'].get_ydata()) == [1, 2]
-  beside = plotting.plot_learning_curve(
-    {'mine': folder, 'other': _history([3.0])}
-  )
-  assert list(_lines(beside.axes[0])['mine'].get_ydata()) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -477,27 +384,6 @@ def test_length_generalisation_shows_regret_per_predicted_symbol():
     '16',
   ]
   assert 'nats' in panel.get_ylabel() and 'symbols' in panel.get_xlabel()
-
-
-@pytest.mark.parametrize('folder', FOLDERS)
-def test_length_generalisation_of_a_run_marks_its_training_length(
-  run, monkeypatch, folder
-):
-  measured = {'lstm': {4: np.ones(5)}, 'PTW': {4: np.zeros(5)}}
-  calls = []
-  monkeypatch.setattr(
-    regret_curves,
-    'by_length',
-    lambda *args: calls.append(args) or measured,
-  )
-  alone = plotting.plot_length_generalisation(
-    folder, lengths=(4,), num_sequences=5, seed=7
-  )
-  assert _legend(alone)[:3] == ['lstm', 'PTW', 'training length']
-  assert list(_lines(alone.axes[0])['training length'].get_xdata()) == [32, 32]
-  beside = plotting.plot_length_generalisation({'mine': folder})
-  assert _legend(beside)[:2] == ['mine', 'training length']
-  assert calls == [(run, (4,), 5, 7), (run, None, 4096, 0)]
 
 
 @pytest.mark.parametrize(
@@ -603,37 +489,6 @@ def test_numbers_stand_out_from_their_cells():
     )
     # WCAG 2, level AA.
     assert (shades[1] + 0.05) / (shades[0] + 0.05) > 4.5
-
-
-@pytest.mark.parametrize('folder', FOLDERS)
-def test_matrix_of_a_run_or_with_its_network_in_a_cell(
-  run, monkeypatch, folder
-):
-  calls = []
-
-  def by_source(run, sources, num_sequences, seed):
-    calls.append((run, sources, num_sequences, seed))
-    names = sources or ('ptw',)
-    return {
-      name: {'lstm': np.full(3, 2.0), 'PTW': np.ones(3)} for name in names
-    }
-
-  monkeypatch.setattr(regret_curves, 'by_source', by_source)
-  alone = plotting.plot_matrix(folder, num_sequences=5, seed=7)
-  assert [text.get_text() for text in _cells(alone.axes[0]).values()] == [
-    '2.00',
-    '1.00',
-  ]
-  lin = config_lib.DataConfig(trajectory_generator='lin')
-  plotting.plot_matrix(
-    {'ptw': {'mine': folder}, 'lin': {'mine': folder, 'LAD': 3.0}},
-    sources={'lin': lin},
-  )
-  assert calls == [
-    (run, None, 5, 7),
-    (run, {'ptw': run.config.eval.data}, 4096, 0),
-    (run, {'lin': lin}, 4096, 0),
-  ]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import regret_curves
 
@@ -134,3 +135,30 @@ def test_labels_tell_ensembles_and_predictors_of_one_kind():
     'lin': 'lin',
     'kt': 'KT',
   }
+
+
+def test_sequence_of_a_run_has_the_predictors_of_its_source(monkeypatch):
+  config = config_lib.post_process_config(config_lib.ExperimentConfig())
+  network = predictors.OptimalCategoricalPredictor()
+  run = saved_runs.Run(pathlib.Path('run'), config, network, {}, [], (), 0)
+  names = ('network', 'ptw', 'lad', 'kt')
+  drawn = evaluator_lib.DrawnSequence(
+    np.eye(2),
+    np.full((2, 2), 0.5),
+    np.zeros(2, bool),
+    {name: np.full((1, 2), index) for index, name in enumerate(names)},
+    {name: np.full(1, index) for index, name in enumerate(names)},
+  )
+  keys = []
+
+  def draw_sequence(evaluator, params, rng):
+    keys.append(rng)
+    return drawn
+
+  monkeypatch.setattr(evaluator_lib, 'draw_sequence', draw_sequence)
+  sequence = regret_curves.sequence(run, seed=3)
+  # What is of no use on this source would only crowd the figure.
+  assert sequence.regrets == {'lstm': 0, 'PTW': 1, 'LAD': 2}
+  for index, label in enumerate(('lstm', 'PTW', 'LAD')):
+    np.testing.assert_array_equal(sequence.probabilities[label], index)
+  assert keys == [jax.random.key(3)]
