@@ -228,13 +228,11 @@ class MetaLearningEvaluator:
     """
     own = regrets[NETWORK]
     metrics = {'mean_regret': own.mean() / (self.seq_length - 1)}
-    metrics |= _mean_and_stderr('cumulative_regret', '', own)
+    metrics |= _named('cumulative_regret', '', own)
     for name in self.optimal_predictors:
-      metrics |= _mean_and_stderr(
-        'optimal_cumulative_regret', f'/{name}', regrets[name]
-      )
+      metrics |= _named('optimal_cumulative_regret', f'/{name}', regrets[name])
       # Paired: both read the same sequences.
-      metrics |= _mean_and_stderr(
+      metrics |= _named(
         'cumulative_regret_above_optimal', f'/{name}', own - regrets[name]
       )
     return metrics
@@ -420,12 +418,25 @@ def build_evaluator(
   )
 
 
-def _mean_and_stderr(
+def mean_and_stderr(
+  values: jax.Array | np.ndarray,
+) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray | float]:
+  """Returns the mean of independent values, and its standard error.
+
+  Args:
+    values: `[N]`, for example of sequences or of seeds.
+
+  Returns:
+    Both in the dtype of the values. A single value has no spread to measure:
+    its error is NaN.
+  """
+  spread = values.std(ddof=1) if len(values) > 1 else jnp.nan
+  return values.mean(), spread / np.sqrt(len(values))
+
+
+def _named(
   name: str, suffix: str, values: jax.Array | np.ndarray
 ) -> dict[str, jax.Array]:
-  # With a single sequence there is no spread to measure.
-  spread = values.std(ddof=1) if len(values) > 1 else jnp.nan
-  return {
-    f'{name}{suffix}': values.mean(),
-    f'{name}_stderr{suffix}': spread / np.sqrt(len(values)),
-  }
+  """Mean and standard error as metrics."""
+  mean, stderr = mean_and_stderr(values)
+  return {f'{name}{suffix}': mean, f'{name}_stderr{suffix}': stderr}

@@ -27,7 +27,6 @@ checkpoints/ and snapshots/, and at the end table.json and figure.png.
 """
 
 import functools
-import io
 import operator
 import pathlib
 import sys
@@ -273,10 +272,9 @@ def _write_table(
     for name, shown in table.names.items()
     if name in (evaluator_lib.NETWORK, 'ptw', 'lad', table.exact)
   }
-  png = io.BytesIO()
-  sequence_figure(sequence, drawn).savefig(png, format='png')
+  png = atomic_files.to_png(sequence_figure(sequence, drawn))
   try:
-    atomic_files.write_whole(folder / 'figure.png', png.getvalue())
+    atomic_files.write_whole(folder / 'figure.png', png)
     # Last: a sweep takes a run that has its table for finished.
     atomic_files.write_json(
       folder / 'table.json',

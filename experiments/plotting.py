@@ -178,8 +178,8 @@ def plot_source(
     handles, _ = panels[0].get_legend_handles_labels()
     if alphabet_size > 2:
       handles += [
-        _line('-', '0.25', 'its true probability'),
-        _marker('o', '0.25', 'its occurrences'),
+        line_handle('-', '0.25', 'its true probability'),
+        marker_handle('o', '0.25', 'its occurrences'),
       ]
     if np.any(switch_points[:num_sequences]):
       handles.append(_switch_marker('switching point'))
@@ -267,10 +267,13 @@ def _draw_switches(
 
 
 def _switch_marker(label: str) -> matplotlib.lines.Line2D:
-  return _line(':', '0.35', label)
+  return line_handle(':', '0.35', label)
 
 
-def _line(linestyle: str, colour: str, label: str) -> matplotlib.lines.Line2D:
+def line_handle(
+  linestyle: Any, colour: str, label: str
+) -> matplotlib.lines.Line2D:
+  """Returns a line for a legend."""
   return matplotlib.lines.Line2D(
     [], [], linestyle=linestyle, color=colour, label=label
   )
@@ -634,7 +637,7 @@ def _set_nearly_log(
   threshold = np.nanmax([*widths, 1e-3 * largest])
   threshold = 10.0 ** math.ceil(math.log10(threshold)) if threshold > 0 else 1
   panel.set_yscale('symlog', linthresh=threshold)
-  panel.yaxis.set_major_formatter(_plain_number)
+  panel.yaxis.set_major_formatter(plain_number)
   panel.axhline(0, color='0.35', linewidth=1, zorder=0)
   return f'log scale beyond ±{threshold:g}'
 
@@ -647,11 +650,12 @@ def set_plain_ticks(axis: matplotlib.axis.Axis) -> None:
   else:
     subs = (1, 2, 5) if high / low < 1e3 else (1,)
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-  axis.set_major_formatter(_plain_number)
+  axis.set_major_formatter(plain_number)
   axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def _plain_number(value: float, _: int) -> str:
+def plain_number(value: float, _: int) -> str:
+  """Formats a tick: no powers of ten, and a proper minus sign."""
   text = f'{value:,.0f}' if abs(value) >= 1000 else f'{value:g}'
   return text.replace('-', '\N{MINUS SIGN}')
 
@@ -833,9 +837,9 @@ def plot_bayes_table(
     )
     figure.legend(
       handles=[
-        _marker('o', COLOURS[5], "the source's exact Bayes predictor"),
-        _marker('o', COLOURS[0], 'other predictor'),
-        _marker('|', '0.3', 'known bound'),
+        marker_handle('o', COLOURS[5], "the source's exact Bayes predictor"),
+        marker_handle('o', COLOURS[0], 'other predictor'),
+        marker_handle('|', '0.3', 'known bound'),
       ],
       loc='outside upper center',
       ncols=3,
@@ -943,7 +947,16 @@ def _draw_cell(
     panel.plot(cell['bound'], row, marker='|', markersize=12, color='0.3')
 
 
-def _marker(marker: str, colour: str, label: str) -> matplotlib.lines.Line2D:
+def marker_handle(
+  marker: str, colour: str, label: str, **style: Any
+) -> matplotlib.lines.Line2D:
+  """Returns a marker for a legend."""
   return matplotlib.lines.Line2D(
-    [], [], linestyle='none', marker=marker, color=colour, label=label
+    [],
+    [],
+    linestyle='none',
+    marker=marker,
+    color=colour,
+    label=label,
+    **style,
   )

@@ -105,7 +105,7 @@ def results_table(
 
   def stderr(values: np.ndarray) -> float:
     spread_over = values.mean(axis=1) if values.ndim == 2 else values
-    return float(spread_over.std(ddof=1) / np.sqrt(len(spread_over)))
+    return float(evaluator_lib.mean_and_stderr(spread_over)[1])
 
   def measured(values: np.ndarray) -> dict[str, float | str]:
     # Paired: all predictors read the same sequences.

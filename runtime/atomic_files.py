@@ -1,7 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and locks of one process."""
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import csv
 import io
 import json
@@ -9,7 +11,14 @@ import math
 import os
 import pathlib
 import tempfile
+import time
 from typing import Any
+from typing import TextIO
+
+try:
+  import fcntl
+except ImportError:  # Not on Windows.
+  fcntl = None
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
@@ -30,6 +39,45 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
     except BaseException:
       os.unlink(file.name)
       raise
+
+
+def to_png(figure: Any) -> bytes:
+  """Returns a figure of matplotlib as the content of a PNG file."""
+  png = io.BytesIO()
+  figure.savefig(png, format='png')
+  return png.getvalue()
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, wait_seconds: float) -> Iterator[TextIO]:
+  """Holds a lock file inside a `with`; the lock ends with the process, too.
+
+  A file system without locks holds nothing.
+
+  Args:
+    path: Path of the file, which is made if it is not there.
+    wait_seconds: How long to wait for another process that holds it.
+
+  Yields:
+    The open file. A child process that inherits it holds the lock, too.
+
+  Raises:
+    BlockingIOError: If another process holds it all that time.
+    OSError: If the file cannot be opened.
+  """
+  deadline = time.monotonic() + wait_seconds
+  with path.open('a') as lock:
+    while fcntl is not None:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        if time.monotonic() >= deadline:
+          raise
+        time.sleep(0.05)
+      except OSError:
+        break
+    yield lock
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

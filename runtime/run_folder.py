@@ -39,11 +39,6 @@ from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import multihost
 
-try:
-  import fcntl
-except ImportError:  # Not on Windows.
-  fcntl = None
-
 CONFIG = 'config.json'
 ENVIRONMENT = 'environment.json'
 METRICS = 'metrics.jsonl'
@@ -292,20 +287,14 @@ class RunFolder:
 
     Waits a little: somebody may just ask whether it is held.
     """
-    deadline = time.monotonic() + wait_seconds
-    with open(self.path / '.lock', 'a') as lock:
-      while fcntl is not None:
-        try:
-          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-          break
-        except BlockingIOError as error:
-          if time.monotonic() >= deadline:
-            raise ValueError(
-              f'{self.path} is being trained by another process'
-            ) from error
-          time.sleep(0.05)
-        except OSError:
-          break  # A file system without locks.
+    with contextlib.ExitStack() as stack:
+      lock = atomic_files.locked(self.path / '.lock', wait_seconds)
+      try:
+        stack.enter_context(lock)
+      except BlockingIOError as error:
+        raise ValueError(
+          f'{self.path} is being trained by another process'
+        ) from error
       yield
 
   def _close(

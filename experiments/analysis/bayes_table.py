@@ -144,11 +144,14 @@ def make_row(
   )
 
   cells = []
+  measured = lambda values: map(
+    float, evaluator_lib.mean_and_stderr(values.astype(np.float64))
+  )
   for name in PREDICTORS:
-    mean, stderr = _mean_and_stderr(regrets[name])
+    mean, stderr = measured(regrets[name])
     above = above_stderr = None
     if own is not None:
-      above, above_stderr = _mean_and_stderr(regrets[name] - regrets[own])
+      above, above_stderr = measured(regrets[name] - regrets[own])
     cells.append(
       Cell(
         source=source,
@@ -228,11 +231,6 @@ def _bounds(
   return {name: float(value) for name, value in means.items()}
 
 
-def _mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
-  values = values.astype(np.float64)
-  return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
   cli.define_flags()
@@ -298,13 +296,12 @@ def main(argv: list[str]) -> None:
       f'{LABELS[cell.predictor]} is not clearly above the own predictor of '
       f'{cell.source}: {cell.above_own:+.4f} ± {cell.above_own_stderr:.4f}'
     )
-  png = io.BytesIO()
-  plotting.plot_bayes_table(
+  figure = plotting.plot_bayes_table(
     [dataclasses.asdict(cell) for cell in cells], LABELS
-  ).savefig(png, format='png')
+  )
   with cli.saving(folder):
     atomic_files.write_whole(folder / 'table.csv', to_csv(cells).encode())
-    atomic_files.write_whole(folder / 'table.png', png.getvalue())
+    atomic_files.write_whole(folder / 'table.png', atomic_files.to_png(figure))
   print(f'Wrote table.csv and table.png to {folder}')
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
-import io
 import os
 import pathlib
 import sys
@@ -224,10 +223,9 @@ def draw(folder: pathlib.Path) -> list[str]:
           f'## {title}\n\nFrom `{name}.csv`{made_by}.\n\n{to_text(rows)}'
         )
       for drawn, make in figures_of(name, rows, training_length).items():
-        pngs[drawn] = io.BytesIO()
-        make().savefig(pngs[drawn], format='png')
+        pngs[drawn] = atomic_files.to_png(make())
     for drawn, png in pngs.items():
-      atomic_files.write_whole(folder / f'{drawn}.png', png.getvalue())
+      atomic_files.write_whole(folder / f'{drawn}.png', png)
       written.append(f'{drawn}.png')
   if not blocks:
     raise ValueError(f'{folder} has no tables to draw')

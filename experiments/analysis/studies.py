@@ -30,6 +30,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import trained_networks
@@ -603,11 +604,8 @@ def _cumulative(
 
 
 def _mean_and_stderr(name: str, values: np.ndarray) -> dict[str, float]:
-  values = values.astype(np.float64)
-  return {
-    name: float(values.mean()),
-    f'{name}_stderr': float(values.std(ddof=1) / np.sqrt(len(values))),
-  }
+  mean, stderr = evaluator_lib.mean_and_stderr(values.astype(np.float64))
+  return {name: float(mean), f'{name}_stderr': float(stderr)}
 
 
 def _bar(total: int, use_tqdm: bool) -> progress.Progress:

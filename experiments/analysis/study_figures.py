@@ -141,12 +141,8 @@ def _set_log_ticks(
   low, high = axis.get_view_interval()
   subs = subs if high / low < 500 else (1,)
   axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-  axis.set_major_formatter(matplotlib.ticker.FuncFormatter(_plain_number))
+  axis.set_major_formatter(plotting.plain_number)
   axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def _plain_number(value: float, _: int) -> str:
-  return f'{value:,.0f}' if value >= 1000 else f'{value:g}'
 
 
 def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
@@ -220,7 +216,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
         _marker('o', plotting.COLOURS[4], 'network of one seed'),
         _marker('|', plotting.COLOURS[0], 'mean over seeds, 95% confidence'),
         _marker('D', '0.4', 'another exact predictor'),
-        _line(
+        plotting.line_handle(
           ':',
           '0.6',
           ' and '.join(f'{share:.0%}' for share in _SHARES) + ' above',
@@ -661,19 +657,11 @@ def _add_legend(
 
 
 def _marker(marker: str, colour: str, name: str) -> matplotlib.lines.Line2D:
-  return matplotlib.lines.Line2D(
-    [],
-    [],
-    linestyle='none',
-    marker=marker,
-    markersize=9 if marker == '|' else 5,
-    markeredgewidth=2 if marker == '|' else 1,
-    color=colour,
-    label=name,
-  )
-
-
-def _line(linestyle: Any, colour: str, name: str) -> matplotlib.lines.Line2D:
-  return matplotlib.lines.Line2D(
-    [], [], linestyle=linestyle, color=colour, label=name
+  is_bar = marker == '|'
+  return plotting.marker_handle(
+    marker,
+    colour,
+    name,
+    markersize=9 if is_bar else 5,
+    markeredgewidth=2 if is_bar else 1,
   )

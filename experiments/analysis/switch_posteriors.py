@@ -6,8 +6,6 @@
 Writes figure.png into <output_dir>.
 """
 
-import io
-
 from absl import flags
 import jax
 from matplotlib import figure as figure_lib
@@ -92,10 +90,8 @@ def main(argv: list[str]) -> None:
   figure = make_figure(
     flags.FLAGS.source, flags.FLAGS.seq_length, flags.FLAGS.seed
   )
-  png = io.BytesIO()
-  figure.savefig(png, format='png')
   with cli.saving(folder):
-    atomic_files.write_whole(folder / 'figure.png', png.getvalue())
+    atomic_files.write_whole(folder / 'figure.png', atomic_files.to_png(figure))
   print(f'Wrote figure.png to {folder}')
 
 

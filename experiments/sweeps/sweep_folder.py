@@ -20,7 +20,6 @@ import datetime
 import hashlib
 import json
 import pathlib
-import time
 from typing import Any
 from typing import BinaryIO
 from typing import NamedTuple
@@ -31,14 +30,10 @@ import numpy as np
 from nonstationary_mbml import base_config
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import run_folder
-
-try:
-  import fcntl
-except ImportError:  # Not on Windows.
-  fcntl = None
 
 MANIFEST = 'sweep.json'
 RESULTS = 'results.csv'
@@ -175,8 +170,15 @@ class SweepFolder:
     for point in points:
       base_config.check_name('the name of a point', point.config.name)
     self.path.mkdir(parents=True, exist_ok=True)
-    with (self.path / '.lock').open('a') as lock:
-      self._lock(lock)
+    with contextlib.ExitStack() as stack:
+      # The runs of a killed sweep still hold it for a while.
+      lock = atomic_files.locked(self.path / '.lock', _LOCK_SECONDS)
+      try:
+        lock = stack.enter_context(lock)
+      except BlockingIOError as error:
+        raise ValueError(
+          f'{self.path} is held by another process that runs the sweep'
+        ) from error
       manifest = {
         'num_sequences': num_sequences,
         'cpu_devices': cpu_devices,
@@ -204,24 +206,6 @@ class SweepFolder:
     atomic_files.write_json(
       self.config_path(config.name), base_config.to_dict(config)
     )
-
-  def _lock(self, lock: TextIO) -> None:
-    """Waits for the lock, which the runs of a killed sweep still hold."""
-    if fcntl is None:
-      return
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-      except BlockingIOError as error:
-        if time.monotonic() > deadline:
-          raise ValueError(
-            f'{self.path} is held by another process that runs the sweep'
-          ) from error
-        time.sleep(0.1)
-      except OSError:  # A file system without locks.
-        return
 
   def check_same_sweep(
     self,
@@ -458,7 +442,5 @@ def _above_exact(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
   """Returns mean and standard error over seeds; None for that of a single."""
-  values = np.asarray(values, np.float64)
-  if len(values) < 2:
-    return float(values.mean()), None
-  return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+  mean, stderr = evaluator_lib.mean_and_stderr(np.asarray(values, np.float64))
+  return float(mean), float(stderr) if len(values) > 1 else None
