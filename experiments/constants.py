@@ -208,41 +208,6 @@ def build_optimal_predictors(
   return built
 
 
-def build_exact_predictor(
-  generator: trajectory_generators.TrajectoryGenerator, seq_length: int
-) -> predictors.OptimalPredictor | None:
-  """Returns the source's own Bayes predictor: its prior is the source's.
-
-  Args:
-    generator: The source.
-    seq_length: T, which the depth of a PTW source may follow from.
-
-  Returns:
-    The predictor; None for a source without a tractable one, or whose
-    parameters are not from a Dirichlet.
-  """
-  if not isinstance(generator.parameter_distribution, distributions.Dirichlet):
-    return None
-  prior = generator.parameter_distribution_params
-  # The very class: a subclass may switch otherwise.
-  source = type(generator)
-  if source is trajectory_generators.StaticGenerator:
-    return predictors.OptimalCategoricalPredictor(prior)
-  if source is trajectory_generators.RegularShiftGenerator:
-    return run_length_predictors.regular_shift_predictor(
-      generator.shift_period, prior
-    )
-  if source is trajectory_generators.RandomShiftGenerator:
-    return run_length_predictors.random_shift_predictor(
-      generator.shift_distribution, generator.shift_parameters, prior
-    )
-  if source is trajectory_generators.PTWGenerator:
-    return ptw_predictors.PTWPredictor(generator.depth_for(seq_length), prior)
-  if source is trajectory_generators.LINGenerator:
-    return live_and_die_predictors.LADPredictor(prior)
-  return None
-
-
 def exact_predictor(
   config: config_lib.EvalConfig,
   generator: trajectory_generators.TrajectoryGenerator,
@@ -255,7 +220,7 @@ def exact_predictor(
     generator: The source.
     optimal_predictors: To choose from.
   """
-  wanted = build_exact_predictor(generator, config.seq_length)
+  wanted = generator.bayes_predictor(config.seq_length)
   if wanted is None:
     return None
   for name, predictor in optimal_predictors.items():

@@ -26,9 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml.experiments import run_length_predictors
 
 
 def check_prior(
@@ -134,6 +136,40 @@ class TrajectoryGenerator(base_config.EqualByValue, abc.ABC):
     keys = jax.random.split(rng, batch_size)
     return _switch_points(self, keys, int(seq_length))
 
+  def bayes_predictor(
+    self, seq_length: int
+  ) -> predictors.OptimalPredictor | None:
+    """Returns the source's exact Bayes predictor: its prior is the source's.
+
+    None for a source without a tractable one, or whose parameters are not from
+    a Dirichlet; and for a subclass that switches otherwise than the class whose
+    predictor it inherits.
+
+    Args:
+      seq_length: T, which the depth of a PTW source may follow from.
+    """
+    owner = self._owner('_bayes_predictor')
+    is_own = all(
+      issubclass(owner, self._owner(name))
+      for name in ('_switch_points_one', '_parameters_one', '_sample_one')
+    )
+    if not is_own or not isinstance(
+      self.parameter_distribution, distributions.Dirichlet
+    ):
+      return None
+    return self._bayes_predictor(seq_length, self.parameter_distribution_params)
+
+  def _bayes_predictor(
+    self, seq_length: int, concentration: tuple[float, ...]
+  ) -> predictors.OptimalPredictor | None:
+    """The exact predictor for a Dirichlet prior; None if there is none."""
+    del seq_length, concentration
+    return None
+
+  def _owner(self, method: str) -> type:
+    """The class from which this source has a method."""
+    return next(base for base in type(self).__mro__ if method in vars(base))
+
   @abc.abstractmethod
   def _switch_points_one(self, rng: jax.Array, seq_length: int) -> jax.Array:
     """The switching points of one sequence, bool `[T]`."""
@@ -178,6 +214,11 @@ class StaticGenerator(TrajectoryGenerator):
     del rng
     return jnp.zeros(seq_length, bool)
 
+  def _bayes_predictor(
+    self, seq_length: int, concentration: tuple[float, ...]
+  ) -> predictors.OptimalPredictor:
+    return predictors.OptimalCategoricalPredictor(concentration)
+
 
 class RegularShiftGenerator(TrajectoryGenerator):
   """A new segment every `shift_period` symbols: `0 1 0 | 1 1 1 | 0 0`."""
@@ -191,6 +232,13 @@ class RegularShiftGenerator(TrajectoryGenerator):
     del rng
     time = jnp.arange(seq_length)
     return (time % self.shift_period == 0) & (time > 0)
+
+  def _bayes_predictor(
+    self, seq_length: int, concentration: tuple[float, ...]
+  ) -> predictors.OptimalPredictor:
+    return run_length_predictors.regular_shift_predictor(
+      self.shift_period, concentration
+    )
 
 
 class RandomShiftGenerator(TrajectoryGenerator):
@@ -241,6 +289,13 @@ class RandomShiftGenerator(TrajectoryGenerator):
 
     _, ends = jax.lax.scan(step, jnp.int32(0), lengths)
     return jnp.zeros(seq_length, bool).at[ends].set(True, mode='drop')
+
+  def _bayes_predictor(
+    self, seq_length: int, concentration: tuple[float, ...]
+  ) -> predictors.OptimalPredictor:
+    return run_length_predictors.random_shift_predictor(
+      self.shift_distribution, self.shift_parameters, concentration
+    )
 
 
 class PTWGenerator(TrajectoryGenerator):
@@ -294,6 +349,13 @@ class PTWGenerator(TrajectoryGenerator):
       switches = switches.at[middles[inside]].set(splits[inside])
     return switches
 
+  def _bayes_predictor(
+    self, seq_length: int, concentration: tuple[float, ...]
+  ) -> predictors.OptimalPredictor:
+    return ptw_predictors.PTWPredictor(
+      self.depth_for(seq_length), concentration
+    )
+
 
 class LINGenerator(TrajectoryGenerator):
   """A segment ends after its a-th symbol with probability 1/(2a).
@@ -310,6 +372,11 @@ class LINGenerator(TrajectoryGenerator):
 
     _, ends = jax.lax.scan(step, jnp.int32(1), uniforms)
     return jnp.concatenate([jnp.zeros(1, bool), ends])
+
+  def _bayes_predictor(
+    self, seq_length: int, concentration: tuple[float, ...]
+  ) -> predictors.OptimalPredictor:
+    return live_and_die_predictors.LADPredictor(concentration)
 
 
 class RecurringGenerator(TrajectoryGenerator):

@@ -160,7 +160,7 @@ def exact_predictors(
   exact = {}
   for name, source in of_sources.items():
     generator = constants.build_data_generator(source)
-    own = constants.build_exact_predictor(generator, seq_length)
+    own = generator.bayes_predictor(seq_length)
     if own is not None:
       exact[name] = own
   prior = generator.parameter_distribution_params

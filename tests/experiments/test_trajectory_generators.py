@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import distributions
+from nonstationary_mbml.experiments import live_and_die_predictors
+from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml.experiments import run_length_predictors
 from nonstationary_mbml.experiments import trajectory_generators
 from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.tests import oracles
@@ -487,3 +491,58 @@ def test_equal_sources_share_their_programs(name):
   assert compilations.programs == 0
   config.parameter_distribution_params = (0.5, 2.0)
   assert constants.build_data_generator(config) != source
+
+
+BAYES = {
+  'static': predictors.OptimalCategoricalPredictor((0.5, 2.0)),
+  'regular_shift': run_length_predictors.regular_shift_predictor(
+    20, (0.5, 2.0)
+  ),
+  'random_shift': run_length_predictors.random_shift_predictor(
+    'uniform', (1.0, 39.0), (0.5, 2.0)
+  ),
+  'ptw': ptw_predictors.PTWPredictor(6, (0.5, 2.0)),
+  'iid_ptw_cat': ptw_predictors.PTWPredictor(6, (0.5, 2.0)),
+  'lin': live_and_die_predictors.LADPredictor((0.5, 2.0)),
+  'recurring': None,
+}
+
+
+@pytest.mark.parametrize(('name', 'expected'), BAYES.items(), ids=BAYES)
+def test_source_knows_its_exact_predictor(name, expected):
+  config = config_lib.DataConfig(
+    trajectory_generator=name,
+    trajectory_generator_kwargs=constants.source_kwargs(name),
+    parameter_distribution_params=(0.5, 2.0),
+  )
+  source = constants.build_data_generator(config)
+  assert source.bayes_predictor(33) == expected
+  config.parameter_distribution = 'constant'
+  config.parameter_distribution_params = (0.5, 0.5)
+  assert constants.build_data_generator(config).bayes_predictor(33) is None
+
+
+class _Halves(trajectory_generators.StaticGenerator):
+  """A source from outside: one switch, in the middle."""
+
+  def _switch_points_one(self, rng, seq_length):
+    return jnp.arange(seq_length) == seq_length // 2
+
+
+class _KnownHalves(_Halves):
+  """The same, with its exact predictor."""
+
+  def _bayes_predictor(self, seq_length, concentration):
+    hazard = np.arange(1, seq_length) == seq_length // 2
+    return run_length_predictors.RunLengthPredictor(hazard, concentration)
+
+
+def test_source_from_outside_inherits_no_predictor_of_other_switches():
+  prior = distributions.Categorical(2), distributions.Dirichlet(2), (0.5, 0.5)
+  assert _Halves(*prior).bayes_predictor(8) is None
+  known = _KnownHalves(*prior)
+  batch, _ = known.sample(jax.random.key(0), 3, 8)
+  posterior = known.bayes_predictor(8).switch_posterior(batch)
+  np.testing.assert_allclose(
+    posterior, known.switch_points(jax.random.key(0), 3, 8), atol=1e-6
+  )
