@@ -17,7 +17,7 @@ from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import local_launch
 from nonstationary_mbml.runtime import multihost
-from tests import two_processes
+from tests.runtime import two_processes
 
 SCRIPT = pathlib.Path(local_launch.__file__)
 ROOT = SCRIPT.parent.parent

@@ -21,7 +21,7 @@ from nonstationary_mbml.experiments.sweeps import launch
 from nonstationary_mbml.experiments.sweeps import presets
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import atomic_files
-from tests.experiments import slurm
+from tests.experiments.sweeps import slurm
 
 SCRIPT = pathlib.Path(launch.__file__)
 FLAGS = (
