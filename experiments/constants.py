@@ -35,22 +35,6 @@ OPTIMAL_PREDICTORS = base_config.Registry(
   },
 )
 
-# What a source needs besides its name, where a script is only given that.
-SOURCE_KWARGS = {
-  'recurring': {'pool_size': 3, 'switch_probability': 0.05},
-  'regular_shift': {'shift_period': 20},
-  'random_shift': {
-    'shift_distribution': 'uniform',
-    'shift_parameters': (1.0, 39.0),
-  },
-}
-
-
-def source_kwargs(source: str) -> dict[str, Any]:
-  """Returns `SOURCE_KWARGS` of a source, by its name in any case of letters."""
-  return SOURCE_KWARGS.get(source.lower(), {})
-
-
 _LABELS = {
   'forget_me_not': 'Forget-Me-Not',
   'iid_ptw_cat': 'PTW',
@@ -64,6 +48,16 @@ _LABELS = {
   'run_length': 'run-length mixture',
   'static': 'KT',
 }
+
+
+def source_kwargs(source: str) -> dict[str, Any]:
+  """Returns the default arguments of a source, for a config.
+
+  Args:
+    source: A key of `TRAJECTORY_GENERATORS`; {} if it is none.
+  """
+  generator = TRAJECTORY_GENERATORS.get(source.lower())
+  return dict(getattr(generator, 'default_kwargs', {}))
 
 
 def label(optimal_predictor: str) -> str:

@@ -17,9 +17,12 @@ the keys gives that slice of the batch.
 """
 
 import abc
+from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import numbers
+from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +71,13 @@ class TrajectoryGenerator(base_config.EqualByValue, abc.ABC):
   A subclass gives the law of its switching points. The parameters of every
   segment are drawn anew, unless it says otherwise. Sources with equal
   attributes are equal, and share their compiled programs.
+
+  Attributes:
+    default_kwargs: What its constructor needs besides the distributions, where
+      a script is given the name of the source alone.
   """
+
+  default_kwargs: ClassVar[Mapping[str, Any]] = {}
 
   def __init__(
     self,
@@ -223,6 +232,8 @@ class StaticGenerator(TrajectoryGenerator):
 class RegularShiftGenerator(TrajectoryGenerator):
   """A new segment every `shift_period` symbols: `0 1 0 | 1 1 1 | 0 0`."""
 
+  default_kwargs = {'shift_period': 20}
+
   def __init__(self, *args, shift_period: int, **kwargs):
     """Initializes the source; other arguments as in TrajectoryGenerator."""
     super().__init__(*args, **kwargs)
@@ -246,6 +257,11 @@ class RandomShiftGenerator(TrajectoryGenerator):
 
   Halves round to even; a segment is never empty.
   """
+
+  default_kwargs = {
+    'shift_distribution': 'uniform',
+    'shift_parameters': (1.0, 39.0),
+  }
 
   def __init__(
     self,
@@ -387,6 +403,8 @@ class RecurringGenerator(TrajectoryGenerator):
   probability h, and the next one has any of the m - 1 others, so that every
   switching point is a change.
   """
+
+  default_kwargs = {'pool_size': 3, 'switch_probability': 0.05}
 
   def __init__(
     self, *args, pool_size: int, switch_probability: float, **kwargs

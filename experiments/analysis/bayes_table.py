@@ -37,8 +37,8 @@ _MAX_ALPHABET_SIZE = 2**16
 PREDICTORS = {
   'ptw': {},
   'lad': {},
-  'regular_shift': constants.SOURCE_KWARGS['regular_shift'],
-  'random_shift': constants.SOURCE_KWARGS['random_shift'],
+  'regular_shift': constants.source_kwargs('regular_shift'),
+  'random_shift': constants.source_kwargs('random_shift'),
   'kt': {},
   # The switches of the recurring source, but nothing of its memory.
   'run_length': {'hazard': 0.05},

@@ -178,7 +178,7 @@ def default_sources(run: saved_runs.Run) -> dict[str, config_lib.DataConfig]:
   """Returns all sources with the symbols of the run's own, by name.
 
   The own one comes first, as the run has it; the others switch as
-  `SOURCE_KWARGS` says.
+  `default_kwargs` of their classes say.
   """
   own = run.config.eval.data
   sources = {own.trajectory_generator: own}

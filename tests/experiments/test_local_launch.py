@@ -187,7 +187,8 @@ def test_source_has_its_arguments_in_any_case_of_letters(name):
   values(['', f'--source={name}', '--model_type=GRU', '--steps=1e2'])
   config = local_launch.config_from_flags(values)
   assert config.schedule.training_steps == 100
-  default = constants.SOURCE_KWARGS[name.lower()]
+  default = constants.TRAJECTORY_GENERATORS[name.lower()].default_kwargs
+  assert default
   assert config.data.trajectory_generator_kwargs == default
   config = evaluate.make_config(config, source=name)
   assert config.eval.data.trajectory_generator_kwargs == default

@@ -151,7 +151,7 @@ def test_exact_predictors_are_optimal_on_their_own_source():
   sources = {
     name: config_lib.DataConfig(
       trajectory_generator=name,
-      trajectory_generator_kwargs=constants.SOURCE_KWARGS.get(name, {}),
+      trajectory_generator_kwargs=constants.source_kwargs(name),
     )
     for name in ('lin', 'ptw')
   }
