@@ -443,7 +443,9 @@ def main() -> None:
     help='Pattern (a regular expression) of what to run.',
   )
   parser.add_argument('--quick', action='store_true', help='At tiny sizes.')
-  parser.add_argument('--repeats', type=int, default=5, help='Of each time.')
+  parser.add_argument(
+    '--repeats', type=int, default=5, help='Repetitions of each timing.'
+  )
   parser.add_argument(
     '--markdown',
     action='store_true',

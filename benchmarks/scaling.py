@@ -250,7 +250,9 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=_REPEATS)
   parser.add_argument('--output', type=pathlib.Path, default=_OUTPUT)
   parser.add_argument('--markdown', action='store_true')
-  parser.add_argument('--plan', type=pathlib.Path, help='Of benchmarks/run.py.')
+  parser.add_argument(
+    '--plan', type=pathlib.Path, help='Results of benchmarks/run.py.'
+  )
   parser.add_argument(
     '--reckon', type=float, nargs=2, metavar=('TFLOPS', 'MICROSECONDS')
   )

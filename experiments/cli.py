@@ -108,14 +108,14 @@ def define_distributed_flags(
   define_integer(
     'num_processes',
     None,
-    'How many processes there are.',
+    'Number of processes.',
     lower_bound=1,
     flag_values=values,
   )
   define_integer(
     'process_id',
     None,
-    'Of this process: 0, 1, ...',
+    'Index of this process: 0, 1, ...',
     lower_bound=0,
     flag_values=values,
   )

@@ -363,7 +363,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   integer('seq_length', 32, 'Symbols per sequence.', lower_bound=2)
   integer('batch_size', 128, 'Sequences per training step.', lower_bound=1)
   flags.DEFINE_float(
-    'learning_rate', 2e-3, "Adam's.", lower_bound=0, flag_values=values
+    'learning_rate',
+    2e-3,
+    'Adam learning rate.',
+    lower_bound=0,
+    flag_values=values,
   )
   integer(
     'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2

@@ -247,7 +247,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flag_values=values,
   )
   flags.DEFINE_string(
-    'sweep_dir', 'runs/sweeps/small', 'Of the sweep.', flag_values=values
+    'sweep_dir', 'runs/sweeps/small', 'Sweep directory.', flag_values=values
   )
   flags.DEFINE_string(
     'output_dir',
