@@ -53,10 +53,10 @@ def project_step(
   All that the benchmarks know of train.py is here.
 
   Args:
-    config: Complete.
-    num_devices: To train on.
-    steps: Of one call.
-    predictor: To train in place of the config's.
+    config: Complete config.
+    num_devices: Number of devices to train on.
+    steps: Training steps per call.
+    predictor: Predictor to train in place of the config's.
 
   Returns:
     A function that trains on and returns the loss, and the bytes of temporary

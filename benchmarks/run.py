@@ -55,7 +55,7 @@ def measure(group: suite.Group, repeats: int) -> tuple[list[Row], list[str]]:
   """Returns a row for every side, and notes on those left out.
 
   Args:
-    group: Whose sides take turns.
+    group: Group of jobs whose sides take turns.
     repeats: Turns of each.
   """
   if group.is_slow:
@@ -103,7 +103,7 @@ def _num_sequences(job: timing.Job) -> int:
 
 
 def _flops(job: timing.Job) -> int | None:
-  """Of a turn; None where it is more than training."""
+  """Operations of a turn; None where it is more than training."""
   if job.kind == 'evaluation':
     return None
   num_steps = job.steps * job.runs * job.seeds
@@ -207,7 +207,7 @@ def markdown(results: dict[str, Any]) -> str:
   """Returns the table of what is to be reached.
 
   Args:
-    results: As in the JSON file.
+    results: Results, as in the JSON file.
   """
   lines = [
     '| what | ours | against | ratio | to reach | reached |',
@@ -230,7 +230,7 @@ def training_markdown(results: dict[str, Any]) -> str:
   """Returns the table of training steps, ours beside the others.
 
   Args:
-    results: As in the JSON file.
+    results: Results, as in the JSON file.
   """
   lines = [
     '| network | step (ms) | sequences / s | share of peak | temporary memory '
@@ -310,8 +310,8 @@ def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
   """Returns old results, to be continued; new limits count if they are better.
 
   Args:
-    old: As in the JSON file.
-    new: Of the run that begins, without rows.
+    old: Results, as in the JSON file.
+    new: Results of the run that begins, without rows.
 
   Raises:
     ValueError: If they are of another machine, or of other versions or sizes.
@@ -358,7 +358,7 @@ def run(
     only: A pattern that `part: name` of a group has to match.
     is_quick: At tiny sizes, to see that everything works.
     repeats: Turns of each side; 3 at most for what is slow.
-    output: Where to write; None for nowhere.
+    output: File to write to; None writes nothing.
   """
   start = time.perf_counter()
   sizes = suite.QUICK if is_quick else suite.Sizes()

@@ -1,4 +1,4 @@
-"""What more devices and more processes are worth, and what a grid would cost.
+"""Speed-up by more devices and more processes, and the cost of a grid.
 
   python benchmarks/scaling.py
   python benchmarks/scaling.py --markdown
@@ -46,7 +46,7 @@ _SIDES = {
   **{f'{n} devices': {'num_devices': n} for n in (2, 4, 8)},
   **{f'{n} processes': {'num_devices': 1, 'num_processes': n} for n in (2, 4)},
 }
-# What each side does: the same work, whoever shares it.
+# The work of each side: the same, however many processes share it.
 _WORK = {
   'LSTM-128, T=256, a batch of 128': {
     'hidden_size': 128,
@@ -150,8 +150,8 @@ def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
   """Returns what a grid of the paper's size costs, as a table.
 
   Args:
-    rows: Of benchmarks/run.py, on some machine.
-    machines: How many of these there are; a column for each.
+    rows: Rows of the results of benchmarks/run.py, on one machine.
+    machines: Numbers of such machines; one column for each.
 
   Raises:
     ValueError: If the rows lack a network of the grid.
@@ -194,9 +194,9 @@ def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
   longest runs first.
 
   Args:
-    tflops: 10^12 operations a second that products reach.
-    microseconds: Of a step over time, forwards and backwards.
-    machines: How many accelerators; a column for each.
+    tflops: Throughput of matrix products, 10^12 operations per second.
+    microseconds: Time of one recurrent step, forwards and backwards.
+    machines: Numbers of accelerators; one column for each.
   """
   lines = [
     f'| network | step of {_SEEDS} seeds | one run of them | '

@@ -1,4 +1,4 @@
-"""What the scripts share: how they start, and the folders they write to.
+"""The start of every script, and the folders that scripts write to.
 
   if __name__ == '__main__':
     define_flags()
@@ -27,12 +27,14 @@ from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
 
-# Of a script that was asked to stop, and goes on when it is started again:
-# EX_TEMPFAIL of sysexits.h.
+# Exit status of a script that was asked to stop, and goes on when it is started
+# again: EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
-# Of a script that finds the disk full, or the quota used up: EX_IOERR.
+# Exit status of a script that finds the disk full, or the quota used up:
+# EX_IOERR of sysexits.h.
 EXIT_CANNOT_SAVE = 74
-# Of a script whose output nobody reads any more, as a shell has it.
+# Exit status of a script whose stdout was closed, e.g. by `head`: that of a
+# process that SIGPIPE has killed, as a shell shows it.
 _EXIT_UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
 
 # So that --help of a script shows the flags that are defined here.
@@ -244,7 +246,7 @@ def end_with(error: Exception) -> NoReturn:
   """
   if multihost.is_peer_failure(error) or isinstance(error, BrokenPipeError):
     raise error
-  # What is printed may go to the same disk.
+  # stderr may go to the disk that is full.
   with contextlib.suppress(OSError):
     print(f'error: {error}', file=sys.stderr)
   code = EXIT_CANNOT_SAVE if run_folder.is_full(error) else 1
@@ -255,7 +257,7 @@ def end_with(error: Exception) -> NoReturn:
 
 
 def _problem(error: Exception) -> str | None:
-  """What to say of an error that comes of the machine; None for others."""
+  """Message for an error that the machine causes; None for others."""
   if devices.is_out_of_memory(error):
     return (
       f'out of memory ({(str(error) or "of the host").splitlines()[0][:200]}). '
@@ -285,7 +287,7 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
   """Starts JAX as the flags say; exits if there are arguments but flags.
 
   Args:
-    argv: What absl left of the command line.
+    argv: Arguments that absl left of the command line.
     cpu_devices: As in `devices.start`.
 
   Raises:

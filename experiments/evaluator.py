@@ -78,9 +78,9 @@ class MetaLearningEvaluator:
     """Initializes the evaluator.
 
     Args:
-      predictor: To evaluate.
-      generator: Of the sequences.
-      optimal_predictors: To set beside it, by name.
+      predictor: Predictor to evaluate.
+      generator: Source of the sequences.
+      optimal_predictors: Exact predictors to compare with, by name.
       batch_size: B.
       seq_length: T.
       chunk_length: Symbols that `predictor` reads at a time; see
@@ -124,8 +124,8 @@ class MetaLearningEvaluator:
     """Returns metrics over one batch of fresh sequences, in nats.
 
     Args:
-      predictor_params: Of the predictor.
-      predictor_state: Where it starts; None is its initial state.
+      predictor_params: Parameters of the predictor.
+      predictor_state: State to start from; None is its initial state.
       rng: Key of the batch.
 
     Returns:
@@ -146,9 +146,9 @@ class MetaLearningEvaluator:
     """Returns what all predictors make of a batch.
 
     Args:
-      predictor_params: Of the predictor.
+      predictor_params: Parameters of the predictor.
       batch: Symbols `[B, T, K]`.
-      predictor_state: Where it starts; None is its initial state.
+      predictor_state: State to start from; None is its initial state.
 
     Returns:
       Predictions `[B, T, K]` by name, the predictor's own under `NETWORK`.
@@ -176,7 +176,7 @@ class MetaLearningEvaluator:
     """Returns cumulative regrets on many fresh sequences, batch by batch.
 
     Args:
-      predictor_params: Of the predictor.
+      predictor_params: Parameters of the predictor.
       rng: Key of all batches.
       num_sequences: N.
       use_tqdm: Show a progress bar.
@@ -201,7 +201,7 @@ class MetaLearningEvaluator:
     They are the sequences that `evaluate` sums up for the same key.
 
     Args:
-      predictor_params: Of the predictor.
+      predictor_params: Parameters of the predictor.
       rng: Key of all batches.
       num_sequences: N.
       use_tqdm: Show a progress bar.
@@ -339,8 +339,8 @@ class DrawnSequence(NamedTuple):
     symbols: `[T, K]`.
     parameters: True probabilities `[T, K]`.
     switches: bool `[T]`, True where a new segment starts.
-    probabilities: Of symbols 2, ..., T by predictor, `[T - 1, K]`.
-    regrets: Of predicting them, `[T - 1]`.
+    probabilities: Predictions of symbols 2, ..., T, `[T - 1, K]`, by predictor.
+    regrets: Regrets of these predictions in nats, `[T - 1]`, by predictor.
   """
 
   symbols: np.ndarray
@@ -355,12 +355,12 @@ def draw_sequence(
 ) -> DrawnSequence:
   """Returns a sequence for a figure.
 
-  Of a small batch it is the first sequence with two switching points or more,
+  It is the first sequence of a small batch with two switching points or more,
   or else the first one.
 
   Args:
-    evaluator: Knows source and predictors.
-    params: Of its predictor.
+    evaluator: Evaluator with the source and the predictors.
+    params: Parameters of its predictor.
     rng: Key of the batch.
   """
   size = (_DRAWN_BATCH, evaluator.seq_length)
@@ -395,8 +395,8 @@ def build_evaluator(
   """Returns the evaluator that a config describes.
 
   Args:
-    predictor: To evaluate.
-    config: As `post_process_config` leaves it.
+    predictor: Predictor to evaluate.
+    config: Config, complete as `post_process_config` leaves it.
 
   Raises:
     ValueError: If the config is not complete or not valid.

@@ -47,7 +47,7 @@ class PositionalEncodings(enum.Enum):
     return cls[name]
 
 
-# What `positional_encodings_params` may hold for each encoding.
+# Fields that `positional_encodings_params` may hold for each encoding.
 PARAMS: dict[PositionalEncodings, tuple[str, ...]] = {
   PositionalEncodings.NONE: (),
   PositionalEncodings.SIN_COS: ('max_timescale',),
@@ -175,7 +175,7 @@ class Relative(NamedTuple):
 
 
 class RelativePositions(hk.Module):
-  """What RELATIVE learns."""
+  """Learned parameters of RELATIVE."""
 
   def __init__(self, max_timescale: float = 1e4, name: str | None = None):
     """Initializes the module; `max_timescale` as in `sinusoids`."""

@@ -24,7 +24,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import sharding
 
-# What Orbax calls the only thing that it saves at a step.
+# Orbax's name of the only item that it saves at a step.
 _ITEM = 'default'
 
 
@@ -45,8 +45,8 @@ class Checkpoints:
     Then, remains of saves that were cut off are removed.
 
     Args:
-      folder: Where they are.
-      keep: How many to keep, the newest; None keeps all.
+      folder: Folder of the checkpoints.
+      keep: Number of checkpoints to keep, the newest; None keeps all.
     """
     self.folder = folder.absolute()
     self._keep = keep
@@ -84,7 +84,7 @@ class Checkpoints:
 
     Args:
       step: After those in the folder; one that is there already is kept.
-      tree: To save.
+      tree: Tree to save.
     """
     manager = self._open()
     manager.wait_until_finished()
@@ -122,7 +122,7 @@ class Checkpoints:
       'tree': abstract,
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
     }
-    # What one process cannot read, none of them takes for restored.
+    # A step that one process cannot read is restored in none of them.
     saved = multihost.on_all(lambda: self._read(step, wanted, keep_dtypes))
     # Copied: on a CPU, arrays from Orbax may share memory that is not JAX's to
     # give away.
@@ -176,7 +176,7 @@ class Checkpoints:
 
     Args:
       step: One of `steps`.
-      folder: Where to; made if it is not there.
+      folder: Folder to write to; made if it is not there.
 
     Returns:
       Where it is now.
@@ -258,7 +258,7 @@ def _matched(
 
   Args:
     path: Folder of the step, for messages.
-    wanted: As for `Checkpoints.restore`.
+    wanted: Form of the tree, as for `Checkpoints.restore`.
     saved: Orbax's metadata of what was saved.
     keep_dtypes: As for `Checkpoints.restore`.
 

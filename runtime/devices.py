@@ -1,4 +1,4 @@
-"""What is settled before JAX starts, and what it compiled since.
+"""Settings that must be made before JAX starts, and counts of compilations.
 
 On a CPU a process is split into as many devices as it has cores, since XLA runs
 the small operations of a loop over time on one core each. Compiled programs are
@@ -103,12 +103,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @dataclasses.dataclass
 class Compilations:
-  """What JAX did since the count began.
+  """Programs compiled or loaded since the count began.
 
   Attributes:
     programs: Programs that were asked for, compiled or loaded.
     loaded: Those of them that came from the cache on disk.
-    seconds: Spent on both.
+    seconds: Seconds spent on both.
   """
 
   programs: int = 0

@@ -33,9 +33,9 @@ from nonstationary_mbml import base_config
 _T = TypeVar('_T')
 
 HEARTBEAT_SECONDS = 30
-# So old a machine's view of a network file system may be.
+# Maximum attribute-cache delay of NFS, seconds.
 SHARED_SECONDS = 20.0
-# So long a process that has ended waits for the others to end.
+# Seconds that a process that has ended waits for the others to end.
 _SHUTDOWN_SECONDS = 30
 # JAX's own timeout ends the process with a stack trace; ours comes before it.
 _GRACE_SECONDS = 30
@@ -88,8 +88,8 @@ def start(
   Args:
     coordinator: `host:port` that process 0 listens at. Without it, all follows
       from the environment: on a TPU pod, under SLURM and under Open MPI.
-    num_processes: How many there are.
-    process_id: Of this one: 0, 1, ...
+    num_processes: Number of processes.
+    process_id: Index of this process: 0, 1, ...
     timeout: Seconds until all must have come.
 
   Raises:
@@ -103,7 +103,7 @@ def start(
     shown = 'the other processes'
   else:
     shown = f'all of {num_processes} processes at {coordinator}'
-    # Of some mistakes, such as another number in process 0, JAX dies.
+    # JAX dies of some mistakes, such as another number in process 0.
     print(
       f'process {process_id} joins {num_processes} processes at {coordinator}',
       file=sys.stderr,
@@ -190,7 +190,7 @@ def on_primary(function: Callable[[], _T]) -> _T:
     function: Its result, or the exception that it raises, can be pickled.
 
   Raises:
-    Exception: What the function raises, in all processes.
+    Exception: Exception of the function, in all processes.
   """
   if not is_multiprocess():
     return function()
@@ -205,13 +205,13 @@ def on_all(function: Callable[[], _T]) -> _T:
   """Calls a function in every process; if one fails, all do.
 
   Args:
-    function: Does not wait for other processes.
+    function: Function that does not wait for other processes.
 
   Returns:
-    What it returns here.
+    Result of the function in this process.
 
   Raises:
-    Exception: What it raises in the first of the processes where it does.
+    Exception: Exception of the first process in which the function failed.
   """
   if not is_multiprocess():
     return function()
@@ -227,7 +227,7 @@ def max_over_processes(values: Sequence[int]) -> list[int]:
   """Returns the largest of every process's values, one by one.
 
   Args:
-    values: In int32, as many in every process.
+    values: Values within int32, as many in every process.
   """
   if not is_multiprocess():
     return list(values)

@@ -30,7 +30,7 @@ from nonstationary_mbml.runtime import atomic_files
 
 EXECUTORS = ('here', 'local', 'slurm')
 JOBS = 'jobs.json'
-# Of submitit: pickles, and what the jobs themselves have printed.
+# Folder of submitit: pickles, and the output of the jobs themselves.
 SUBMITIT = 'submitit'
 # States of SLURM from which a job does not come back.
 _END_STATES = (
@@ -55,7 +55,7 @@ _LIVE_STATES = (
 )
 _SCRIPT = pathlib.Path(__file__).parent.parent / 'local_launch.py'
 _POLL_SECONDS = 0.2
-# Of a cluster, whose file system and scheduler others use, too.
+# On a cluster, whose file system and scheduler others use, too.
 _CLUSTER_POLL_SECONDS = 5.0
 # Unless the user says more: most clusters want to know. On SLURM a run goes on
 # where it was, as often as it takes.
@@ -63,12 +63,12 @@ _TIMEOUT_MINUTES = 24 * 60
 _MAX_TIMEOUTS = 1000
 # A scheduler that has stopped a run soon stops its job as well.
 _GRACE_SECONDS = 60.0
-# What tells a run to stop, however often it comes.
+# Signal that tells a run to stop, however often it comes.
 _STOP = getattr(signal, 'SIGUSR1', signal.SIGTERM)
 # Before it trains and after, a run dies of the signals that ask it to stop.
 _STOPPED_BY = {signal.SIGTERM, _STOP, getattr(signal, 'SIGUSR2', _STOP)}
-# What a job has left behind may be on its way over a network file system, and
-# SLURM may bring back a job that it has preempted.
+# The files of a job that has ended may be on their way over a network file
+# system, and SLURM may bring back a job that it has preempted.
 _LATE_SECONDS = 90.0
 _PREEMPTED_SECONDS = 600.0
 # How long before its end a job is told, and how long a run then has to save.
@@ -80,7 +80,7 @@ class Job(Protocol):
   """A run that was started.
 
   Attributes:
-    name: Of its point.
+    name: Name of its point.
   """
 
   name: str
@@ -95,7 +95,7 @@ class Launcher(Protocol):
 
   Attributes:
     limit: Most runs at a time.
-    poll_seconds: How often to ask for their end.
+    poll_seconds: Seconds from one check for their end to the next.
   """
 
   limit: int
@@ -156,7 +156,7 @@ def environment(slot: int = 0, limit: int = 1) -> dict[str, str]:
   all of them.
 
   Args:
-    slot: Of the run: less than `limit`, and of no other run at the time.
+    slot: Index of the run below `limit`; no two runs at a time share one.
     limit: Runs at a time.
   """
   settings = {
@@ -225,10 +225,10 @@ class Here:
     """Initializes the launcher.
 
     Args:
-      folder: Of the sweep.
+      folder: Folder of the sweep.
       limit: Runs at a time. Each has its share of the GPUs, and on Linux of the
         cores.
-      flags_of_runs: Of local_launch.py.
+      flags_of_runs: Flags of local_launch.py, for every run.
       lock: File descriptor; as long as a run is alive, it holds the sweep.
     """
     self.limit = limit
@@ -281,7 +281,7 @@ class Here:
 
 
 class PointJob:
-  """What a job of the cluster does: it runs a point, in a child process.
+  """A job of the cluster: it runs a point, in a child process.
 
   submitit pickles it, calls it in the job, and calls `checkpoint` in a signal
   handler before the job is to end.
@@ -298,11 +298,11 @@ class PointJob:
     """Initializes the job.
 
     Args:
-      folder: Of the sweep; absolute, and there on all nodes.
-      name: Of the point.
-      flags_of_runs: Of local_launch.py.
+      folder: Folder of the sweep; absolute, and there on all nodes.
+      name: Name of the point.
+      flags_of_runs: Flags of local_launch.py, for every run.
       launcher: Process with which the job ends, on the same machine.
-      settings: Of the run's environment, besides those of the job.
+      settings: Environment variables of the run, besides those of the job.
     """
     self._folder = folder
     self._name = name
@@ -435,7 +435,7 @@ class _ClusterJob:
     return state in _END_STATES
 
   def _state(self) -> str:
-    """Without whoever has cancelled it."""
+    """SLURM state without the 'by UID' suffix."""
     return self._job.state.split(' ')[0].rstrip('+')
 
   def ended(self) -> str | None:
@@ -492,12 +492,12 @@ class Cluster:
     """Initializes the launcher.
 
     Args:
-      folder: Of the sweep; all nodes share it.
+      folder: Folder of the sweep; all nodes share it.
       executor: 'slurm', or 'local' for jobs on this machine.
       limit: Jobs at a time; None leaves that to the cluster.
-      parameters: Of submitit's executor, such as `timeout_min`,
+      parameters: Parameters of submitit's executor, such as `timeout_min`,
         `slurm_partition`, `gpus_per_node`, `cpus_per_task`, `mem_gb`.
-      flags_of_runs: Of local_launch.py.
+      flags_of_runs: Flags of local_launch.py, for every run.
 
     Raises:
       ValueError: If submitit or SLURM is not there, or does not take a
@@ -585,7 +585,7 @@ class Cluster:
     return [slot for slot in range(self.limit) if slot not in taken][:number]
 
   def _settings(self, slot: int) -> dict[str, str]:
-    """What a local run's environment has of the launcher's, for GPUs."""
+    """Environment variables by which a local run gets its GPUs."""
     settings = environment(slot, self.limit)
     if self.limit == 1:
       settings['CUDA_VISIBLE_DEVICES'] = ','.join(gpus())

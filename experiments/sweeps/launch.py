@@ -64,15 +64,14 @@ _LOG_LINES = 5
 
 @dataclasses.dataclass
 class Outcome:
-  """What came of a sweep.
+  """Result of running a sweep.
 
   Attributes:
     finished: Names of all points that have their table.
-    failed: What went wrong with the others that were tried, by name.
+    failed: Errors of the other points that were tried, by name.
     left: Names of points that were not tried, or were stopped.
     stopped_by: The signal that stopped the sweep, if one did.
-    cannot_save: Why a run had no place to write to, or the results could not
-      be written, if so.
+    cannot_save: Reason why a run or the results could not be written, if so.
   """
 
   finished: list[str]
@@ -97,12 +96,12 @@ def run_sweep(
   """Runs all points of a sweep that are not finished.
 
   Args:
-    points: Of the sweep.
-    folder: Where it is, or goes on.
+    points: Points of the sweep.
+    folder: Folder of the sweep, new or to go on with.
     jobs: Runs at a time; here, on Linux, each has its share of the cores. None
       is one, or on SLURM as many as it gives.
-    num_sequences: Fresh sequences for every table.
-    is_chosen: Of the name of a point: whether to run it now.
+    num_sequences: Number of fresh sequences for every table.
+    is_chosen: Predicate on the name of a point: whether to run it now.
     cpu_devices: Devices of each run, on a CPU.
     flags_of_runs: Further flags of local_launch.py.
     use_tqdm: Show progress over the whole sweep.
@@ -110,8 +109,8 @@ def run_sweep(
     cluster: Parameters of submitit, for jobs on a cluster.
 
   Returns:
-    What came of it. A point that fails, or whose config is not valid, is in it
-    by name and stops no other one; a disk that is full stops all.
+    The outcome. A point that fails, or whose config is not valid, is in it by
+    name and stops no other one; a disk that is full stops all.
 
   Raises:
     ValueError: If the folder holds another sweep, another process runs it, or
@@ -201,7 +200,7 @@ class _Runner:
     names = [name for name in self._steps if not folder.is_finished(name)]
     self._running = launcher.resume(names)
     running = {job.name for job in self._running}
-    # What was interrupted comes first.
+    # Runs that were interrupted come first.
     self._waiting = sorted(
       (name for name in names if name not in running),
       key=lambda name: not folder.has_begun(name),
@@ -262,7 +261,7 @@ class _Runner:
       self._running.remove(job)
       if self._folder.is_finished(job.name):
         continue
-      # Of one that was not even started, the reason says it.
+      # For a run that was not even started, the reason says it.
       if how == executors.CANNOT_SAVE or run_folder.is_full(how):
         self._is_full = True
         self.cannot_save = (
