@@ -111,7 +111,7 @@ class EqualByValue:
 
 
 class Registry(dict):
-  """Things by name, in any case of letters.
+  """Entries by name, in any case of letters.
 
   A missing name is a ValueError with the list and the nearest match; so is an
   entry under a name that is not in lower case, which no lookup would find.
@@ -136,7 +136,7 @@ class Registry(dict):
       )
     super().__setitem__(name, entry)
 
-  # Those of dict know nothing of our `__setitem__`.
+  # dict's own methods do not call `__setitem__`.
   def update(self, *args: Any, **kwargs: Any) -> None:
     for name, entry in dict(*args, **kwargs).items():
       self[name] = entry
@@ -407,7 +407,7 @@ def check_concentrations(
 
 
 def fits_float32(values: np.ndarray, positive: bool = True) -> np.ndarray:
-  """Whether float32 holds numbers, if positive ones as normal numbers."""
+  """Whether float32 holds numbers; positive ones must be normal in it."""
   with np.errstate(over='ignore', under='ignore'):
     rounded = np.asarray(values).astype(np.float32)
   return np.isfinite(rounded) & ((rounded >= _FLOAT32.tiny) | (not positive))

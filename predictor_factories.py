@@ -246,7 +246,7 @@ def build_predictor(
     return factory(output_size, _Arguments(config.architecture_kwargs))
 
 
-# How Python says that a function does not take its arguments.
+# Python's messages for arguments that a function does not take.
 _NOT_TAKEN = re.compile(
   'unexpected keyword argument|multiple values for|missing .*required'
 )

@@ -525,7 +525,7 @@ def check_one_hot(batch: jax.Array) -> None:
   if isinstance(batch, jax.core.Tracer):
     return
   symbols = np.asarray(batch)
-  # Where each has a single entry that is not 0, and that is 1.
+  # One-hot: exactly one entry is 1, and all others are 0.
   is_one = symbols == 1
   wrong = (is_one.sum(axis=-1) != 1) | (is_one != (symbols != 0)).any(axis=-1)
   if wrong.any():
@@ -575,7 +575,7 @@ def unroll_in_chunks(
     chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
   if chunk_length is None or chunk_length >= seq_length:
     return predictor.unroll(params, rng, batch, init_state)
-  # Traced, not computed: what `unroll` refuses is refused here, too.
+  # Traced, not computed: it raises `unroll`'s errors about the whole batch.
   jax.eval_shape(lambda: predictor.unroll(params, rng, batch, init_state))
 
   def unroll(
@@ -660,7 +660,7 @@ def _cast(tree: Any, batch: jax.Array) -> Any:
 def _explaining_params(
   predictor: Predictor, params: Params, batch: jax.Array
 ) -> Iterator[None]:
-  """Inside a `with`, an error that comes of parameters of other shapes says so.
+  """Inside a `with`, explains errors from parameters of the wrong shapes.
 
   Haiku and JAX tell of a product of two matrices deep inside the network. The
   right shapes are traced only after an error: nothing is slower without one.

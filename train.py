@@ -55,7 +55,7 @@ _REPLICATED = jax.sharding.PartitionSpec()
 # For a network that reads whole sequences, on a CPU: at T = 256, twice and half
 # as many symbols were no quicker.
 _SYMBOLS_PER_MICROBATCH = 2048
-# A signal waits until a call has ended.
+# Target for the longest call: a signal waits until a call has ended.
 _MAX_CALL_SECONDS = 1.0
 
 
@@ -257,7 +257,7 @@ def _microbatch_loss_and_grads(
   """`loss_and_grads` of a single microbatch."""
   batch_size, seq_length, _ = batch.shape
   num_targets = batch_size * (seq_length - 1)
-  # Nothing is asked of the last prediction.
+  # The last prediction has no target.
   targets = jnp.pad(batch[:, 1:], ((0, 0), (0, 1), (0, 0)))
   if chunk_length is None:
     chunk_length = seq_length
@@ -307,7 +307,7 @@ def microbatch_size(
   share: int,
   seq_length: int,
 ) -> int:
-  """Returns how many sequences' gradient is computed at a time.
+  """Returns the number of sequences in a microbatch.
 
   Args:
     config: Config of the training.
@@ -819,7 +819,7 @@ class _Training:
       self._run.save_checkpoint(
         step,
         RunState(state, sums),
-        # Then a single interval may be lost.
+        # Without waiting, a kill could lose two steps.
         wait=self._config.schedule.ckpt_frequency == 1,
       )
     return sums
@@ -888,7 +888,7 @@ class _Training:
     )
 
   def _agree(self, seconds: float) -> tuple[float, signal.Signals | None]:
-    """How long a call took at most, and a signal that some process got.
+    """The longest time of a call, and a signal that some process received.
 
     Every process is told the same, so that all do as many steps in a call and
     stop after the same one.

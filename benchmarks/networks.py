@@ -6,7 +6,7 @@ Axes: B batch, T time, K alphabet size.
 from typing import Any
 
 ALPHABET_SIZE = 2
-# Symbols of a window, as a part of the sequence.
+# Length of a window, as a fraction of the sequence.
 _WINDOWS = 4
 
 Kwargs = dict[str, Any]

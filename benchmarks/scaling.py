@@ -85,7 +85,7 @@ _ARCHITECTURES = (
 
 
 def job(work: Mapping[str, Any], side: Mapping[str, Any]) -> timing.Job:
-  """Returns what a side does."""
+  """Returns the job of a side."""
   settings = {'kind': 'project', **work, **side}
   _, kwargs = networks.lstm(settings.pop('hidden_size'))
   return timing.Job(model_type='lstm', kwargs=kwargs, **settings)
@@ -147,7 +147,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
-  """Returns what a grid of the paper's size costs, as a table.
+  """Returns the cost of a grid of the paper's size, as a table.
 
   Args:
     rows: Rows of the results of benchmarks/run.py, on one machine.
@@ -186,7 +186,7 @@ def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
 
 
 def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
-  """Returns what such a grid would cost on accelerators, as a table.
+  """Returns the estimated cost of such a grid on accelerators, as a table.
 
     step = max(seeds x operations / rate, T x time of a step over time)
 
@@ -226,7 +226,7 @@ def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
 
 
 def _makespan(hours: Sequence[float], machines: int) -> float:
-  """When the last of some runs ends, if the longest begin first."""
+  """Time at which the last run ends, if the longest begin first."""
   ends = [0.0] * machines
   for run in sorted(hours, reverse=True):
     ends[ends.index(min(ends))] += run

@@ -6,7 +6,7 @@ import dataclasses
 import networks
 import timing
 
-# From this length on Transformers take seconds a step.
+# Length from which on a step of a Transformer takes seconds.
 _SLOW_LENGTH = 256
 
 
@@ -177,7 +177,7 @@ def gpu_groups(sizes: Sizes) -> Iterator[Group]:
   length = sizes.lengths[-1]
   named = networks.networks(length, sizes.num_layers)
   for name in ('LSTM-128', 'Transformer SIN_COS'):
-    # Enough steps that starting them counts for nothing.
+    # Enough steps for the time of their start to be negligible.
     ours = dataclasses.replace(
       _ours(*named[name], sizes, length), steps=sizes.loop_steps
     )
@@ -193,7 +193,7 @@ def gpu_groups(sizes: Sizes) -> Iterator[Group]:
 
 
 def targets(sizes: Sizes) -> tuple[Target, ...]:
-  """Returns what is to be reached."""
+  """Returns the targets."""
   length = sizes.lengths[-1]
   transformer = _row_name('Transformer SIN_COS', length)
   lstm, stack = _row_name('LSTM-128', length), _row_name('Stack-RNN', length)

@@ -135,7 +135,7 @@ class Child:
       pass  # It says why on stderr.
 
   def answer(self) -> dict[str, Any]:
-    """Returns what it says of the turn, `seconds` among it.
+    """Returns its answer after a turn, a dict with `seconds`.
 
     Raises:
       ChildError: If it says nothing.

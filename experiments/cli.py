@@ -42,7 +42,7 @@ flags.disclaim_key_flags()
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags of every script; not at import, so that none meet."""
+  """Defines the flags of every script; not at import, where two would clash."""
   flags.DEFINE_bool(
     'compilation_cache',
     True,
@@ -155,7 +155,7 @@ def define_choice(
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """Runs a script: `main` is called with what is no flag, then it exits."""
+  """Runs a script: calls `main` with the arguments but flags, then exits."""
 
   def run_main(argv: list[str]) -> None:
     try:
@@ -191,7 +191,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-  """Inside a `with`, a script ends quietly when nobody reads what it prints."""
+  """Inside a `with`, a script ends quietly when its stdout was closed."""
   try:
     yield
   except OSError as error:
@@ -207,7 +207,7 @@ def printing() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-  """Prints; where that is not possible, the script goes on without.
+  """Prints; if that fails, the script goes on.
 
   For results that are written to a file as well.
   """
@@ -221,9 +221,9 @@ def say(text: str) -> None:
 
 
 def flush() -> None:
-  """Prints what is left; where nobody reads it, lets it go."""
+  """Flushes stdout; if it was closed, drops what is left."""
   try:
-    if sys.stdout is not None:  # It is where it was closed before the start.
+    if sys.stdout is not None:  # None if closed before the start.
       sys.stdout.flush()
   except OSError as error:
     _print_nowhere()
@@ -232,7 +232,7 @@ def flush() -> None:
 
 
 def _print_nowhere() -> None:
-  """Not even when Python ends, which would be a traceback."""
+  """Redirects stdout to nowhere: a flush at exit would print a traceback."""
   if sys.stdout is not None:
     with open(os.devnull, 'w') as nowhere:
       os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -296,7 +296,7 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
-    # Orbax tells what it does, and errors twice: we get them as exceptions.
+    # Orbax logs its progress, and its errors, which are raised as well.
     logging.set_verbosity(logging.FATAL)
   devices.start(cpu_devices, flags.FLAGS.compilation_cache)
   if 'distributed' in flags.FLAGS and flags.FLAGS.distributed:
@@ -321,7 +321,7 @@ def saving(folder: pathlib.Path) -> Iterator[None]:
   """Inside a `with`, ends the script if a folder cannot be written to."""
   try:
     yield
-  except BrokenPipeError:  # Not of the folder.
+  except BrokenPipeError:  # Of stdout, not of the folder.
     raise
   except OSError as error:
     end_with(run_folder.save_error(folder, error))

@@ -36,7 +36,7 @@ _OWN_PREDICTORS = {
   'lin': 'lad',
   'ptw': 'ptw',
   'random_shift': 'random_shift',
-  # Not exact, but made for it.
+  # Not exact, but designed for it.
   'recurring': 'forget_me_not',
   'regular_shift': 'regular_shift',
   'static': 'kt',
@@ -265,7 +265,7 @@ class ExperimentSweep(base_config.Config):
 
 
 def _choices(path: str, values: Any) -> list[tuple[Any, Any, bool]]:
-  """Label and value of everything a path is swept over, and if it is named."""
+  """Label and value of each sweep value, and whether it is named."""
   if isinstance(values, Mapping):
     return [(name, value, True) for name, value in values.items()]
   if not isinstance(values, tuple):
@@ -289,7 +289,7 @@ def with_overrides(
   """Returns a copy with other values at some paths.
 
   Args:
-    config: Stays as it is.
+    config: Config to copy; it stays as it is.
     overrides: Values by path, e.g. `train.batch_size` or
       `model.architecture_kwargs.hidden_size`. Those inside `eval.data` come
       last; where it is None, they change a copy of `data`.
@@ -298,7 +298,7 @@ def with_overrides(
     ValueError: If a path leads to no field.
   """
   config = copy.deepcopy(config)
-  # The source of the evaluation may start as that of training is in the end.
+  # eval.data last: it may start as a copy of `data` with all its overrides.
   for path in sorted(overrides, key=lambda path: path.startswith(_EVAL_DATA)):
     with base_config.naming(path):
       _annotation_at(type(config), path)
@@ -421,7 +421,7 @@ def _read_any(text: str) -> Any:
 
 
 def _whole(value: Any) -> Any:
-  """A value in which whole numbers are ints, as far as floats hold them all."""
+  """A value with whole floats up to 2^53, where they are exact, as ints."""
   if isinstance(value, dict):
     return {key: _whole(item) for key, item in value.items()}
   if isinstance(value, tuple):
@@ -487,7 +487,7 @@ _READERS = {
 
 
 def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
-  """Returns a copy in which what is None is filled from the rest.
+  """Returns a copy in which fields that are None are filled from the others.
 
   Evaluation takes length and source from training, and the arguments of exact
   predictors from its source; PTW's depth, the window of a sliding-window

@@ -1085,7 +1085,7 @@ def _sample_log_gamma(
     normal = jax.random.normal(rng_normal, shape, dtype)
     x = jnp.maximum(c * normal, -1)  # v = (1 + x)^3
     log_root = jnp.log1p(x)
-    # n^2 / 2 + d (1 - v + log v), so written that large alphas do not cancel.
+    # n^2 / 2 + d (1 - v + log v), written so that nothing cancels.
     threshold = 0.5 * normal**2 + d * (3 * (log_root - x) - 3 * x**2 - x**3)
     exponential = jax.random.exponential(rng_accept, shape, dtype)
     # Written so that a NaN is accepted, and not tried again.

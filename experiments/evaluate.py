@@ -282,7 +282,7 @@ def main(argv: list[str]) -> None:
     sys.exit('error: give the folder of one run')
   values = flags.FLAGS
   folder = pathlib.Path(argv[1])
-  # In a line, not with the place in the code.
+  # In one line, without the place in the code.
   warnings.showwarning = lambda message, *args, **kwargs: print(
     f'warning: {message}', file=sys.stderr
   )

@@ -51,7 +51,7 @@ def instantaneous_regret(
   """
   log_probs = jax.nn.log_softmax(predictions[:, :-1], axis=-1)
   truth = parameters[:, 1:]
-  # No comparison is true of a NaN, which stays one.
+  # No comparison is true for a NaN, so that it stays NaN.
   is_zero = truth == 0
   log_ratios = jnp.log(jnp.where(is_zero, 1, truth)) - jnp.where(
     is_zero, 0, log_probs
@@ -143,7 +143,7 @@ class MetaLearningEvaluator:
     batch: jax.Array,
     predictor_state: predictors.State = None,
   ) -> dict[str, jax.Array]:
-    """Returns what all predictors make of a batch.
+    """Returns the predictions of all predictors on a batch.
 
     Args:
       predictor_params: Parameters of the predictor.
@@ -283,7 +283,7 @@ class MetaLearningEvaluator:
     size, mesh = self.batch_size, self._mesh
     everywhere = jax.sharding.PartitionSpec()
     split = jax.sharding.PartitionSpec(mesh.axis_names)
-    # Some sequences twice, if need be, so that each device has as many.
+    # Some sequences are repeated if devices would have unequal numbers.
     indices = np.arange(size + -size % mesh.size) % size
 
     def regrets_of_batch(
@@ -333,7 +333,7 @@ class MetaLearningEvaluator:
 
 
 class DrawnSequence(NamedTuple):
-  """A sequence, and what the predictors make of it.
+  """A sequence, with the predictions of all predictors.
 
   Attributes:
     symbols: `[T, K]`.

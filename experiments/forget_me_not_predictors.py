@@ -253,7 +253,7 @@ def _levels(
   in_block, remembered = state.counts[:, :1], state.counts[:, 1:]
   counts = jnp.concatenate([in_block, in_block + remembered], axis=1)
   kts = predictors.kt_probs(counts, prior)
-  # Normalised again: what rounding has added up to in a long block is not.
+  # Normalised again: rounding errors add up in a long block.
   weights = jax.nn.softmax(state.log_weights, axis=-1)
   segments = (weights[..., None] * kts).sum(axis=1)
   split = jax.nn.sigmoid(state.log_odds)
@@ -352,7 +352,7 @@ def _remember(counts: jax.Array, log_weights: jax.Array) -> jax.Array:
     return memory
   best = jnp.argmax(log_weights >= log_weights.max() - _TIE)
   is_new = best == 0
-  # The first of those with the fewest symbols; a free place has none.
+  # The first place with the fewest symbols; a free place has none.
   place = jnp.where(is_new, jnp.argmin(memory.sum(axis=-1)), best - 1)
   learnt = block + jnp.where(is_new, 0, memory[place])
   return jnp.where((jnp.arange(len(memory)) == place)[:, None], learnt, memory)

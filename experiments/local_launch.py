@@ -181,7 +181,7 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
 def run(
   config: config_lib.ExperimentConfig, folder: pathlib.Path, num_sequences: int
 ) -> list[dict[str, Any]]:
-  """Trains and evaluates as configured, and writes what came of it.
+  """Trains and evaluates as configured, and writes the results.
 
   A run that was stopped goes on from its last checkpoint. If there are several
   processes, all call this, and the first one writes.

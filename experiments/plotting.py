@@ -1,4 +1,4 @@
-"""Figures of sequences, and of what predictors make of them.
+"""Figures of sequences, and of their predictions.
 
   plot_regret_over_time({'LSTM': regrets, 'PTW': others})
 
@@ -39,7 +39,7 @@ _MAX_SYMBOLS = 3
 # A less probable run length has the colour of 0 in the heat map.
 _LEAST_PROBABILITY = 1e-3
 _DASHES = ('-', '--', '-.', (0, (1, 1)))
-# In letters of a legend: the figure, and a handle with what is around it.
+# Widths in letters of a legend: the figure, and a handle with its margins.
 _LEGEND_WIDTH = 118
 _HANDLE_WIDTH = 7
 # Half a 95% confidence interval of a mean, in standard errors.
@@ -631,7 +631,7 @@ def _set_nearly_log(
     panel.set_yscale('log')
     set_plain_ticks(panel.yaxis)
     return 'log scale'
-  # As wide as the last bands are: nothing inside can be told from 0.
+  # Linear within the width of the last bands, which is noise around 0.
   widths = [_HALF_WIDTH * curve.stderr[-1] for curve in curves]
   largest = max(np.max(np.abs(curve.mean)) for curve in curves)
   threshold = np.nanmax([*widths, 1e-3 * largest])
@@ -686,7 +686,7 @@ def _draw_mean(
 def _add_legend_of_means(
   figure: figure_lib.Figure, panel: matplotlib.axes.Axes, spread: str
 ) -> None:
-  """Names the lines, and says what the bands are: errors over what."""
+  """Adds a legend of the lines and of the confidence bands."""
   handles, _ = panel.get_legend_handles_labels()
   band = matplotlib.patches.Patch(
     color='0.5',
@@ -700,7 +700,7 @@ def _add_legend_of_means(
 def add_legend(
   figure: figure_lib.Figure, handles: Sequence[matplotlib.artist.Artist]
 ) -> None:
-  """Below the panels, in as few rows as are not wider than the figure."""
+  """Adds a legend below the panels, in as few rows as fit the width."""
   widths = [_HANDLE_WIDTH + len(handle.get_label()) for handle in handles]
   for num_rows in range(-(-len(handles) // 4), len(handles) + 1):
     # Columns are filled one after another.
@@ -717,7 +717,7 @@ def add_legend(
 
 
 def _mean_and_stderr(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Over the N sequences of `[N, ...]`."""
+  """Mean and standard error over the N sequences of `[N, ...]`."""
   return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
 
 

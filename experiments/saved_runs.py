@@ -223,7 +223,7 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     try:
       shutil.copytree(folder / name, new / name)
     except shutil.Error as error:
-      # It has a line for every file.
+      # The error has an entry for every file; one reason is enough.
       raise OSError(error.args[0][0][-1]) from error
     for name in (run_folder.CONFIG, 'table.json'):
       if (folder / name).exists():

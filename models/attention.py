@@ -71,7 +71,7 @@ def causal_attention(
   encoding: pos_encs_lib.Encoding,
   window: int | None = None,
 ) -> jax.Array:
-  """Returns what every query reads, `[B, T, H, D]`.
+  """Returns the output of every query, `[B, T, H, D]`.
 
     read_t = sum_s softmax_s(logits(q_t, k_s)) v_s,  t - window < s <= t
 

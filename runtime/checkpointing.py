@@ -61,8 +61,8 @@ class Checkpoints:
         max_to_keep=self._keep, cleanup_tmp_directories=True
       )
       if multihost.is_multiprocess():
-        # Then processes wait for each other in the coordinator; collectives of
-        # a thread in the background could meet those of training.
+        # Processes then wait for each other in the coordinator: collectives of
+        # a background thread could be mixed up with those of training.
         options.multiprocessing_options = ocp.options.MultiprocessingOptions(
           active_processes=set(range(jax.process_count())),
           barrier_sync_key_prefix=self.folder.name,
@@ -156,7 +156,7 @@ class Checkpoints:
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     try:
       with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        # Orbax says at length what it cannot read, and what does not fit.
+        # Checked first: Orbax's own messages are long.
         _read_all(path / _ITEM)
         saved = handler.metadata(path / _ITEM)
         wanted = _matched(path, wanted, saved, keep_dtypes)
@@ -200,7 +200,7 @@ class Checkpoints:
 
 
 def shown_problems(problems: Sequence[str]) -> str:
-  """Returns what is wrong with the newest step, and with how many more."""
+  """Returns the problem of the newest step, and the number of others."""
   first, *others = problems
   return f'{first}, and {len(others)} more' if others else first
 

@@ -45,7 +45,7 @@ _STATUS = (
   'ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
   'UNAVAILABLE|UNKNOWN'
 )
-# Messages of other sizes are other programs.
+# Every size of a message is compiled; smaller ones are padded to this.
 _MIN_MESSAGE_BYTES = 1024
 
 
@@ -123,7 +123,7 @@ def start(
   timer = threading.Timer(timeout, give_up)
   timer.daemon = True
   timer.start()
-  # It would handle SIGTERM before us.
+  # JAX's preemption service would handle SIGTERM in place of `preemption`.
   with contextlib.suppress(AttributeError):  # Not in every version of JAX.
     jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -136,7 +136,7 @@ def start(
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
-    # All of them meet here once more.
+    # All processes meet here once more.
     devices = collections.Counter(d.process_index for d in jax.devices())
     if len(set(devices.values())) > 1:
       raise ValueError(
@@ -266,9 +266,9 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 def exit_now(code: int) -> None:
-  """Ends this process of several without waiting for others, who end as well.
+  """Ends one of several processes at once; the others will end as well.
 
-  With a single one, does nothing.
+  With a single process, does nothing.
   """
   if is_multiprocess():
     for stream in (sys.stdout, sys.stderr):
@@ -287,7 +287,7 @@ def _try(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
 
 
 def _broadcast(content: Any, source: int) -> Any:
-  """Returns what the content is in one of the processes."""
+  """Returns the content of the source process, in all processes."""
   is_source = jax.process_index() == source
   message = b''
   if is_source:
@@ -298,7 +298,7 @@ def _broadcast(content: Any, source: int) -> Any:
       _, error = content
       message = pickle.dumps((None, RuntimeError(repr(error or content))))
   (size,) = max_over_processes([len(message)])
-  # A power of two, so that few programs are compiled.
+  # The size is a power of two, so that few programs are compiled.
   buffer = np.zeros(max(_MIN_MESSAGE_BYTES, 1 << size.bit_length()), np.uint8)
   buffer[: len(message)] = np.frombuffer(message, np.uint8)
   buffer = multihost_utils.broadcast_one_to_all(buffer, is_source)

@@ -53,7 +53,7 @@ class Progress:
     self._bar.close()
 
   def update(self, num: int = 1) -> None:
-    """Says that more things are done."""
+    """Adds things that are done."""
     self._done += num
     self._bar.update(num)
 

@@ -45,7 +45,7 @@ METRICS = 'metrics.jsonl'
 CHECKPOINTS = 'checkpoints'
 SNAPSHOTS = 'snapshots'
 SET_ASIDE = 'set_aside'
-# Under this name the entries of an ensemble's members are in a line.
+# Key of a log entry that holds the entries of an ensemble's members.
 _MEMBERS = 'members'
 _KEPT_CHECKPOINTS = 3
 _PACKAGES = (
@@ -285,7 +285,7 @@ class RunFolder:
   def _locked(self, wait_seconds: float = 1.0) -> Iterator[None]:
     """Holds the lock of the folder, which ends with the process.
 
-    Waits a little: somebody may just ask whether it is held.
+    Waits a little: another process may just be checking whether it is held.
     """
     with contextlib.ExitStack() as stack:
       lock = atomic_files.locked(self.path / '.lock', wait_seconds)

@@ -1,4 +1,4 @@
-"""Every exact predictor on every source: who is the best where.
+"""Regret of every exact predictor on every source.
 
   python experiments/analysis/bayes_table.py
 
@@ -283,7 +283,7 @@ def main(argv: list[str]) -> None:
       flags.FLAGS.seed,
       flags.FLAGS.alphabet_size,
     )
-  # Before it is written, which may fail.
+  # Printed before it is written, which may fail.
   cli.say(
     '\nCumulative regret (nats), mean ± standard error of '
     f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '

@@ -1,4 +1,4 @@
-"""Regrets of a trained run, on fresh sequences: what figures show of it.
+"""Regrets of a trained run on fresh sequences, for figures.
 
   run = saved_runs.load_run('runs/lstm_ptw_seed0')
   over_time(run)            # {'lstm': [N, T - 1], 'PTW': ..., 'LAD': ...}
@@ -35,7 +35,7 @@ _ALIASES = ('iid_ptw_cat',)
 def labels(
   run: saved_runs.Run, evaluator: evaluator_lib.MetaLearningEvaluator
 ) -> dict[str, str]:
-  """Returns what figures call the predictors, by name in the evaluator."""
+  """Returns the labels of predictors in figures, by name in the evaluator."""
   network = run.config.model.model_type
   seeds = train.member_seeds(run.config.train)
   if len(seeds) > 1:

@@ -72,7 +72,7 @@ def describe_runs(networks: studies.Networks) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _of_another_form(path: pathlib.Path) -> Iterator[None]:
-  """Inside a `with`, what goes wrong is that a file is not as we write it."""
+  """Inside a `with`, turns errors into one that says which file is wrong."""
   try:
     yield
   except (

@@ -49,7 +49,7 @@ TARGETS = {
 # Shares of the exact predictor's regret within which a network is called near
 # it, and not far from it.
 _SHARES = (0.02, 0.15)
-# The own one under the networks, which often coincide with it.
+# The own predictor lies under the networks, which often coincide with it.
 _EXACT_STYLES = (
   {'color': '0.72', 'linestyle': '-', 'linewidth': 5.0, 'zorder': 1},
   {'color': 'black', 'linestyle': '--', 'linewidth': 1.6},
@@ -58,12 +58,12 @@ _EXACT_STYLES = (
 
 
 def label(predictor: str) -> str:
-  """Returns what a network's architecture is called in figures."""
+  """Returns the label of a network's architecture in figures."""
   return LABELS.get(predictor, predictor)
 
 
 def exact_label(source: str) -> str:
-  """Returns what the Bayes predictor of a source is called in figures."""
+  """Returns the label of the Bayes predictor of a source in figures."""
   if source.startswith('ptw_depth_'):
     return f'PTW, depth {source.removeprefix("ptw_depth_")}'
   return EXACT_LABELS.get(source, f'Bayes for {source}')
@@ -120,7 +120,7 @@ def _panels(
   width: float = 3.5,
   **kwargs: Any,
 ) -> tuple[figure_lib.Figure, list[matplotlib.axes.Axes]]:
-  """A figure with so many panels of a height and width, in rows."""
+  """A figure with panels of the given number and size, in rows."""
   columns = min(columns, number)
   num_rows = -(-number // columns)
   figure = figure_lib.Figure(
@@ -563,7 +563,7 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
       )
       for (name, is_trained), of_name in of_cell.items():
         mean, stderr = over_seeds(of_name, 'r2_given_time')
-        # Worse than the mean of every time is drawn at 0.
+        # Values below 0, worse than the mean of every time, are drawn at 0.
         panel.errorbar(
           max(mean, 0),
           names.index(name),

@@ -22,7 +22,7 @@ def on_distribution(rows: Sequence[Row]) -> str:
   own = {row['source']: row for row in rows if row.get('is_own')}
   sources = list(dict.fromkeys(row['source'] for row in rows))
   by_cell = figures.groups(rows, 'predictor', 'source')
-  # Networks, then the others.
+  # Networks first, then exact predictors.
   names = dict.fromkeys(
     row['predictor'] for row in rows if row['seed'] is not None
   ) | dict.fromkeys(row['predictor'] for row in rows)

@@ -1,4 +1,4 @@
-"""The trained networks of a sweep, and what they make of sequences.
+"""The trained networks of a sweep, and their predictions and states.
 
   for network in networks('runs/sweeps/small'):
     logits = predict(network, batch)  # [M, B, T, K]
@@ -120,7 +120,7 @@ def sources(
 
 
 class Sequences(NamedTuple):
-  """Sequences of a source, and what exact predictors make of them.
+  """Sequences of a source, with the predictions of exact predictors.
 
   Attributes:
     symbols: `[N, T, K]`.
@@ -175,7 +175,7 @@ def sample(
   num_sequences: int,
   rng: jax.Array,
 ) -> Sequences:
-  """Returns fresh sequences, and what exact predictors make of them.
+  """Returns fresh sequences, with the predictions of exact predictors.
 
   Args:
     source: Source of the sequences.

@@ -156,7 +156,7 @@ def run_sweep(
       launcher = executors.Cluster(
         of_sweep, executor, jobs, cluster or {}, flags_of_runs
       )
-    # Only now: whoever waits for the lock can be stopped like any program.
+    # Only now: while it waits for the lock, signals stop it as any program.
     with interrupting.catch() as interrupts:
       runner = _Runner(
         of_sweep,
@@ -180,7 +180,7 @@ def run_sweep(
 
 
 class _Runner:
-  """Has runs started, watches them, and tells how far they are."""
+  """Starts runs, watches them, and reports their progress."""
 
   def __init__(
     self,
@@ -235,7 +235,7 @@ class _Runner:
           if has_ended or now - reported > _REPORT_SECONDS:
             reported = now
             bar.report(self._report())
-          # Not longer at once: a signal may come.
+          # No longer sleep: a signal may come.
           time.sleep(_POLL_SECONDS)
           has_ended = False
           if time.monotonic() - polled >= poll_seconds:
@@ -246,7 +246,7 @@ class _Runner:
         self._write_results()
 
   def _start(self, room: int) -> None:
-    """Starts what waits, but for points that another process still has."""
+    """Starts waiting points, but for those that another process still runs."""
     ready = (n for n in self._waiting if not self._folder.is_running(n))
     starting = list(itertools.islice(ready, room))
     if starting:
@@ -305,8 +305,8 @@ class _Runner:
 
 
 def default_jobs() -> int:
-  """Returns as many runs as cores; where JAX finds them, as GPUs; or one."""
-  # In another process: whoever asks takes the memory of a GPU.
+  """Returns the number of GPUs that JAX finds (1 on a TPU), else of cores."""
+  # In another process: JAX takes the memory of a GPU when it starts.
   backend = subprocess.run(
     [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
     capture_output=True,
@@ -359,7 +359,7 @@ def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def format_outcome(folder: pathlib.Path, outcome: Outcome) -> str:
-  """Returns what to tell of a sweep: what is finished first, failures last."""
+  """Returns the report of a sweep: finished points first, failures last."""
   rows = sweep_folder.summarise(sweep_folder.SweepFolder(folder).results())
   blocks = [format_summary(rows)]
   blocks.append(
@@ -532,7 +532,7 @@ def _print_points(
 
 
 def main(argv: list[str]) -> None:
-  """Runs the sweep and tells what came of it."""
+  """Runs the sweep and prints its outcome."""
   values = flags.FLAGS
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')

@@ -1,4 +1,4 @@
-"""The folder of a sweep: which points it has, and what came of them.
+"""The folder of a sweep: its points and their results.
 
   sweep.json    the points: names, settings, configs
   configs/      the config of every point, to start it from
@@ -39,11 +39,11 @@ MANIFEST = 'sweep.json'
 RESULTS = 'results.csv'
 SUMMARY = 'summary.csv'
 TABLE = 'table.json'
-# Settings that tell seeds apart, and no groups.
+# Settings that are seeds: they do not make groups of their own.
 SEED_PATHS = ('seed', 'train.model_init_seed')
-# In a log, before what a run prints.
+# Line of a log before the output of each start.
 _START = '--- started at'
-# Runs of a sweep that was killed get so long to save and end.
+# Seconds that the runs of a killed sweep have to save and end.
 _LOCK_SECONDS = 60.0
 
 
@@ -420,7 +420,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       'regret': mean_and_stderr([row['regret'] for row in group])[0],
       'regret_stderr': mean_and_stderr([row['regret'] for row in group])[1],
       'exact': group[0]['exact'],
-      # The same of all, but where points of other seeds read other sequences.
+      # Equal for all rows, unless points of other seeds read other sequences.
       'exact_regret': float(np.mean([row['exact_regret'] for row in group])),
       **_above_exact(group),
     }
@@ -441,6 +441,6 @@ def _above_exact(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-  """Returns mean and standard error over seeds; None for that of a single."""
+  """Returns mean and standard error over seeds; of one seed, None for it."""
   mean, stderr = evaluator_lib.mean_and_stderr(np.asarray(values, np.float64))
   return float(mean), float(stderr) if len(values) > 1 else None
