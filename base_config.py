@@ -55,8 +55,8 @@ def check_choice(field: str, value: Any, choices: Iterable[str]) -> None:
 
   Args:
     field: Name of the config field or argument, for the message.
-    value: What was given.
-    choices: What is allowed.
+    value: The value to check.
+    choices: The values that are allowed.
   """
   choices = sorted(choices)
   if value not in choices:  # A list: the value need not be hashable.
@@ -111,7 +111,7 @@ class EqualByValue:
 
 
 class Registry(dict):
-  """Things by name, in any case of letters.
+  """Entries by name, in any case of letters.
 
   A missing name is a ValueError with the list and the nearest match; so is an
   entry under a name that is not in lower case, which no lookup would find.
@@ -122,7 +122,7 @@ class Registry(dict):
 
     Args:
       kind: Word for what the names stand for, for messages.
-      entries: By lower-case name.
+      entries: Entries by lower-case name.
     """
     super().__init__()
     self.kind = kind
@@ -136,7 +136,7 @@ class Registry(dict):
       )
     super().__setitem__(name, entry)
 
-  # Those of dict know nothing of our `__setitem__`.
+  # dict's own methods do not call `__setitem__`.
   def update(self, *args: Any, **kwargs: Any) -> None:
     for name, entry in dict(*args, **kwargs).items():
       self[name] = entry
@@ -184,7 +184,7 @@ def check_constructor(
   Args:
     field: Name of the kwargs, for the message.
     constructor: A class or function.
-    kwargs: By name.
+    kwargs: Keyword arguments by name.
     given: Parameters that the caller supplies besides.
   """
   choices = keywords(constructor).difference(given)
@@ -198,7 +198,8 @@ def check_constructor(
 def keywords(constructor: Callable[..., Any]) -> set[str]:
   """Returns the names of all arguments that a class or function takes.
 
-  What a class does not know itself, its `**kwargs` hand on to its bases.
+  Arguments that a class does not know itself are those of its bases, if it
+  has `**kwargs`.
   """
   names = set()
   bases = constructor.__mro__[1:-1] if inspect.isclass(constructor) else ()
@@ -406,7 +407,7 @@ def check_concentrations(
 
 
 def fits_float32(values: np.ndarray, positive: bool = True) -> np.ndarray:
-  """Whether float32 holds numbers, if positive ones as normal numbers."""
+  """Whether float32 holds numbers; positive ones must be normal in it."""
   with np.errstate(over='ignore', under='ignore'):
     rounded = np.asarray(values).astype(np.float32)
   return np.isfinite(rounded) & ((rounded >= _FLOAT32.tiny) | (not positive))
@@ -446,10 +447,9 @@ class TrainConfig(Config):
   """How the network is trained.
 
   Attributes:
-    model_init_seed: Tells apart runs of one seed; changes the initial
-      parameters and the batches. A tuple of them trains an ensemble, one member
-      for each, together.
-    learning_rate: Of Adam.
+    model_init_seed: Second seed, of the initial parameters and the batches. A
+      tuple of them trains an ensemble, one member for each, together.
+    learning_rate: Learning rate of Adam.
     seq_length: T, symbols per sequence.
     seq_length_fixed: If False, each step draws its length uniformly from
       2, 4, 8, ..., the largest power of two up to `seq_length`.
@@ -520,7 +520,7 @@ class ModelConfig(Config):
 
   Attributes:
     model_type: A key of `predictor_factories.PREDICTOR_FACTORIES`.
-    architecture_kwargs: What its factory takes, e.g. `hidden_size`.
+    architecture_kwargs: Keyword arguments of its factory, e.g. `hidden_size`.
   """
 
   model_type: str = 'lstm'
@@ -607,11 +607,11 @@ class EvalConfig(Config):
 
 @dataclasses.dataclass(kw_only=True)
 class ExperimentConfig(Config):
-  """What every experiment has; experiments add their data and evaluation.
+  """The fields of every experiment; subclasses add data and evaluation.
 
   Attributes:
     name: Name of the run and of its folder; no path.
-    seed: All randomness follows from it and from `train.model_init_seed`.
+    seed: Seed from which, with `train.model_init_seed`, all randomness follows.
     model: The network.
     train: Its training.
     schedule: Its length.
@@ -687,8 +687,8 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
 
   Args:
     old: Nested dicts, as from `to_dict`.
-    new: Likewise.
-    path: Of the two inside what they are part of.
+    new: Nested dicts to compare with.
+    path: Path of the two dicts inside the whole config.
   """
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     lines = []

@@ -1,4 +1,4 @@
-"""What training needs from an experiment: the protocols it is written against.
+"""The protocols of an experiment, against which training is written.
 
 Axes: B batch, T time, F features of a symbol, P parameters of its distribution,
 K alphabet size.
@@ -52,13 +52,14 @@ class Evaluator(Protocol):
   ) -> Mapping[str, jax.Array]:
     """Returns metrics over one batch of fresh sequences.
 
-    Of several processes that train together, each calls it, and each has the
-    parameters whole, on its first device.
+    Every process of a distributed run calls it, with whole parameters on its
+    first device.
 
     Args:
-      predictor_params: Of the predictor the evaluator was built with. Training
-        overwrites them after the call: to keep them, copy them.
-      predictor_state: To start from; None is the predictor's initial state.
+      predictor_params: Parameters of the predictor that the evaluator was built
+        with. Training overwrites them after the call: to keep them, copy them.
+      predictor_state: State to start from; None is the predictor's initial
+        state.
       rng: Key of the batch.
     """
     ...

@@ -246,7 +246,7 @@ def build_predictor(
     return factory(output_size, _Arguments(config.architecture_kwargs))
 
 
-# How Python says that a function does not take its arguments.
+# Python's messages for arguments that a function does not take.
 _NOT_TAKEN = re.compile(
   'unexpected keyword argument|multiple values for|missing .*required'
 )
@@ -257,7 +257,7 @@ def naming_arguments() -> Iterator[None]:
   """Inside a `with`, says which of `model.architecture_kwargs` is wrong.
 
   For a network of the user's own, which may use them only where it is traced.
-  Of other errors than that it does not take them, nothing is known here.
+  For errors other than that it does not take them, nothing is known here.
   """
   try:
     with base_config.naming('model.architecture_kwargs'):

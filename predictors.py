@@ -71,10 +71,10 @@ class Predictor(abc.ABC):
     carried over equals one unroll of the whole.
 
     Args:
-      params: From `init_params`, or trained.
+      params: Parameters from `init_params`, or trained ones.
       rng: Key of dropout. None is evaluation: deterministic, no dropout.
       batch: Symbols `[B, T, F]`.
-      init_state: Where to start; None is the initial state.
+      init_state: State to start from; None is the initial state.
 
     Returns:
       Predictions `[B, T, K]` (logits) and the state after the last symbol.
@@ -152,8 +152,8 @@ class InContextPredictor(_Network):
     """Returns what the last linear layer reads, for analysis.
 
     Args:
-      params: As in `unroll`.
-      rng: As in `unroll`.
+      params: Parameters, as in `unroll`.
+      rng: Key of dropout, as in `unroll`.
       batch: Symbols `[B, T, F]`.
 
     Returns:
@@ -247,10 +247,10 @@ class RNNPredictor(_Network):
     """Returns the core's states after every symbol, for analysis.
 
     Args:
-      params: As in `unroll`.
-      rng: As in `unroll`.
+      params: Parameters, as in `unroll`.
+      rng: Key of dropout, as in `unroll`.
       batch: Symbols `[B, T, F]`.
-      init_state: As in `unroll`.
+      init_state: State to start from, as in `unroll`.
 
     Returns:
       A pytree like the state, its arrays `[B, T, ...]`: T times the memory of
@@ -320,9 +320,9 @@ class OptimalPredictor(ScanPredictor):
   """An exact Bayes predictor of segments with a Dirichlet prior.
 
   Attributes:
-    concentration: Of the Dirichlet prior: one number for a symmetric one, else
-      a tuple of K.
-    state_class: Of its states.
+    concentration: Concentration of the Dirichlet prior: one number for a
+      symmetric one, else a tuple of K.
+    state_class: Class of its states.
   """
 
   state_class: type
@@ -335,7 +335,7 @@ class OptimalPredictor(ScanPredictor):
     """Initializes the predictor.
 
     Args:
-      concentration: Of the Dirichlet prior; 1/2 is the KT estimator's.
+      concentration: Concentration of the Dirichlet prior; 1/2 is that of KT.
       alphabet_size: K. By default that of the batch, of `concentration`, or, in
         `initial_state` with a symmetric prior, 2.
 
@@ -525,7 +525,7 @@ def check_one_hot(batch: jax.Array) -> None:
   if isinstance(batch, jax.core.Tracer):
     return
   symbols = np.asarray(batch)
-  # Where each has a single entry that is not 0, and that is 1.
+  # One-hot: exactly one entry is 1, and all others are 0.
   is_one = symbols == 1
   wrong = (is_one.sum(axis=-1) != 1) | (is_one != (symbols != 0)).any(axis=-1)
   if wrong.any():
@@ -560,11 +560,11 @@ def unroll_in_chunks(
   unroll. Without a state every chunk is a context of its own.
 
   Args:
-    predictor: Whose predictions.
+    predictor: The predictor.
     params: Its parameters.
-    rng: As in `Predictor.unroll`.
+    rng: Key of dropout, as in `Predictor.unroll`.
     batch: Symbols `[B, T, F]`.
-    init_state: Where to start; None is the initial state.
+    init_state: State to start from; None is the initial state.
     chunk_length: Symbols per chunk; None is the whole batch.
 
   Returns:
@@ -575,7 +575,7 @@ def unroll_in_chunks(
     chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
   if chunk_length is None or chunk_length >= seq_length:
     return predictor.unroll(params, rng, batch, init_state)
-  # Traced, not computed: what `unroll` refuses is refused here, too.
+  # Traced, not computed: it raises `unroll`'s errors about the whole batch.
   jax.eval_shape(lambda: predictor.unroll(params, rng, batch, init_state))
 
   def unroll(
@@ -660,7 +660,7 @@ def _cast(tree: Any, batch: jax.Array) -> Any:
 def _explaining_params(
   predictor: Predictor, params: Params, batch: jax.Array
 ) -> Iterator[None]:
-  """Inside a `with`, an error that comes of parameters of other shapes says so.
+  """Inside a `with`, explains errors from parameters of the wrong shapes.
 
   Haiku and JAX tell of a product of two matrices deep inside the network. The
   right shapes are traced only after an error: nothing is slower without one.

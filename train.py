@@ -52,10 +52,10 @@ from nonstationary_mbml.runtime import run_folder
 from nonstationary_mbml.runtime import sharding
 
 _REPLICATED = jax.sharding.PartitionSpec()
-# Of a network that reads whole sequences, on a CPU: at T = 256, twice and half
-# as many were no quicker.
+# For a network that reads whole sequences, on a CPU: at T = 256, twice and half
+# as many symbols were no quicker.
 _SYMBOLS_PER_MICROBATCH = 2048
-# A signal waits until a call has ended.
+# Target for the longest call: a signal waits until a call has ended.
 _MAX_CALL_SECONDS = 1.0
 
 
@@ -66,8 +66,8 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: Steps done so far, int32.
-    params: Of the predictor.
-    opt_state: Of the optimiser.
+    params: Predictor parameters.
+    opt_state: Optimiser state.
     predictor_state: Carried over to the next batch; None if each batch starts
       from the initial state.
   """
@@ -80,7 +80,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-  """What training leaves.
+  """Result of a training run.
 
   Attributes:
     predictor: The predictor that was trained.
@@ -91,8 +91,8 @@ class TrainResult:
       evaluator's metrics. For an ensemble, means over its members, and under
       `seeds_stderr/<name>` their standard errors.
     evaluator: The evaluator that was used.
-    member_histories: For every member of an ensemble, the history that it would
-      have alone, dropout masks aside; () without an ensemble.
+    member_histories: Histories of the members of an ensemble, as they would be
+      alone, dropout masks aside; () without an ensemble.
   """
 
   predictor: predictors.Predictor
@@ -103,7 +103,7 @@ class TrainResult:
 
 
 class StepSums(NamedTuple):
-  """What steps report, summed over them; `[M]` for an ensemble.
+  """Metrics of training steps, summed over the steps; `[M]` for an ensemble.
 
   Attributes:
     loss: Mean log loss of the batch, nats per symbol.
@@ -119,7 +119,7 @@ class RunState(NamedTuple):
 
   Attributes:
     train: The state.
-    sums: Over the steps since the last log.
+    sums: Sums over the steps since the last log.
   """
 
   train: TrainState
@@ -148,10 +148,10 @@ class StepKeys(NamedTuple):
   `evaluation` that of evaluations after training.
 
   Attributes:
-    data: Of the batch.
-    state: Of the predictor's initial state.
-    predictor: Of dropout.
-    evaluation: Of the evaluation after the step, if there is one.
+    data: Key of the batch.
+    state: Key of the predictor's initial state.
+    predictor: Key of dropout.
+    evaluation: Key of the evaluation after the step, if there is one.
   """
 
   data: jax.Array
@@ -199,7 +199,7 @@ def loss_and_grads(
   Microbatches come one after another, and the gradient is their mean.
 
   Args:
-    predictor: Whose loss it is.
+    predictor: The predictor.
     params: Its parameters.
     rng: Key of dropout, or None.
     batch: One-hot symbols `[B, T, K]`, T >= 2.
@@ -257,7 +257,7 @@ def _microbatch_loss_and_grads(
   """`loss_and_grads` of a single microbatch."""
   batch_size, seq_length, _ = batch.shape
   num_targets = batch_size * (seq_length - 1)
-  # Nothing is asked of the last prediction.
+  # The last prediction has no target.
   targets = jnp.pad(batch[:, 1:], ((0, 0), (0, 1), (0, 0)))
   if chunk_length is None:
     chunk_length = seq_length
@@ -307,12 +307,12 @@ def microbatch_size(
   share: int,
   seq_length: int,
 ) -> int:
-  """Returns how many sequences' gradient is computed at a time.
+  """Returns the number of sequences in a microbatch.
 
   Args:
-    config: Of the training.
-    predictor: To train.
-    share: Sequences of a step, on one device.
+    config: Config of the training.
+    predictor: Predictor to train.
+    share: Number of sequences of a step on one device.
     seq_length: T.
 
   Returns:
@@ -350,12 +350,12 @@ def make_update(
   """Returns the function that does one step of one member.
 
   Args:
-    config: Of the experiment.
-    generator: Of the batches.
-    predictor: To train.
-    num_devices: If above 1, the function is for the inside of a `shard_map`
-      over that many, in the mesh of `device_mesh`. Where they share a batch, it
-      takes and returns a device's share of the predictor state.
+    config: Config of the experiment.
+    generator: Source of the batches.
+    predictor: Predictor to train.
+    num_devices: Number of devices. Above 1, the function is for the inside of a
+      `shard_map` over them, in the mesh of `device_mesh`. Where they share a
+      batch, it takes and returns a device's share of the predictor state.
 
   Returns:
     (state, the member's `model_init_seed`) -> (state, what the step reports).
@@ -437,9 +437,9 @@ def make_run_steps(
   collectives of two calls in flight can deadlock the CPU backend.
 
   Args:
-    config: Of the experiment.
-    update: From `make_update`, for as many devices.
-    devices: To run on.
+    config: Config of the experiment.
+    update: Step function from `make_update`, for as many devices.
+    devices: Devices to run on.
   """
   num_rows = num_seed_shards(config.train, len(devices))
 
@@ -489,8 +489,8 @@ def make_run_steps(
       mesh=device_mesh(config.train, devices),
       in_specs=(spec, sums_spec, _REPLICATED),
       out_specs=(spec, _REPLICATED, _REPLICATED),
-      # Replication is ours to keep: all that is replicated follows from means
-      # over the devices.
+      # check_vma=False: outputs are replicated by construction (pmean,
+      # all_gather).
       check_vma=False,
     )
   return jax.jit(run_steps, donate_argnums=0)
@@ -566,13 +566,13 @@ def abstract_state(
 
 
 class Parts(NamedTuple):
-  """What a config describes, built and checked.
+  """The objects that a config describes, built and checked.
 
   Attributes:
     generator: The source.
     predictor: The network.
-    evaluator: Of the network.
-    devices: To train on: those of all processes.
+    evaluator: Evaluator of the network.
+    devices: Devices to train on: those of all processes.
   """
 
   generator: base_constants.DataGenerator
@@ -589,9 +589,9 @@ def build_parts(
   """Returns what training needs; compiles nothing.
 
   Args:
-    config: Of the experiment; also has a `data` field.
-    build_data_generator: As in `train`.
-    build_evaluator: As in `train`.
+    config: Config of the experiment; also has a `data` field.
+    build_data_generator: Builder of the source, as in `train`.
+    build_evaluator: Builder of the evaluator, as in `train`.
 
   Raises:
     ValueError: If the config is not valid.
@@ -654,14 +654,14 @@ def train(
   If there are several processes, all call it, with the same arguments.
 
   Args:
-    config: Of the experiment; also has a `data` field.
-    build_data_generator: Makes the source from `config.data`.
-    build_evaluator: Makes the evaluator, run at every log, from the predictor
-      and `config.eval`.
+    config: Config of the experiment; also has a `data` field.
+    build_data_generator: Function that makes the source from `config.data`.
+    build_evaluator: Function that makes the evaluator, run at every log, from
+      the predictor and `config.eval`.
     use_tqdm: Show step, loss and regret: a progress bar on a terminal, else a
       line for every log.
-    folder: Of the run, where `run_folder` says what is kept. If it holds a
-      checkpoint of the same config, training goes on from there. None keeps
+    folder: Folder of the run; `run_folder` says what is kept there. If it holds
+      a checkpoint of the same config, training goes on from it. None keeps
       nothing.
 
   Returns:
@@ -715,7 +715,7 @@ class _Training:
       )
       self._snapshot_steps = checkpointing.snapshot_steps(schedule)
     self._param_norms = _make_param_norms(config.train, parts.devices)
-    # Of every member; the only one if there is no ensemble.
+    # Histories of every member; the only one if there is no ensemble.
     self._histories = [[] for _ in self._seeds]
     self._history = []
 
@@ -819,7 +819,7 @@ class _Training:
       self._run.save_checkpoint(
         step,
         RunState(state, sums),
-        # Then a single interval may be lost.
+        # Without waiting, a kill could lose two steps.
         wait=self._config.schedule.ckpt_frequency == 1,
       )
     return sums
@@ -888,7 +888,7 @@ class _Training:
     )
 
   def _agree(self, seconds: float) -> tuple[float, signal.Signals | None]:
-    """How long a call took at most, and a signal that some process got.
+    """The longest time of a call, and a signal that some process received.
 
     Every process is told the same, so that all do as many steps in a call and
     stop after the same one.
@@ -945,7 +945,7 @@ def _multiples(every: int, last: int) -> tuple[int, ...]:
 
 
 def _next_max_steps(max_steps: int, num_steps: int, seconds: float) -> int:
-  """How many steps to do in a call, so that none keeps a signal waiting."""
+  """Number of steps of the next call, so that none keeps a signal waiting."""
   if seconds > _MAX_CALL_SECONDS:
     return max(1, num_steps // 2)
   if num_steps == max_steps and seconds < _MAX_CALL_SECONDS / 2:
@@ -965,9 +965,9 @@ def member_params(
   """Returns the parameters of one member of an ensemble.
 
   Args:
-    config: Of the training. Without an ensemble there is one member, 0.
-    params: As in `TrainResult`.
-    member: Its index.
+    config: Config of the training. Without an ensemble there is one member, 0.
+    params: Parameters, as in `TrainResult`.
+    member: Index of the member.
 
   Raises:
     ValueError: If there is no such member.
@@ -1043,7 +1043,7 @@ def _state_spec(config: base_config.TrainConfig) -> TrainState:
 
 
 def _summary(entry: dict[str, float]) -> dict[str, str]:
-  """What the progress bar shows of a log entry."""
+  """Metrics of a log entry that the progress bar shows."""
   names = {'loss': 'loss', 'regret': 'cumulative_regret'}
   return {
     shown: f'{entry[name]:.3f}'

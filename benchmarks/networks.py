@@ -6,7 +6,7 @@ Axes: B batch, T time, K alphabet size.
 from typing import Any
 
 ALPHABET_SIZE = 2
-# Symbols of a window, as a part of the sequence.
+# Length of a window, as a fraction of the sequence.
 _WINDOWS = 4
 
 Kwargs = dict[str, Any]
@@ -17,7 +17,7 @@ def networks(seq_length: int, num_layers: int) -> dict[str, tuple[str, Kwargs]]:
 
   Args:
     seq_length: T.
-    num_layers: Of the Transformers.
+    num_layers: Number of layers of the Transformers.
   """
   transformer = {
     'embedding_dim': 64,
@@ -80,7 +80,7 @@ def _recurrent_products(model_type: str, kwargs: Kwargs) -> int:
   if model_type == 'stack_rnn':
     cell = kwargs['stack_cell_size']
     core = (ALPHABET_SIZE + cell + hidden) * hidden
-    return core + hidden * (cell + 3) + head  # What to push, and the actions.
+    return core + hidden * (cell + 3) + head  # Pushed values, and actions.
   return (ALPHABET_SIZE + hidden) * hidden + head
 
 

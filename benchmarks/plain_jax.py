@@ -33,7 +33,7 @@ def make_network(
   """Returns a network `[B, T, K] -> [B, T, K]`, for `hk.transform`.
 
   Args:
-    model_type: As the project calls it.
+    model_type: Type of the network, by the project's name.
     output_size: K.
     kwargs: Architecture, as the project takes it.
     keep_states: Unroll a recurrent core so that it returns all its states.
@@ -66,7 +66,7 @@ def recurrent(
 
 
 class StackState(NamedTuple):
-  """Attributes: stack: `[B, cells, cell size]`. hidden: Of the inner core."""
+  """Attributes: stack: `[B, cells, cell size]`. hidden: State of the core."""
 
   stack: jax.Array
   hidden: jax.Array
@@ -212,7 +212,7 @@ def sinusoids(positions: np.ndarray, size: int) -> jax.Array:
 
 
 class TrainState(NamedTuple):
-  """Attributes: params, opt_state, rng: What a step changes."""
+  """All that a step changes."""
 
   params: hk.Params
   opt_state: optax.OptState
@@ -230,9 +230,9 @@ def make_training(
   """Returns the first state and the jitted step, (state, batch) -> both.
 
   Args:
-    network: From `make_network`.
-    batch: Of the shape of all, `[B, T, K]`.
-    learning_rate: Adam's.
+    network: Network from `make_network`.
+    batch: An example of the batches, `[B, T, K]`.
+    learning_rate: Learning rate of Adam.
     clip_grad_norm: Largest global norm of a gradient.
   """
   transformed = hk.transform(network)

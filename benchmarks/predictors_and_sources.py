@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-  """How large everything is.
+  """Sizes of all measurements.
 
   Attributes:
     batch_size: B.

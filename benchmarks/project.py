@@ -48,15 +48,15 @@ def project_step(
   steps: int,
   predictor: predictors.Predictor | None = None,
 ) -> tuple[Callable[[], jax.Array], int]:
-  """Returns what does `steps` steps of the project's loop, and its memory.
+  """Returns a function of `steps` steps of the project's loop, and its memory.
 
   All that the benchmarks know of train.py is here.
 
   Args:
-    config: Complete.
-    num_devices: To train on.
-    steps: Of one call.
-    predictor: To train in place of the config's.
+    config: Complete config.
+    num_devices: Number of devices to train on.
+    steps: Training steps per call.
+    predictor: Predictor to train in place of the config's.
 
   Returns:
     A function that trains on and returns the loss, and the bytes of temporary
@@ -135,7 +135,7 @@ def _start(job: timing.Job) -> int:
   num_devices = job.num_devices or 1
   if job.all_cores and not job.num_devices:
     num_devices = devices_lib.num_cpu_devices(job.batch_size)
-  # Compiled anew, so that no time is that of an older version.
+  # No cache: a program of an older version must not be timed.
   devices_lib.start(num_devices, use_compilation_cache=False)
   if job.num_processes > 1:
     multihost.start(job.coordinator, job.num_processes, job.process_id)

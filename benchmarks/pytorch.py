@@ -93,7 +93,7 @@ def make_step(
     output_size: K.
     seq_length: T.
     kwargs: Architecture, as the project takes it.
-    learning_rate: Adam's.
+    learning_rate: Learning rate of Adam.
     clip_grad_norm: Largest global norm of a gradient.
     drops_inside: Dropout where PyTorch has it by default, but we have not.
   """

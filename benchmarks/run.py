@@ -42,10 +42,10 @@ from nonstationary_mbml.runtime import atomic_files
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _OUTPUT = _ROOT / 'results' / 'benchmarks.json'
-# Whether the kernel grants huge pages to those who ask: madvise or always.
+# Setting of the kernel for huge pages: madvise or always grants them.
 _HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy', 'torch')
-# Turns of what takes seconds each.
+# Number of turns of groups that take seconds each.
 _SLOW_REPEATS = 3
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ def measure(group: suite.Group, repeats: int) -> tuple[list[Row], list[str]]:
   """Returns a row for every side, and notes on those left out.
 
   Args:
-    group: Whose sides take turns.
+    group: Group of jobs whose sides take turns.
     repeats: Turns of each.
   """
   if group.is_slow:
@@ -96,14 +96,14 @@ def measure(group: suite.Group, repeats: int) -> tuple[list[Row], list[str]]:
 
 
 def _num_sequences(job: timing.Job) -> int:
-  """Sequences of a turn."""
+  """Number of sequences of a turn."""
   if job.kind == 'evaluation':
     return job.num_sequences
   return job.batch_size * job.steps * job.runs * job.seeds
 
 
 def _flops(job: timing.Job) -> int | None:
-  """Of a turn; None where it is more than training."""
+  """Operations of a turn; None where it is more than training."""
   if job.kind == 'evaluation':
     return None
   num_steps = job.steps * job.runs * job.seeds
@@ -113,7 +113,7 @@ def _flops(job: timing.Job) -> int | None:
 
 
 def limits(sizes: suite.Sizes) -> dict[str, Any]:
-  """Returns what matrix products and memory allow, at their best."""
+  """Returns the peak throughput of matrix products and of memory."""
   jobs = {
     'matmul': timing.Job(kind='matmul', size=sizes.matmul_size),
     'copy': timing.Job(kind='copy', size=sizes.copy_size),
@@ -204,10 +204,10 @@ def reached(rows: list[Row], sizes: suite.Sizes) -> list[Row]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-  """Returns the table of what is to be reached.
+  """Returns the table of targets.
 
   Args:
-    results: As in the JSON file.
+    results: Results, as in the JSON file.
   """
   lines = [
     '| what | ours | against | ratio | to reach | reached |',
@@ -230,7 +230,7 @@ def training_markdown(results: dict[str, Any]) -> str:
   """Returns the table of training steps, ours beside the others.
 
   Args:
-    results: As in the JSON file.
+    results: Results, as in the JSON file.
   """
   lines = [
     '| network | step (ms) | sequences / s | share of peak | temporary memory '
@@ -270,7 +270,7 @@ def _quantity(value: float, unit: str) -> str:
 
 
 def print_rows(rows: list[Row]) -> None:
-  """Prints rows of training, each beside ours where that is there."""
+  """Prints rows of training, each compared with ours if it is there."""
   ours = [row['value'] for row in rows if row['side'] == 'ours']
   for row in rows:
     ratio = f'x {row["value"] / ours[0]:.2f}' if ours else ''
@@ -310,8 +310,8 @@ def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
   """Returns old results, to be continued; new limits count if they are better.
 
   Args:
-    old: As in the JSON file.
-    new: Of the run that begins, without rows.
+    old: Results, as in the JSON file.
+    new: Results of the run that begins, without rows.
 
   Raises:
     ValueError: If they are of another machine, or of other versions or sizes.
@@ -358,7 +358,7 @@ def run(
     only: A pattern that `part: name` of a group has to match.
     is_quick: At tiny sizes, to see that everything works.
     repeats: Turns of each side; 3 at most for what is slow.
-    output: Where to write; None for nowhere.
+    output: File to write to; None writes nothing.
   """
   start = time.perf_counter()
   sizes = suite.QUICK if is_quick else suite.Sizes()
@@ -366,7 +366,7 @@ def run(
     'commands': [],
     'quick': is_quick,
     'machine': {**machine(), **limits(sizes)},
-    # As it is read back.
+    # In the form in which it is read back.
     'sizes': json.loads(json.dumps(dataclasses.asdict(sizes))),
     'to_reach': [],
     'rows': [],
@@ -410,7 +410,7 @@ def run(
       print(f'  {error}')
   seconds = time.perf_counter() - start
   results['seconds'] += seconds
-  # Before it is written, which may fail.
+  # Printed before it is written, which may fail.
   print(f'\n{seconds / 60:.1f} minutes\n\n{markdown(results)}')
   write(output, results)
 
@@ -443,7 +443,9 @@ def main() -> None:
     help='Pattern (a regular expression) of what to run.',
   )
   parser.add_argument('--quick', action='store_true', help='At tiny sizes.')
-  parser.add_argument('--repeats', type=int, default=5, help='Of each time.')
+  parser.add_argument(
+    '--repeats', type=int, default=5, help='Repetitions of each timing.'
+  )
   parser.add_argument(
     '--markdown',
     action='store_true',

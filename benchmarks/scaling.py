@@ -1,4 +1,4 @@
-"""What more devices and more processes are worth, and what a grid would cost.
+"""Speed-up by more devices and more processes, and the cost of a grid.
 
   python benchmarks/scaling.py
   python benchmarks/scaling.py --markdown
@@ -46,7 +46,7 @@ _SIDES = {
   **{f'{n} devices': {'num_devices': n} for n in (2, 4, 8)},
   **{f'{n} processes': {'num_devices': 1, 'num_processes': n} for n in (2, 4)},
 }
-# What each side does: the same work, whoever shares it.
+# The work of each side: the same, however many processes share it.
 _WORK = {
   'LSTM-128, T=256, a batch of 128': {
     'hidden_size': 128,
@@ -85,7 +85,7 @@ _ARCHITECTURES = (
 
 
 def job(work: Mapping[str, Any], side: Mapping[str, Any]) -> timing.Job:
-  """Returns what a side does."""
+  """Returns the job of a side."""
   settings = {'kind': 'project', **work, **side}
   _, kwargs = networks.lstm(settings.pop('hidden_size'))
   return timing.Job(model_type='lstm', kwargs=kwargs, **settings)
@@ -147,11 +147,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
-  """Returns what a grid of the paper's size costs, as a table.
+  """Returns the cost of a grid of the paper's size, as a table.
 
   Args:
-    rows: Of benchmarks/run.py, on some machine.
-    machines: How many of these there are; a column for each.
+    rows: Rows of the results of benchmarks/run.py, on one machine.
+    machines: Numbers of such machines; one column for each.
 
   Raises:
     ValueError: If the rows lack a network of the grid.
@@ -186,7 +186,7 @@ def plan(rows: Sequence[Mapping[str, Any]], machines: Sequence[int]) -> str:
 
 
 def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
-  """Returns what such a grid would cost on accelerators, as a table.
+  """Returns the estimated cost of such a grid on accelerators, as a table.
 
     step = max(seeds x operations / rate, T x time of a step over time)
 
@@ -194,9 +194,9 @@ def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
   longest runs first.
 
   Args:
-    tflops: 10^12 operations a second that products reach.
-    microseconds: Of a step over time, forwards and backwards.
-    machines: How many accelerators; a column for each.
+    tflops: Throughput of matrix products, 10^12 operations per second.
+    microseconds: Time of one recurrent step, forwards and backwards.
+    machines: Numbers of accelerators; one column for each.
   """
   lines = [
     f'| network | step of {_SEEDS} seeds | one run of them | '
@@ -226,7 +226,7 @@ def reckon(tflops: float, microseconds: float, machines: Sequence[int]) -> str:
 
 
 def _makespan(hours: Sequence[float], machines: int) -> float:
-  """When the last of some runs ends, if the longest begin first."""
+  """Time at which the last run ends, if the longest begin first."""
   ends = [0.0] * machines
   for run in sorted(hours, reverse=True):
     ends[ends.index(min(ends))] += run
@@ -250,7 +250,9 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=_REPEATS)
   parser.add_argument('--output', type=pathlib.Path, default=_OUTPUT)
   parser.add_argument('--markdown', action='store_true')
-  parser.add_argument('--plan', type=pathlib.Path, help='Of benchmarks/run.py.')
+  parser.add_argument(
+    '--plan', type=pathlib.Path, help='Results of benchmarks/run.py.'
+  )
   parser.add_argument(
     '--reckon', type=float, nargs=2, metavar=('TFLOPS', 'MICROSECONDS')
   )

@@ -1,4 +1,4 @@
-"""What is measured, in which processes, and what it is to reach."""
+"""The measurements, the processes they run in, and the targets."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -6,22 +6,22 @@ import dataclasses
 import networks
 import timing
 
-# From this length on Transformers take seconds a step.
+# Length from which on a step of a Transformer takes seconds.
 _SLOW_LENGTH = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-  """How large everything is.
+  """Sizes of all measurements.
 
   Attributes:
     batch_size: B.
     lengths: T of the training steps; the last one is that of all else.
     loop_length: T of a run that is fast.
     loop_steps: Its steps between two logs.
-    num_layers: Of the Transformers.
-    num_sequences: Of an evaluation; a multiple of B.
-    matmul_size: Of a matrix.
+    num_layers: Number of layers of the Transformers.
+    num_sequences: Sequences of an evaluation; a multiple of B.
+    matmul_size: Rows and columns of a matrix.
     copy_size: Numbers that are read and written.
   """
 
@@ -52,9 +52,9 @@ class Group:
   """Sides that take turns.
 
   Attributes:
-    part: Of the suite.
-    name: Of what they all do.
-    jobs: By side; the first is what the others are set beside.
+    part: Part of the suite.
+    name: Name of the work that all sides do.
+    jobs: Job of each side, by its name; the others are compared with the first.
     is_whole: Whether turns are compared as a whole, not by their steps.
     is_slow: Whether few turns have to do.
   """
@@ -68,17 +68,17 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-  """What a ratio is to reach.
+  """A ratio to be reached.
 
   Attributes:
-    name: Of the row.
-    part: Of the suite.
+    name: Name of the row.
+    part: Part of the suite.
     group: Name of the group.
     ours: Side.
     against: Side.
-    field: Of the rows of both sides: time or memory.
-    at_least: Of against / ours; None if `at_most` is given.
-    at_most: Of ours / against.
+    field: Column of the rows of both sides: time or memory.
+    at_least: Lower bound on against / ours; None if `at_most` is given.
+    at_most: Upper bound on ours / against.
   """
 
   name: str
@@ -177,7 +177,7 @@ def gpu_groups(sizes: Sizes) -> Iterator[Group]:
   length = sizes.lengths[-1]
   named = networks.networks(length, sizes.num_layers)
   for name in ('LSTM-128', 'Transformer SIN_COS'):
-    # Enough steps that starting them counts for nothing.
+    # Enough steps for the time of their start to be negligible.
     ours = dataclasses.replace(
       _ours(*named[name], sizes, length), steps=sizes.loop_steps
     )
@@ -193,7 +193,7 @@ def gpu_groups(sizes: Sizes) -> Iterator[Group]:
 
 
 def targets(sizes: Sizes) -> tuple[Target, ...]:
-  """Returns what is to be reached."""
+  """Returns the targets."""
   length = sizes.lengths[-1]
   transformer = _row_name('Transformer SIN_COS', length)
   lstm, stack = _row_name('LSTM-128', length), _row_name('Stack-RNN', length)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 _WORKER = pathlib.Path(__file__).parent / 'worker.py'
 # As `make run` sets it: memory in huge pages.
 HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
-# What a user may have set, but a benchmark must not take over.
+# Variables that a user may have set, but a benchmark must not inherit.
 _NOT_INHERITED = (
   'GLIBC_TUNABLES',
   'JAX_COMPILATION_CACHE_DIR',
@@ -42,30 +42,30 @@ class ChildError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """What a child process does at every turn.
+  """The work of a child process at every turn.
 
   Attributes:
     kind: A key of `worker.KINDS`.
-    model_type: As the project calls it.
+    model_type: Type of the network, by the project's name.
     kwargs: Architecture of the network.
     batch_size: B.
     seq_length: T.
     steps: Training steps.
-    runs: Of so many steps each, one after another.
+    runs: Number of runs of `steps` steps each, one after another.
     seeds: Networks trained at once.
     network: `project`, or `plain` or `keep_states` for that of plain_jax.py; in
       PyTorch, `pytorch_defaults` has dropout in more places than ours.
     whole_batches: Each device's share of a batch at once, else in microbatches
       as the project chooses.
-    num_sequences: Of an evaluation.
-    size: Of a matrix or a vector.
+    num_sequences: Sequences of an evaluation.
+    size: Rows and columns of a matrix, or length of a vector.
     all_cores: As many CPU devices as `make run` takes, else one.
-    num_devices: Of each process, if not 0: then `all_cores` is of no matter.
-    num_processes: That do it together.
-    process_id: Of the child.
-    coordinator: Where the processes meet.
+    num_devices: Devices of each process; if not 0, `all_cores` is ignored.
+    num_processes: Processes that do the work together.
+    process_id: Index of the child.
+    coordinator: Address at which the processes meet.
     huge_pages: Memory as `make run` takes it, else as it comes.
-    learning_rate: Adam's.
+    learning_rate: Learning rate of Adam.
     clip_grad_norm: Largest global norm of a gradient.
   """
 
@@ -92,16 +92,16 @@ class Job:
 
 
 class Work(NamedTuple):
-  """What a job comes to, inside the child.
+  """A job that is ready to run, inside the child.
 
   Attributes:
-    run: Does it once, and waits; returns losses or None.
+    run: Function that does it once, and waits; returns losses or None.
     temp_bytes: Temporary memory that the compiler takes, on all devices; None
       if unknown.
-    num_devices: That it runs on.
-    device: What they are; None if unknown.
-    peak_device_bytes: Reads the most memory that was in use on a GPU; None on a
-      CPU.
+    num_devices: Number of devices that it runs on.
+    device: Kind of the devices; None if unknown.
+    peak_device_bytes: Function that reads the most memory that was in use on a
+      GPU; None on a CPU.
   """
 
   run: Callable[[], Any]
@@ -135,7 +135,7 @@ class Child:
       pass  # It says why on stderr.
 
   def answer(self) -> dict[str, Any]:
-    """Returns what it says of the turn, `seconds` among it.
+    """Returns its answer after a turn, a dict with `seconds`.
 
     Raises:
       ChildError: If it says nothing.
@@ -221,7 +221,7 @@ def take_turns(
   """Does jobs in turns, after a first turn of each that is not counted.
 
   Args:
-    jobs: By name.
+    jobs: Jobs by name.
     repeats: Turns of each.
 
   Returns:

@@ -1,4 +1,4 @@
-"""What the scripts share: how they start, and the folders they write to.
+"""The start of every script, and the folders that scripts write to.
 
   if __name__ == '__main__':
     define_flags()
@@ -27,12 +27,14 @@ from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
 
-# Of a script that was asked to stop, and goes on when it is started again:
-# EX_TEMPFAIL of sysexits.h.
+# Exit status of a script that was asked to stop, and goes on when it is started
+# again: EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
-# Of a script that finds the disk full, or the quota used up: EX_IOERR.
+# Exit status of a script that finds the disk full, or the quota used up:
+# EX_IOERR of sysexits.h.
 EXIT_CANNOT_SAVE = 74
-# Of a script whose output nobody reads any more, as a shell has it.
+# Exit status of a script whose stdout was closed, e.g. by `head`: that of a
+# process that SIGPIPE has killed, as a shell shows it.
 _EXIT_UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
 
 # So that --help of a script shows the flags that are defined here.
@@ -40,7 +42,7 @@ flags.disclaim_key_flags()
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags of every script; not at import, so that none meet."""
+  """Defines the flags of every script; not at import, where two would clash."""
   flags.DEFINE_bool(
     'compilation_cache',
     True,
@@ -108,14 +110,14 @@ def define_distributed_flags(
   define_integer(
     'num_processes',
     None,
-    'How many processes there are.',
+    'Number of processes.',
     lower_bound=1,
     flag_values=values,
   )
   define_integer(
     'process_id',
     None,
-    'Of this process: 0, 1, ...',
+    'Index of this process: 0, 1, ...',
     lower_bound=0,
     flag_values=values,
   )
@@ -153,7 +155,7 @@ def define_choice(
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """Runs a script: `main` is called with what is no flag, then it exits."""
+  """Runs a script: calls `main` with the arguments but flags, then exits."""
 
   def run_main(argv: list[str]) -> None:
     try:
@@ -189,7 +191,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-  """Inside a `with`, a script ends quietly when nobody reads what it prints."""
+  """Inside a `with`, a script ends quietly when its stdout was closed."""
   try:
     yield
   except OSError as error:
@@ -205,7 +207,7 @@ def printing() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-  """Prints; where that is not possible, the script goes on without.
+  """Prints; if that fails, the script goes on.
 
   For results that are written to a file as well.
   """
@@ -219,9 +221,9 @@ def say(text: str) -> None:
 
 
 def flush() -> None:
-  """Prints what is left; where nobody reads it, lets it go."""
+  """Flushes stdout; if it was closed, drops what is left."""
   try:
-    if sys.stdout is not None:  # It is where it was closed before the start.
+    if sys.stdout is not None:  # None if closed before the start.
       sys.stdout.flush()
   except OSError as error:
     _print_nowhere()
@@ -230,7 +232,7 @@ def flush() -> None:
 
 
 def _print_nowhere() -> None:
-  """Not even when Python ends, which would be a traceback."""
+  """Redirects stdout to nowhere: a flush at exit would print a traceback."""
   if sys.stdout is not None:
     with open(os.devnull, 'w') as nowhere:
       os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -244,7 +246,7 @@ def end_with(error: Exception) -> NoReturn:
   """
   if multihost.is_peer_failure(error) or isinstance(error, BrokenPipeError):
     raise error
-  # What is printed may go to the same disk.
+  # stderr may go to the disk that is full.
   with contextlib.suppress(OSError):
     print(f'error: {error}', file=sys.stderr)
   code = EXIT_CANNOT_SAVE if run_folder.is_full(error) else 1
@@ -255,7 +257,7 @@ def end_with(error: Exception) -> NoReturn:
 
 
 def _problem(error: Exception) -> str | None:
-  """What to say of an error that comes of the machine; None for others."""
+  """Message for an error that the machine causes; None for others."""
   if devices.is_out_of_memory(error):
     return (
       f'out of memory ({(str(error) or "of the host").splitlines()[0][:200]}). '
@@ -285,7 +287,7 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
   """Starts JAX as the flags say; exits if there are arguments but flags.
 
   Args:
-    argv: What absl left of the command line.
+    argv: Arguments that absl left of the command line.
     cpu_devices: As in `devices.start`.
 
   Raises:
@@ -294,7 +296,7 @@ def start(argv: list[str], cpu_devices: int = 1) -> None:
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
-    # Orbax tells what it does, and errors twice: we get them as exceptions.
+    # Orbax logs its progress, and its errors, which are raised as well.
     logging.set_verbosity(logging.FATAL)
   devices.start(cpu_devices, flags.FLAGS.compilation_cache)
   if 'distributed' in flags.FLAGS and flags.FLAGS.distributed:
@@ -319,7 +321,7 @@ def saving(folder: pathlib.Path) -> Iterator[None]:
   """Inside a `with`, ends the script if a folder cannot be written to."""
   try:
     yield
-  except BrokenPipeError:  # Not of the folder.
+  except BrokenPipeError:  # Of stdout, not of the folder.
     raise
   except OSError as error:
     end_with(run_folder.save_error(folder, error))

@@ -36,7 +36,7 @@ _OWN_PREDICTORS = {
   'lin': 'lad',
   'ptw': 'ptw',
   'random_shift': 'random_shift',
-  # Not exact, but made for it.
+  # Not exact, but designed for it.
   'recurring': 'forget_me_not',
   'regular_shift': 'regular_shift',
   'static': 'kt',
@@ -54,19 +54,20 @@ class DataConfig(base_config.Config):
   """The source of the sequences.
 
   Attributes:
-    iid_distribution: Of the symbols in a segment, a key of `DISTRIBUTIONS`.
-    iid_distribution_kwargs: For its constructor; `feature_size` is the alphabet
-      size K of a categorical.
-    parameter_distribution: Of the parameters of a segment.
-    parameter_distribution_kwargs: For its constructor; `feature_size` follows
-      from `iid_distribution` when left out.
+    iid_distribution: Distribution of the symbols in a segment, a key of
+      `DISTRIBUTIONS`.
+    iid_distribution_kwargs: Keyword arguments of its constructor;
+      `feature_size` is the alphabet size K of a categorical.
+    parameter_distribution: Distribution of the parameters of a segment.
+    parameter_distribution_kwargs: Keyword arguments of its constructor;
+      `feature_size` follows from `iid_distribution` when left out.
     parameter_distribution_params: Its parameters: the concentration of a
       Dirichlet.
     trajectory_generator: A key of `TRAJECTORY_GENERATORS`, which says where
       segments end.
-    trajectory_generator_kwargs: For its constructor: `shift_period` of
-      regular_shift, `shift_distribution` and `shift_parameters` of
-      random_shift, optionally `depth` of ptw.
+    trajectory_generator_kwargs: Keyword arguments of its constructor:
+      `shift_period` of regular_shift, `shift_distribution` and
+      `shift_parameters` of random_shift, optionally `depth` of ptw.
   """
 
   iid_distribution: str = 'categorical'
@@ -87,7 +88,7 @@ class DataConfig(base_config.Config):
     """Raises ValueError, naming the field, if a value has the wrong type.
 
     Args:
-      path: Of this config, for the message: `data` or `eval.data`.
+      path: Path of this config, for the message: `data` or `eval.data`.
     """
     for field in (
       'iid_distribution',
@@ -107,7 +108,7 @@ class DataConfig(base_config.Config):
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(base_config.EvalConfig):
-  """How the network is evaluated, and beside whom.
+  """How the network is evaluated, and with which exact predictors.
 
   Attributes:
     seq_length: T of the evaluation; None is that of training.
@@ -117,10 +118,11 @@ class EvalConfig(base_config.EvalConfig):
     optimal_predictors: Names in `OPTIMAL_PREDICTORS` that are evaluated on the
       same sequences; 'auto' is the source's own Bayes predictor, and PTW, LAD
       and KT as references.
-    optimal_predictors_kwargs: For their constructors, by name. What is not
-      given follows from the source: `concentration` from its Dirichlet prior,
-      `depth` from the source's depth or the sequence length, and the law of its
-      segment lengths for the predictor of the same name.
+    optimal_predictors_kwargs: Keyword arguments of their constructors, by name.
+      Those that are not given follow from the source: `concentration` from its
+      Dirichlet prior, `depth` from the source's depth or the sequence length,
+      and the parameters of its segment-length distribution for the predictor of
+      the same name.
     data: The source to evaluate on; None is that of training.
   """
 
@@ -186,8 +188,8 @@ class SweepPoint(NamedTuple):
 
   Attributes:
     config: Its config, whose name is that of the point.
-    settings: What the sweep has set, by path: the name of a named value, else
-      the value.
+    settings: Values that the sweep has set, by path: the name of a named value,
+      else the value.
   """
 
   config: ExperimentConfig
@@ -215,7 +217,7 @@ class ExperimentSweep(base_config.Config):
   Attributes:
     general_sweep: Values by path.
     specific_sweeps: Further values by path, one dict per group.
-    base_config: What the sweeps leave as it is.
+    base_config: Values of all other fields.
   """
 
   general_sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -227,7 +229,7 @@ class ExperimentSweep(base_config.Config):
   def points(self) -> list[SweepPoint]:
     """Returns the points, each named by the base and by what was set.
 
-    Of a named value the name is shown, else `path=value`:
+    A named value is shown by its name, any other as `path=value`:
 
       base,seed=0,train.learning_rate=0.001,small
 
@@ -263,7 +265,7 @@ class ExperimentSweep(base_config.Config):
 
 
 def _choices(path: str, values: Any) -> list[tuple[Any, Any, bool]]:
-  """Label and value of everything a path is swept over, and if it is named."""
+  """Label and value of each sweep value, and whether it is named."""
   if isinstance(values, Mapping):
     return [(name, value, True) for name, value in values.items()]
   if not isinstance(values, tuple):
@@ -287,7 +289,7 @@ def with_overrides(
   """Returns a copy with other values at some paths.
 
   Args:
-    config: Stays as it is.
+    config: Config to copy; it stays as it is.
     overrides: Values by path, e.g. `train.batch_size` or
       `model.architecture_kwargs.hidden_size`. Those inside `eval.data` come
       last; where it is None, they change a copy of `data`.
@@ -296,7 +298,7 @@ def with_overrides(
     ValueError: If a path leads to no field.
   """
   config = copy.deepcopy(config)
-  # The source of the evaluation may start as that of training is in the end.
+  # eval.data last: it may start as a copy of `data` with all its overrides.
   for path in sorted(overrides, key=lambda path: path.startswith(_EVAL_DATA)):
     with base_config.naming(path):
       _annotation_at(type(config), path)
@@ -337,8 +339,8 @@ def parse_overrides(
   `1e2` and `100.0` are 100. What takes a number takes an int.
 
   Args:
-    config: To be overridden.
-    items: `path=value` each. Of two for the same path, the last wins.
+    config: Config to be overridden.
+    items: Settings, `path=value` each. Of two for the same path, the last wins.
 
   Raises:
     ValueError: If a path leads to no field, or a value is not of its type.
@@ -419,7 +421,7 @@ def _read_any(text: str) -> Any:
 
 
 def _whole(value: Any) -> Any:
-  """A value in which whole numbers are ints, as far as floats hold them all."""
+  """A value with whole floats up to 2^53, where they are exact, as ints."""
   if isinstance(value, dict):
     return {key: _whole(item) for key, item in value.items()}
   if isinstance(value, tuple):
@@ -450,11 +452,11 @@ def _read_tuple(text: str, read_item: Callable[[str], Any]) -> tuple[Any, ...]:
 
 
 class _Reader(NamedTuple):
-  """How a text is read as a type.
+  """A type that a text can be read as.
 
   Attributes:
-    allowed: What the text must be, for messages.
-    read: From the text to the value; raises ValueError.
+    allowed: Description of the texts that are allowed, for messages.
+    read: Function from the text to the value; raises ValueError.
   """
 
   allowed: str
@@ -485,7 +487,7 @@ _READERS = {
 
 
 def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
-  """Returns a copy in which what is None is filled from the rest.
+  """Returns a copy in which fields that are None are filled from the others.
 
   Evaluation takes length and source from training, and the arguments of exact
   predictors from its source; PTW's depth, the window of a sliding-window
@@ -528,7 +530,7 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
         _ptw_depth(evaluation.data, evaluation.seq_length),
       )
     law = evaluation.data.trajectory_generator_kwargs
-    # All of the law or nothing: never half of one and half of another.
+    # All parameters of one distribution: never half of one and half of another.
     if name in _LIKE_THEIR_SOURCE and name == source:
       if not law.keys() & predictor_kwargs.keys():
         predictor_kwargs.update(law)
@@ -561,7 +563,7 @@ def without_derived(config: ExperimentConfig) -> ExperimentConfig:
   was given, but is what would be filled in, goes too.
 
   Args:
-    config: Complete or not.
+    config: Config, complete or not.
 
   Raises:
     ValueError: If a value is out of range.
@@ -577,7 +579,7 @@ def without_derived(config: ExperimentConfig) -> ExperimentConfig:
       if post_process_config(candidate) == complete:
         reduced = candidate
     except ValueError:
-      pass  # What is left does not fit the defaults.
+      pass  # The rest does not fit the defaults.
 
   for field, default in (
     ('seq_length', None),

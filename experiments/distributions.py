@@ -105,7 +105,7 @@ class Distribution(base_config.EqualByValue, abc.ABC):
     Args:
       field: Name for the message.
       parameters: `[..., P]`.
-      closed: Also allow the limits of the allowed range.
+      closed: Whether to allow the limits of the allowed range, too.
     """
 
   @abc.abstractmethod
@@ -482,7 +482,7 @@ class Uniform(_Univariate):
     if closed:
       valid = low <= high
     else:
-      # What float32 makes of them.
+      # The limits in float32.
       with np.errstate(over='ignore', invalid='ignore'):
         width = high.astype(np.float32) - low.astype(np.float32)
       valid = base_config.fits_float32(width)
@@ -801,7 +801,7 @@ def check_univariate(
 
   Args:
     field: Name of the distribution, for the message.
-    distribution: By name or as an object.
+    distribution: Distribution by name or as an object.
     parameters_field: Name of its parameters, for the message.
     parameters: A sequence of them.
 
@@ -1085,10 +1085,10 @@ def _sample_log_gamma(
     normal = jax.random.normal(rng_normal, shape, dtype)
     x = jnp.maximum(c * normal, -1)  # v = (1 + x)^3
     log_root = jnp.log1p(x)
-    # n^2 / 2 + d (1 - v + log v), so written that large alphas do not cancel.
+    # n^2 / 2 + d (1 - v + log v), written so that nothing cancels.
     threshold = 0.5 * normal**2 + d * (3 * (log_root - x) - 3 * x**2 - x**3)
     exponential = jax.random.exponential(rng_accept, shape, dtype)
-    # What is not a number is not tried again.
+    # Written so that a NaN is accepted, and not tried again.
     new = ~accepted & ~(-exponential >= threshold)
     return rng, jnp.where(new, 3 * log_root, log_v), accepted | new
 

@@ -47,7 +47,7 @@ def make_config(
   """Returns the config of a run with another evaluation.
 
   Args:
-    run_config: Of the run.
+    run_config: Config of the run.
     source: A key of `TRAJECTORY_GENERATORS`; None is the evaluation's own.
     seq_length: T; None is the evaluation's own.
     batch_size: Sequences at a time; None is the evaluation's own.
@@ -65,7 +65,8 @@ def make_config(
     overrides['eval.data.trajectory_generator_kwargs'] = (
       constants.source_kwargs(source)
     )
-  # What followed from the old source and length follows from the new ones.
+  # The parameters that followed from the old source and length are dropped, to
+  # follow from the new ones.
   config = config_lib.without_derived(run_config)
   config = config_lib.with_overrides(
     config,
@@ -98,9 +99,9 @@ def evaluate(
   that cannot be read is left out with a warning.
 
   Args:
-    folder: Of the run.
-    config: From `make_config`.
-    steps: To evaluate; None is the newest that can be read.
+    folder: Folder of the run.
+    config: Config from `make_config`.
+    steps: Steps to evaluate; None is the newest that can be read.
     num_sequences: N.
     use_tqdm: Show progress.
 
@@ -281,7 +282,7 @@ def main(argv: list[str]) -> None:
     sys.exit('error: give the folder of one run')
   values = flags.FLAGS
   folder = pathlib.Path(argv[1])
-  # In a line, not with the place in the code.
+  # In one line, without the place in the code.
   warnings.showwarning = lambda message, *args, **kwargs: print(
     f'warning: {message}', file=sys.stderr
   )

@@ -51,7 +51,7 @@ def instantaneous_regret(
   """
   log_probs = jax.nn.log_softmax(predictions[:, :-1], axis=-1)
   truth = parameters[:, 1:]
-  # No comparison is true of a NaN, which stays one.
+  # No comparison is true for a NaN, so that it stays NaN.
   is_zero = truth == 0
   log_ratios = jnp.log(jnp.where(is_zero, 1, truth)) - jnp.where(
     is_zero, 0, log_probs
@@ -78,9 +78,9 @@ class MetaLearningEvaluator:
     """Initializes the evaluator.
 
     Args:
-      predictor: To evaluate.
-      generator: Of the sequences.
-      optimal_predictors: To set beside it, by name.
+      predictor: Predictor to evaluate.
+      generator: Source of the sequences.
+      optimal_predictors: Exact predictors to compare with, by name.
       batch_size: B.
       seq_length: T.
       chunk_length: Symbols that `predictor` reads at a time; see
@@ -124,8 +124,8 @@ class MetaLearningEvaluator:
     """Returns metrics over one batch of fresh sequences, in nats.
 
     Args:
-      predictor_params: Of the predictor.
-      predictor_state: Where it starts; None is its initial state.
+      predictor_params: Parameters of the predictor.
+      predictor_state: State to start from; None is its initial state.
       rng: Key of the batch.
 
     Returns:
@@ -143,12 +143,12 @@ class MetaLearningEvaluator:
     batch: jax.Array,
     predictor_state: predictors.State = None,
   ) -> dict[str, jax.Array]:
-    """Returns what all predictors make of a batch.
+    """Returns the predictions of all predictors on a batch.
 
     Args:
-      predictor_params: Of the predictor.
+      predictor_params: Parameters of the predictor.
       batch: Symbols `[B, T, K]`.
-      predictor_state: Where it starts; None is its initial state.
+      predictor_state: State to start from; None is its initial state.
 
     Returns:
       Predictions `[B, T, K]` by name, the predictor's own under `NETWORK`.
@@ -176,7 +176,7 @@ class MetaLearningEvaluator:
     """Returns cumulative regrets on many fresh sequences, batch by batch.
 
     Args:
-      predictor_params: Of the predictor.
+      predictor_params: Parameters of the predictor.
       rng: Key of all batches.
       num_sequences: N.
       use_tqdm: Show a progress bar.
@@ -201,7 +201,7 @@ class MetaLearningEvaluator:
     They are the sequences that `evaluate` sums up for the same key.
 
     Args:
-      predictor_params: Of the predictor.
+      predictor_params: Parameters of the predictor.
       rng: Key of all batches.
       num_sequences: N.
       use_tqdm: Show a progress bar.
@@ -283,7 +283,7 @@ class MetaLearningEvaluator:
     size, mesh = self.batch_size, self._mesh
     everywhere = jax.sharding.PartitionSpec()
     split = jax.sharding.PartitionSpec(mesh.axis_names)
-    # Some sequences twice, if need be, so that each device has as many.
+    # Some sequences are repeated if devices would have unequal numbers.
     indices = np.arange(size + -size % mesh.size) % size
 
     def regrets_of_batch(
@@ -333,14 +333,14 @@ class MetaLearningEvaluator:
 
 
 class DrawnSequence(NamedTuple):
-  """A sequence, and what the predictors make of it.
+  """A sequence, with the predictions of all predictors.
 
   Attributes:
     symbols: `[T, K]`.
     parameters: True probabilities `[T, K]`.
     switches: bool `[T]`, True where a new segment starts.
-    probabilities: Of symbols 2, ..., T by predictor, `[T - 1, K]`.
-    regrets: Of predicting them, `[T - 1]`.
+    probabilities: Predictions of symbols 2, ..., T, `[T - 1, K]`, by predictor.
+    regrets: Regrets of these predictions in nats, `[T - 1]`, by predictor.
   """
 
   symbols: np.ndarray
@@ -355,12 +355,12 @@ def draw_sequence(
 ) -> DrawnSequence:
   """Returns a sequence for a figure.
 
-  Of a small batch it is the first sequence with two switching points or more,
+  It is the first sequence of a small batch with two switching points or more,
   or else the first one.
 
   Args:
-    evaluator: Knows source and predictors.
-    params: Of its predictor.
+    evaluator: Evaluator with the source and the predictors.
+    params: Parameters of its predictor.
     rng: Key of the batch.
   """
   size = (_DRAWN_BATCH, evaluator.seq_length)
@@ -395,8 +395,8 @@ def build_evaluator(
   """Returns the evaluator that a config describes.
 
   Args:
-    predictor: To evaluate.
-    config: As `post_process_config` leaves it.
+    predictor: Predictor to evaluate.
+    config: Config, complete as `post_process_config` leaves it.
 
   Raises:
     ValueError: If the config is not complete or not valid.

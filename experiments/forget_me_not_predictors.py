@@ -64,15 +64,15 @@ _TIE = 1e-4
 
 
 class ForgetMeNotState(NamedTuple):
-  """What the open block of each level has seen, and the memory at its start.
+  """Statistics of the open block of each level, and the memory at its start.
 
   Base models are in the order: the fresh one, the M places of the memory.
 
   Attributes:
     time: Symbols seen so far, int32, the same for all sequences.
-    counts: Of the symbols in the open block, then of those that each model in
-      memory had learnt at its start, int32 `[B, d + 1, 1 + M, K]`. A place
-      without any is free.
+    counts: Counts of the symbols in the open block, then of those that each
+      model in memory had learnt at its start, int32 `[B, d + 1, 1 + M, K]`. A
+      place without any is free.
     log_weights: Log posterior of the base models, given the open block; -inf at
       a free place, `[B, d + 1, 1 + M]`.
     log_odds: L_j of the open blocks in nats, `[B, d]`.
@@ -109,7 +109,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
     Args:
       depth: d; up to 2^d symbols can be predicted.
       memory_size: M, models that are remembered; 0 is PTW.
-      concentration: Of the Dirichlet prior of a segment; 1/2 is KT.
+      concentration: Dirichlet concentration of a segment's prior; 1/2 is KT.
       alphabet_size: K, as in OptimalPredictor.
 
     Raises:
@@ -197,7 +197,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
       ptw_predictors.check_horizon(self.depth, int(state.time) + num_symbols)
 
 
-# What follows is written for one sequence: a state without the batch axis.
+# The functions below take one sequence: a state without the batch axis.
 _BATCH_AXES = ForgetMeNotState(None, 0, 0, 0, 0)
 
 
@@ -244,7 +244,7 @@ def _levels(
   """Probabilities of the next symbol at every level.
 
   Args:
-    state: Of one sequence.
+    state: State of one sequence.
     prior: Dirichlet concentration `[K]`.
 
   Returns:
@@ -253,7 +253,7 @@ def _levels(
   in_block, remembered = state.counts[:, :1], state.counts[:, 1:]
   counts = jnp.concatenate([in_block, in_block + remembered], axis=1)
   kts = predictors.kt_probs(counts, prior)
-  # Normalised again: what rounding has added up to in a long block is not.
+  # Normalised again: rounding errors add up in a long block.
   weights = jax.nn.softmax(state.log_weights, axis=-1)
   segments = (weights[..., None] * kts).sum(axis=1)
   split = jax.nn.sigmoid(state.log_odds)
@@ -278,7 +278,7 @@ def _learn(
   Args:
     symbol: `[K]`, one-hot.
     state: The state before it.
-    kts: From `_levels`, like the rest.
+    kts: KT probabilities from `_levels`, like the rest.
     segments: xi_j.
     mixtures: p_j.
   """
@@ -341,8 +341,8 @@ def _remember(counts: jax.Array, log_weights: jax.Array) -> jax.Array:
   """The memory in which the most probable base model has learnt a block.
 
   Args:
-    counts: Of the block, then of the models in memory, `[1 + M, K]`.
-    log_weights: Of the base models, given the block, `[1 + M]`.
+    counts: Counts of the block, then of the models in memory, `[1 + M, K]`.
+    log_weights: Log posterior of the base models, given the block, `[1 + M]`.
 
   Returns:
     The models in memory, `[M, K]`.
@@ -352,7 +352,7 @@ def _remember(counts: jax.Array, log_weights: jax.Array) -> jax.Array:
     return memory
   best = jnp.argmax(log_weights >= log_weights.max() - _TIE)
   is_new = best == 0
-  # The first of those with the fewest symbols; a free place has none.
+  # The first place with the fewest symbols; a free place has none.
   place = jnp.where(is_new, jnp.argmin(memory.sum(axis=-1)), best - 1)
   learnt = block + jnp.where(is_new, 0, memory[place])
   return jnp.where((jnp.arange(len(memory)) == place)[:, None], learnt, memory)

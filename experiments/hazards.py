@@ -1,4 +1,4 @@
-"""Laws of segment lengths: how likely a segment ends at each length.
+"""Segment-length distributions: how likely a segment ends at each length.
 
 A segment of length L has the hazard h(a) = P(L = a | L >= a): the chance that
 it ends after its a-th symbol. With the survival function S(n) = P(L > n) and
@@ -34,7 +34,7 @@ _NUM_TRIED = 256
 
 
 class Hazard(abc.ABC):
-  """A law of segment lengths."""
+  """A segment-length distribution."""
 
   @abc.abstractmethod
   def log_probs(self, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +89,7 @@ class HazardTable(Hazard):
   values: tuple[float, ...]
 
   def __post_init__(self):
-    # Lists and arrays, too: the law must be hashable.
+    # Lists and arrays, too: the distribution must be hashable.
     _replace(self, 'values', base_config.check_vector('hazard', self.values))
     if not self.values:
       raise ValueError('hazard is an empty table')
@@ -159,10 +159,11 @@ class LengthDistribution(Hazard):
 class RoundedLengths(Hazard):
   """Lengths max(1, round(X)), X from a univariate distribution.
 
-  The law of the `random_shift` source: P(L > n) = P(X > n + 1/2) for n >= 1.
+  The distribution of the `random_shift` source: P(L > n) = P(X > n + 1/2) for
+  n >= 1.
 
   Attributes:
-    distribution: Of X.
+    distribution: Distribution of X.
     parameters: Its parameters.
   """
 
@@ -203,11 +204,11 @@ class RoundedLengths(Hazard):
 def as_hazard(
   hazard: Hazard | Callable[[np.ndarray], Any] | Sequence[float] | float,
 ) -> Hazard:
-  """Returns a law of segment lengths.
+  """Returns a segment-length distribution.
 
   Args:
-    hazard: Such a law, a function of arrays of lengths, a table (longer
-      segments have its last hazard) or a constant.
+    hazard: A segment-length distribution, a function of arrays of lengths, a
+      table (longer segments have its last hazard) or a constant.
 
   Raises:
     ValueError: If it is none of these or outside [0, 1].
@@ -238,5 +239,5 @@ def _from_hazards(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _replace(law: Hazard, field: str, value: Any) -> None:
-  """Sets a field of a frozen law, once checked."""
+  """Sets a field of a frozen dataclass, once checked."""
   object.__setattr__(law, field, value)

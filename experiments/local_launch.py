@@ -54,7 +54,7 @@ from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption
 from nonstationary_mbml.runtime import run_folder
 
-# What a network of ours needs, or is better off with, besides its name.
+# Arguments that each network needs, or is better off with.
 _RECURRENT = {'hidden_size': 64}
 _TRANSFORMER = {
   'embedding_dim': 64,
@@ -72,7 +72,7 @@ _ARCHITECTURES = {
   'transformer': _TRANSFORMER,
   'sliding_window_transformer': {'context_length': 16, **_TRANSFORMER},
 }
-# What each flag decides in a config.
+# Fields of a config that each flag decides.
 _FIELDS_OF_FLAGS = {
   'source': ('data.trajectory_generator', 'data.trajectory_generator_kwargs'),
   'model_type': ('model.model_type', 'model.architecture_kwargs'),
@@ -102,12 +102,12 @@ def make_config(
   Args:
     source: A key of `TRAJECTORY_GENERATORS`.
     model_type: A key of `PREDICTOR_FACTORIES`.
-    steps: Of training.
-    seed: Of everything.
-    name: Of the run; if None, made of network, source and seeds.
+    steps: Number of training steps.
+    seed: Seed from which all randomness follows.
+    name: Name of the run; if None, made of network, source and seeds.
     seq_length: T.
     batch_size: B.
-    learning_rate: Adam's.
+    learning_rate: Learning rate of Adam.
     num_seeds: Networks that are trained together; above 1, an ensemble.
 
   Raises:
@@ -151,7 +151,7 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
   but for the devices, is found here, and JAX is not started.
 
   Args:
-    values: Of the flags of `define_flags`, parsed.
+    values: Parsed flags, as from `define_flags`.
 
   Raises:
     ValueError: If the config is not valid.
@@ -181,15 +181,15 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
 def run(
   config: config_lib.ExperimentConfig, folder: pathlib.Path, num_sequences: int
 ) -> list[dict[str, Any]]:
-  """Trains and evaluates as configured, and writes what came of it.
+  """Trains and evaluates as configured, and writes the results.
 
   A run that was stopped goes on from its last checkpoint. If there are several
   processes, all call this, and the first one writes.
 
   Args:
-    config: Complete, as `post_process_config` leaves it.
-    folder: Of the run.
-    num_sequences: For the table.
+    config: Config of the run, complete as `post_process_config` leaves it.
+    folder: Folder of the run.
+    num_sequences: Number of sequences for the table.
 
   Returns:
     The rows of the table.
@@ -312,8 +312,8 @@ def sequence_figure(
   """Draws a sequence, predicted by the network and by PTW and LAD.
 
   Args:
-    sequence: From `draw_sequence`.
-    names: What to call the predictors to draw, by name in the evaluator.
+    sequence: Sequence from `draw_sequence`.
+    names: Labels of the predictors to draw, by name in the evaluator.
   """
   return plotting.plot_sequence(
     sequence.symbols,
@@ -330,7 +330,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test.
 
   Args:
-    values: Where they are defined.
+    values: Flag values to define them in.
   """
   cli.define_flags(values)
   cli.define_distributed_flags(values)
@@ -363,7 +363,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   integer('seq_length', 32, 'Symbols per sequence.', lower_bound=2)
   integer('batch_size', 128, 'Sequences per training step.', lower_bound=1)
   flags.DEFINE_float(
-    'learning_rate', 2e-3, "Adam's.", lower_bound=0, flag_values=values
+    'learning_rate',
+    2e-3,
+    'Adam learning rate.',
+    lower_bound=0,
+    flag_values=values,
   )
   integer(
     'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
@@ -425,7 +429,7 @@ def main(argv: list[str]) -> None:
     if not values.distributed:
       default = devices.num_cpu_devices(config.train.batch_size)
     cli.start(argv, values.cpu_devices or default)
-    # What can be wrong with a config is found before the folder is touched.
+    # An error in a config is found before the folder is touched.
     train.build_parts(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )

@@ -1,4 +1,4 @@
-"""Figures of sequences, and of what predictors make of them.
+"""Figures of sequences, and of their predictions.
 
   plot_regret_over_time({'LSTM': regrets, 'PTW': others})
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 
-# Of a run, as in `TrainResult`.
+# Log entries of a run, as in `TrainResult`.
 History = Sequence[Mapping[str, float]]
 
 # Okabe & Ito's palette, safe for colour-blind readers.
@@ -36,10 +36,10 @@ COLOURS = (
 )
 # More symbols than this are plotted only up to it.
 _MAX_SYMBOLS = 3
-# What is less probable has the colour of 0 in a heat map.
+# A less probable run length has the colour of 0 in the heat map.
 _LEAST_PROBABILITY = 1e-3
 _DASHES = ('-', '--', '-.', (0, (1, 1)))
-# In letters of a legend: the figure, and a handle with what is around it.
+# Widths in letters of a legend: the figure, and a handle with its margins.
 _LEGEND_WIDTH = 118
 _HANDLE_WIDTH = 7
 # Half a 95% confidence interval of a mean, in standard errors.
@@ -143,7 +143,7 @@ def plot_source(
     batch: One-hot symbols `[B, T, K]`.
     parameters: True probabilities `[B, T, K]`.
     switch_points: bool `[B, T]`, True where a new segment starts.
-    title: Of the figure.
+    title: Title of the figure.
     num_sequences: The most that are drawn.
 
   Returns:
@@ -368,7 +368,7 @@ def plot_learning_curve(
       regret is measured; None is the best of those in a history, in the mean
       over its steps, which is the source's own where there is one.
     title: Title of the figure.
-    labels: What exact predictors are called, by name in the histories.
+    labels: Labels of exact predictors, by name in the histories.
 
   Returns:
     The figure: cumulative regret above the optimum against training step, with
@@ -479,13 +479,13 @@ def plot_matrix(
   """Draws predictors on sources, one number for each.
 
   Args:
-    regrets: By source (row) and predictor (column): a number, or values `[N]`
-      of sequences whose mean and standard error are shown, as from
+    regrets: Regrets by source (row) and predictor (column): a number, or values
+      `[N]` of sequences whose mean and standard error are shown, as from
       `regret_curves.by_source`. A source need not have all predictors.
     marked: The predictor with a frame in every row, by source; None frames the
       least.
-    mark_label: What a frame says.
-    unit: Of the numbers, with their name.
+    mark_label: Meaning of a frame, for the legend.
+    unit: Unit of the numbers, with the name of their quantity.
     log_scale: Whether colours are logarithmic.
     title: Title of the figure.
 
@@ -576,7 +576,7 @@ def plot_matrix(
 
 
 class _LearningCurve(NamedTuple):
-  """Of one run; `spread` is what its standard errors are over."""
+  """Curve of one run; `spread` names what its standard errors are over."""
 
   steps: np.ndarray
   mean: np.ndarray
@@ -631,7 +631,7 @@ def _set_nearly_log(
     panel.set_yscale('log')
     set_plain_ticks(panel.yaxis)
     return 'log scale'
-  # As wide as the last bands are: nothing inside can be told from 0.
+  # Linear within the width of the last bands, which is noise around 0.
   widths = [_HALF_WIDTH * curve.stderr[-1] for curve in curves]
   largest = max(np.max(np.abs(curve.mean)) for curve in curves)
   threshold = np.nanmax([*widths, 1e-3 * largest])
@@ -686,7 +686,7 @@ def _draw_mean(
 def _add_legend_of_means(
   figure: figure_lib.Figure, panel: matplotlib.axes.Axes, spread: str
 ) -> None:
-  """Names the lines, and says what the bands are: errors over what."""
+  """Adds a legend of the lines and of the confidence bands."""
   handles, _ = panel.get_legend_handles_labels()
   band = matplotlib.patches.Patch(
     color='0.5',
@@ -700,7 +700,7 @@ def _add_legend_of_means(
 def add_legend(
   figure: figure_lib.Figure, handles: Sequence[matplotlib.artist.Artist]
 ) -> None:
-  """Below the panels, in as few rows as are not wider than the figure."""
+  """Adds a legend below the panels, in as few rows as fit the width."""
   widths = [_HANDLE_WIDTH + len(handle.get_label()) for handle in handles]
   for num_rows in range(-(-len(handles) // 4), len(handles) + 1):
     # Columns are filled one after another.
@@ -717,7 +717,7 @@ def add_legend(
 
 
 def _mean_and_stderr(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Over the N sequences of `[N, ...]`."""
+  """Mean and standard error over the N sequences of `[N, ...]`."""
   return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
 
 
@@ -799,9 +799,9 @@ def plot_bayes_table(
   """Draws the regret of exact predictors on several sources.
 
   Args:
-    cells: Of `bayes_table`, one for each source and predictor: `source`,
+    cells: Cells of `bayes_table`, one for each source and predictor: `source`,
       `predictor`, `is_own`, `cumulative_regret`, `stderr` and `bound`.
-    labels: What predictors are called, from top to bottom.
+    labels: Labels of the predictors, from top to bottom.
 
   Returns:
     The figure: one panel per source, one line per predictor, all on one
@@ -866,8 +866,8 @@ def plot_switch_posteriors(
     posteriors: P(a segment starts at t | all symbols) `[T]`, by predictor.
     run_lengths: P(n symbols of the current segment so far | those seen) after
       every symbol, `[T, T + 1]`.
-    run_length_label: Whose posterior the latter is.
-    title: Of the figure.
+    run_length_label: Label of the predictor that `run_lengths` is from.
+    title: Title of the figure.
 
   Returns:
     The figure: the symbols with their true probability, the smoothed
@@ -915,7 +915,7 @@ def plot_switch_posteriors(
     bottom.set_ylabel('symbols in the\ncurrent segment')
     bottom.set_xlabel('time (symbols)')
     bottom.set_xlim(0, seq_length + 1)
-    # What is never probable is left out.
+    # Run lengths that are never probable are left out.
     longest = np.flatnonzero((run_lengths > _LEAST_PROBABILITY).any(axis=0))[-1]
     bottom.set_ylim(0, max(longest, (time - starts).max()) + 1)
     bar = figure.colorbar(mesh, ax=bottom, pad=0.01, extend='min')

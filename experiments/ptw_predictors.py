@@ -69,7 +69,7 @@ class PTWState(NamedTuple):
 
   Attributes:
     time: Symbols seen so far, int32, the same for all sequences.
-    counts: Of the symbols in the open block of each level, int32
+    counts: Counts of the symbols in the open block of each level, int32
       `[B, d + 1, K]`.
     log_odds: L_j of the open blocks in nats, `[B, d]`.
     log_odds_residual: Remainder of L_j below its rounding, `[B, d]`: a long
@@ -102,7 +102,7 @@ class PTWPredictor(predictors.OptimalPredictor):
 
     Args:
       depth: d; up to 2^d symbols can be predicted.
-      concentration: Of the Dirichlet prior of a segment; 1/2 is KT.
+      concentration: Dirichlet concentration of a segment's prior; 1/2 is KT.
       alphabet_size: K, as in OptimalPredictor.
 
     Raises:
@@ -195,7 +195,7 @@ class PTWPredictor(predictors.OptimalPredictor):
 
     Args:
       batch: Symbols `[B, T, K]`.
-      init_state: As in `unroll`, after t symbols, concrete.
+      init_state: State after t symbols, as in `unroll`, concrete.
 
     Returns:
       P(n symbols so far) `[B, T, t + T + 1]`, 0 for impossible run lengths.
@@ -315,7 +315,7 @@ def _switch_posterior(
   def one(symbols: jax.Array) -> jax.Array:
     *_, block_log_odds = _predict_one(symbols, prior, depth)
     posterior = jnp.zeros(seq_length, symbols.dtype)
-    # Of a block and all that contain it, from the root.
+    # P(a block and all blocks that contain it are split), from the root.
     all_split = jnp.ones(1, symbols.dtype)
     for level, log_odds in enumerate(block_log_odds):
       num_blocks = len(log_odds)
@@ -361,7 +361,7 @@ def _predict_one(
   counts_before = counts_upto - symbols_int  # [K, T']
 
   mixture = inner = None  # p_{j+1}, [K, T']; counts in its block.
-  # Of the symbol that comes at each time: p_{j+1} and p_{j+1} - kt_{j+1}, [T'].
+  # For the symbol at each time: p_{j+1} and p_{j+1} - kt_{j+1}, [T'].
   drawn_mixture = drawn_prior[0] / sum(drawn_prior)
   excess = jnp.zeros_like(drawn_mixture)
   final_counts, final_log_odds, block_log_odds = [], [], []
@@ -480,7 +480,7 @@ def _step(
   dtype, depth = prior.dtype, state.log_odds.shape[1]
   drawn_prior = _drawn_prior(symbols.astype(dtype), prior)
   symbols = symbols.astype(jnp.int32)
-  # Of the symbol that comes, and of all others, level by level: [B, d + 1].
+  # Counts of the symbol that came, and of all others, per level: [B, d + 1].
   drawn = (symbols[:, None] * state.counts).sum(axis=-1)
   others = state.counts.sum(axis=-1) - drawn
   drawn_kts, changes = _kt_and_change(
@@ -540,7 +540,7 @@ def _kt_and_change(
     inner: Times that the symbol, and that another one came before in the
       level-(j+1) block, int32 `[...]`.
     outer: The same for the level-j block.
-    prior: From `_drawn_prior`.
+    prior: Prior counts from `_drawn_prior`.
   """
   own, rest = prior
   dtype = own.dtype
@@ -561,12 +561,12 @@ def _kt_and_change(
 def _gain(
   difference: jax.Array, kt: jax.Array, mixture: jax.Array
 ) -> jax.Array:
-  """What the symbol that came adds to L_j.
+  """The increment of L_j by the symbol that came.
 
   Args:
-    difference: d_j = p_{j+1} - kt_j of it.
-    kt: kt_j of it.
-    mixture: p_{j+1} of it.
+    difference: d_j = p_{j+1} - kt_j of the symbol.
+    kt: kt_j of the symbol.
+    mixture: p_{j+1} of the symbol.
   """
   # Each form has its digits where the other one loses them. No quotient of
   # quotients: the compiler would multiply their denominators.

@@ -19,9 +19,9 @@ class Table(NamedTuple):
   """Regrets of all predictors on the same sequences.
 
   Attributes:
-    rows: From `results_table`.
+    rows: Rows from `results_table`.
     exact: Name of the source's own Bayes predictor; None if it has none.
-    names: What each predictor is called, by its name in the evaluator.
+    names: Label of each predictor, by its name in the evaluator.
   """
 
   rows: list[dict[str, Any]]
@@ -40,11 +40,11 @@ def make_table(
   """Evaluates what was trained on fresh sequences.
 
   Args:
-    config: Of the training; its `eval` is what the evaluator was built from.
-    evaluator: Of its network.
-    params: As training leaves them: all members of an ensemble.
+    config: Config of the run; the evaluator was built from its `eval`.
+    evaluator: Evaluator of its network.
+    params: Parameters, as training leaves them: all members of an ensemble.
     rng: Key of the sequences, which all members read.
-    num_sequences: How many.
+    num_sequences: Number of sequences, N.
     use_tqdm: Show progress.
   """
   seeds = train.member_seeds(config.train)
@@ -92,7 +92,7 @@ def results_table(
       `MetaLearningEvaluator.evaluate`. For an ensemble of networks `[M, N]`:
       its standard errors are over the M members, of which it has a row each
       under `seeds`.
-    names: What each predictor is called in the table, by its name there.
+    names: Label of each predictor in the table, by its name in `regrets`.
     exact: Name of the source's own Bayes predictor, from which the rows are
       measured; None measures from the best of the exact predictors.
   """
@@ -139,8 +139,8 @@ def network_rows(
   """Returns a row for every network of a table, with its `seed`.
 
   Args:
-    table: As from `make_table`, of one network or of an ensemble.
-    seeds: Of the members.
+    table: Table from `make_table`, of one network or of an ensemble.
+    seeds: Seeds of the members.
   """
   rows = table[0].get('seeds') or [table[0]]
   return [{**row, 'seed': seed} for row, seed in zip(rows, seeds, strict=True)]
@@ -154,7 +154,7 @@ def format_table(
   """Returns rows as aligned text.
 
   Args:
-    rows: As from `results_table`; each has a name under `head`.
+    rows: Rows, as from `results_table`; each has a name under `head`.
     head: Title of the first column.
     is_exact: Whether the rows are measured from the source's exact predictor;
       else there is no telling how far from the optimum they are.

@@ -1,4 +1,4 @@
-"""Exact Bayes mixture over all partitions, for any law of segment lengths.
+"""Exact Bayes mixture over partitions, for any segment-length distribution.
 
 Segments have i.i.d. lengths with a hazard h(a), the chance that a segment ends
 after its a-th symbol, and each is predicted by a Bayes estimator kt with a
@@ -91,9 +91,9 @@ class RunLengthState(NamedTuple):
 
   Attributes:
     time: t, symbols seen so far, int32, the same for all sequences.
-    mantissas: Of r_t(s) for s = 0, ..., t, `[B, S]`.
+    mantissas: Mantissas of r_t(s) for s = 0, ..., t, `[B, S]`.
     exponents: Their powers of two, int32 `[B, S]`.
-    counts: Of the symbols since s, int32 `[B, S, K]`.
+    counts: Counts of the symbols since s, int32 `[B, S, K]`.
   """
 
   time: jax.Array
@@ -113,7 +113,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   error wherever the time is concrete.
 
   Attributes:
-    hazard: The law of segment lengths.
+    hazard: Segment-length distribution.
   """
 
   state_class = RunLengthState
@@ -132,8 +132,8 @@ class RunLengthPredictor(predictors.OptimalPredictor):
 
     Args:
       hazard: h(a) as a function of arrays of lengths, a table (longer segments
-        have its last hazard), a constant, or a law from hazards.py.
-      concentration: Of the Dirichlet prior of a segment; 1/2 is KT.
+        have its last hazard), a constant, or a distribution from hazards.py.
+      concentration: Dirichlet concentration of a segment's prior; 1/2 is KT.
       alphabet_size: K, as in OptimalPredictor.
       max_length: Symbols that there is room for; None is as many as come.
 
@@ -201,7 +201,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
 
     Args:
       batch: Symbols `[B, T, K]`.
-      init_state: As in `unroll`, after t symbols.
+      init_state: State after t symbols, as in `unroll`.
 
     Returns:
       P(n symbols so far) `[B, T, t + T + 1]`: T times the memory of `unroll`.
@@ -336,8 +336,8 @@ def random_shift_predictor(
   """Returns the exact Bayes predictor of the `random_shift` source.
 
   Args:
-    shift_distribution: Of X in the length max(1, round X), by name or as an
-      object of one feature.
+    shift_distribution: Distribution of X in the length max(1, round X), by name
+      or as an object of one feature.
     shift_parameters: Its parameters.
     concentration: As in RunLengthPredictor.
     alphabet_size: As in RunLengthPredictor.
@@ -730,7 +730,7 @@ def _backward(
   """Goes back over the last symbols of a batch.
 
   Args:
-    symbols: All up to the last of them, `[B, t + N, K]`.
+    symbols: Symbols up to the last of them, `[B, t + N, K]`.
     probs: p(x) of the last N, `[B, N]`.
     r: After them, `[B, S]`.
     weights: u after them, `[B, S]`.

@@ -32,8 +32,8 @@ class Run:
   """A run, as it was at one of its steps.
 
   Attributes:
-    folder: Of the run.
-    config: Complete, as it was trained.
+    folder: Folder of the run.
+    config: Complete config of its training.
     predictor: The network.
     params: Its parameters; those of an ensemble have a leading axis of members.
     history: The log, as in `train.TrainResult`, up to the newest entry.
@@ -77,7 +77,7 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
   all call it, and all get the same step.
 
   Args:
-    folder: Of the run.
+    folder: Folder of the run.
     step: One of `saved_steps`; None is the newest one.
 
   Raises:
@@ -126,7 +126,7 @@ def _load_params(
 ) -> tuple[int, predictors.Params]:
   """The parameters of a step, or of the newest that can be read."""
   checkpoints, snapshots = _open(folder)
-  # Of several processes each may see another state of the folder.
+  # Several processes may each see another state of the folder.
   of_snapshots, of_checkpoints = multihost.on_primary(
     lambda: (snapshots.steps(), checkpoints.steps())
   )
@@ -162,7 +162,7 @@ def _load_params(
       return candidate, params
   if not problems:
     raise ValueError(f'{folder} has no parameters to load: no step was saved')
-  # Of another network, or damaged: as the newest step is.
+  # The steps are of another network, or damaged: as the newest step is.
   shown = checkpointing.shown_problems([str(problem) for problem in problems])
   if step is None:
     shown = f'{folder} has no parameters to load: {shown}'
@@ -172,7 +172,7 @@ def _load_params(
 _EXPORTED_ENTRIES = 20
 # Tells a copy from a run, which has more than can be made again.
 _EXPORTED = 'exported.json'
-# Of an environment: what tells of somebody's machine only.
+# Entries of an environment that tell of somebody's machine only.
 _PRIVATE = ('command', 'host')
 
 
@@ -183,8 +183,9 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
   hosts and paths; and of the log, entries in equal factors of the steps.
 
   Args:
-    folder: Of the run.
-    target: Of the copy; replaced if it is there, and whole or not at all.
+    folder: Folder of the run.
+    target: Folder of the copy; replaced if it is there. It is written whole or
+      not at all.
 
   Returns:
     The bytes of the copy.
@@ -222,7 +223,7 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     try:
       shutil.copytree(folder / name, new / name)
     except shutil.Error as error:
-      # It has a line for every file.
+      # The error has an entry for every file; one reason is enough.
       raise OSError(error.args[0][0][-1]) from error
     for name in (run_folder.CONFIG, 'table.json'):
       if (folder / name).exists():
@@ -274,9 +275,9 @@ def evaluator_of(
   """Returns an evaluator of a run's network.
 
   Args:
-    run: From `load_run`.
-    source: To evaluate on, beside its own Bayes predictor and the references;
-      None is the one of the run's evaluation.
+    run: Run from `load_run`.
+    source: Source to evaluate on, with its own Bayes predictor and the
+      references; None is the one of the run's evaluation.
     seq_length: T; None is that of the run's evaluation.
     batch_size: Sequences at a time; None is that of the run's evaluation.
 
@@ -306,8 +307,8 @@ def build_evaluator(
   """Returns the evaluator of a run's network that a config describes.
 
   Args:
-    run: From `load_run`.
-    evaluation: Complete, as `post_process_config` leaves it.
+    run: Run from `load_run`.
+    evaluation: Config, complete as `post_process_config` leaves it.
 
   Raises:
     ValueError: If it is not valid, or its source has another alphabet than the

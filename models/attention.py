@@ -33,8 +33,8 @@ class Block(NamedTuple):
   """Consecutive queries and the keys that any of them sees.
 
   Attributes:
-    queries: Their times.
-    keys: Likewise.
+    queries: Times of the queries.
+    keys: Times of the keys.
   """
 
   queries: range
@@ -71,7 +71,7 @@ def causal_attention(
   encoding: pos_encs_lib.Encoding,
   window: int | None = None,
 ) -> jax.Array:
-  """Returns what every query reads, `[B, T, H, D]`.
+  """Returns the output of every query, `[B, T, H, D]`.
 
     read_t = sum_s softmax_s(logits(q_t, k_s)) v_s,  t - window < s <= t
 
@@ -143,14 +143,14 @@ def blocked_attention(
   """`causal_attention` in blocks; differentiable in reverse, once.
 
   Args:
-    query: As in `causal_attention`.
-    key: Likewise.
-    value: Likewise.
-    encoding: Likewise.
-    window: Likewise.
-    block_size: Queries per block, and
-    group_size: sequences computed together; both follow from the sizes by
-      default, and do not change the result.
+    query: Queries, as in `causal_attention`.
+    key: Keys, as in `causal_attention`.
+    value: Values, as in `causal_attention`.
+    encoding: Positional encoding, as in `causal_attention`.
+    window: Window, as in `causal_attention`.
+    block_size: Queries per block. By default it follows from the sizes; it does
+      not change the result.
+    group_size: Sequences computed together; likewise.
   """
   batch_size, seq_length, num_heads, _ = query.shape
   blocks = make_blocks(seq_length, window, block_size)
@@ -232,7 +232,7 @@ def _backward(blocks, window, residuals, read_grad):
 
   def group(encoding_grad, inputs):
     query, key, value, read, log_norm, read_grad = inputs
-    # What the softmax takes off every gradient: [b, H, T, 1].
+    # Mean that the softmax subtracts from every gradient: [b, H, T, 1].
     mean = jnp.sum(read * read_grad, axis=-1, keepdims=True).swapaxes(1, 2)
     query, key, value = _by_head(query, key, value)
     read_grad = read_grad.swapaxes(1, 2)

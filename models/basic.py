@@ -159,7 +159,7 @@ def make_rnn(
     gradient_checkpointing: Whether the backward pass keeps the core's state
       only every sqrt(T) symbols, and computes the rest again: less memory, the
       same gradient.
-    **core_kwargs: For the core, e.g. `hidden_size`.
+    **core_kwargs: Keyword arguments of the core, e.g. `hidden_size`.
 
   Raises:
     ValueError: If a size is not a positive integer, a flag not a bool, or the

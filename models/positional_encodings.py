@@ -47,7 +47,7 @@ class PositionalEncodings(enum.Enum):
     return cls[name]
 
 
-# What `positional_encodings_params` may hold for each encoding.
+# Fields that `positional_encodings_params` may hold for each encoding.
 PARAMS: dict[PositionalEncodings, tuple[str, ...]] = {
   PositionalEncodings.NONE: (),
   PositionalEncodings.SIN_COS: ('max_timescale',),
@@ -102,22 +102,22 @@ def alibi_bias(
 
 
 class Encoding(Protocol):
-  """How attention knows of positions; a pytree of what is learned for it.
+  """Positional encoding in attention; a pytree of its learned parameters.
 
   logits(q_t, k_s) = content_query(q_t)^T k_s / sqrt(D) + bias(q_t, t, s)
   """
 
   def content_query(self, query: jax.Array) -> jax.Array:
-    """Returns what is multiplied with the keys, `[B, heads, t, D]`."""
+    """Returns the queries to multiply with the keys, `[B, heads, t, D]`."""
 
   def bias(
     self, query: jax.Array, queries: range, keys: range
   ) -> jax.Array | None:
-    """Returns what is added to the logits, of meaning where key <= query.
+    """Returns the term added to the logits, of meaning where key <= query.
 
     Args:
       query: `[B, heads, t, D]`.
-      queries: Their times.
+      queries: Times of the queries.
       keys: Times of the keys, up to that of the last query.
 
     Returns:
@@ -175,7 +175,7 @@ class Relative(NamedTuple):
 
 
 class RelativePositions(hk.Module):
-  """What RELATIVE learns."""
+  """Learned parameters of RELATIVE."""
 
   def __init__(self, max_timescale: float = 1e4, name: str | None = None):
     """Initializes the module; `max_timescale` as in `sinusoids`."""

@@ -24,7 +24,7 @@ _State = tuple[jax.Array, ...]
 
 
 class _Weights(NamedTuple):
-  """What z_t = x_t W_x + b and the recurrent products take."""
+  """Weights of z_t = x_t W_x + b and of the recurrent products."""
 
   inputs: jax.Array  # [F, G]
   recurrent: jax.Array  # [H, G]

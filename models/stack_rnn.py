@@ -37,7 +37,7 @@ class _Carry(NamedTuple):
   Attributes:
     tops: `[B, n_stacks, stack_cell_size]`. The network reads nothing else:
       apart, their gradient is not one of whole stacks.
-    stacks: With their tops, `[B, n_stacks, stack_size * stack_cell_size]`.
+    stacks: Stacks with tops, `[B, n_stacks, stack_size * stack_cell_size]`.
     inner: State of the inner core.
   """
 
@@ -77,8 +77,9 @@ class StackRNNCore(hk.RNNCore):
       stack_size: Cells of a stack.
       n_stacks: Number of stacks.
       inner_core: Haiku class of the core that drives the stacks.
-      name: Of the module.
-      **inner_core_kwargs: For the inner core, e.g. `hidden_size`.
+      name: Name of the module.
+      **inner_core_kwargs: Keyword arguments of the inner core, e.g.
+        `hidden_size`.
 
     Raises:
       ValueError: If a size is not a positive integer.

@@ -285,7 +285,7 @@ def _keep_masks(
   """Two independent masks of what dropout keeps; None without a key."""
   if rng is None:
     return None, None
-  # Random bits are dear on a CPU: 16 of them decide. A batch is never split
+  # Random bits are slow on a CPU: 16 of them decide. A batch is never split
   # inside the model, so the bits need not be those of a split array.
   with jax.threefry_partitionable(False):
     words = jax.random.bits(rng, hidden.shape, jnp.uint32)
@@ -294,7 +294,7 @@ def _keep_masks(
 
 
 def _kept_of_2_16(dropout_prob: float) -> int:
-  """How many of 2^16 equally likely values are kept."""
+  """Number of 2^16 equally likely values that are kept."""
   return max(1, round((1 - dropout_prob) * 2**16))
 
 

@@ -1,1 +1,1 @@
-"""How a run lives on machines and disks."""
+"""Machines and disks: devices, processes, signals, files and checkpoints."""

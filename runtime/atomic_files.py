@@ -56,7 +56,7 @@ def locked(path: pathlib.Path, wait_seconds: float) -> Iterator[TextIO]:
 
   Args:
     path: Path of the file, which is made if it is not there.
-    wait_seconds: How long to wait for another process that holds it.
+    wait_seconds: Seconds to wait for another process that holds it.
 
   Yields:
     The open file. A child process that inherits it holds the lock, too.
@@ -131,8 +131,8 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns a table as text.
 
   Args:
-    rows: By column; the columns are those of all rows, and what a row lacks or
-      has as None is empty.
+    rows: Values of each row, by column. The table has the columns of all rows;
+      a value that a row lacks or has as None is empty.
   """
   columns = dict.fromkeys(column for row in rows for column in row)
   text = io.StringIO()

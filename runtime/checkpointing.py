@@ -24,7 +24,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import sharding
 
-# What Orbax calls the only thing that it saves at a step.
+# Orbax's name of the only item that it saves at a step.
 _ITEM = 'default'
 
 
@@ -45,8 +45,8 @@ class Checkpoints:
     Then, remains of saves that were cut off are removed.
 
     Args:
-      folder: Where they are.
-      keep: How many to keep, the newest; None keeps all.
+      folder: Folder of the checkpoints.
+      keep: Number of checkpoints to keep, the newest; None keeps all.
     """
     self.folder = folder.absolute()
     self._keep = keep
@@ -61,8 +61,8 @@ class Checkpoints:
         max_to_keep=self._keep, cleanup_tmp_directories=True
       )
       if multihost.is_multiprocess():
-        # Then processes wait for each other in the coordinator; collectives of
-        # a thread in the background could meet those of training.
+        # Processes then wait for each other in the coordinator: collectives of
+        # a background thread could be mixed up with those of training.
         options.multiprocessing_options = ocp.options.MultiprocessingOptions(
           active_processes=set(range(jax.process_count())),
           barrier_sync_key_prefix=self.folder.name,
@@ -84,7 +84,7 @@ class Checkpoints:
 
     Args:
       step: After those in the folder; one that is there already is kept.
-      tree: To save.
+      tree: Tree to save.
     """
     manager = self._open()
     manager.wait_until_finished()
@@ -122,7 +122,7 @@ class Checkpoints:
       'tree': abstract,
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
     }
-    # What one process cannot read, none of them takes for restored.
+    # A step that one process cannot read is restored in none of them.
     saved = multihost.on_all(lambda: self._read(step, wanted, keep_dtypes))
     # Copied: on a CPU, arrays from Orbax may share memory that is not JAX's to
     # give away.
@@ -156,7 +156,7 @@ class Checkpoints:
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     try:
       with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        # Orbax says at length what it cannot read, and what does not fit.
+        # Checked first: Orbax's own messages are long.
         _read_all(path / _ITEM)
         saved = handler.metadata(path / _ITEM)
         wanted = _matched(path, wanted, saved, keep_dtypes)
@@ -176,7 +176,7 @@ class Checkpoints:
 
     Args:
       step: One of `steps`.
-      folder: Where to; made if it is not there.
+      folder: Folder to write to; made if it is not there.
 
     Returns:
       Where it is now.
@@ -200,7 +200,7 @@ class Checkpoints:
 
 
 def shown_problems(problems: Sequence[str]) -> str:
-  """Returns what is wrong with the newest step, and with how many more."""
+  """Returns the problem of the newest step, and the number of others."""
   first, *others = problems
   return f'{first}, and {len(others)} more' if others else first
 
@@ -258,7 +258,7 @@ def _matched(
 
   Args:
     path: Folder of the step, for messages.
-    wanted: As for `Checkpoints.restore`.
+    wanted: Form of the tree, as for `Checkpoints.restore`.
     saved: Orbax's metadata of what was saved.
     keep_dtypes: As for `Checkpoints.restore`.
 

@@ -1,4 +1,4 @@
-"""What is settled before JAX starts, and what it compiled since.
+"""Settings that must be made before JAX starts, and counts of compilations.
 
 On a CPU a process is split into as many devices as it has cores, since XLA runs
 the small operations of a loop over time on one core each. Compiled programs are
@@ -23,8 +23,8 @@ _LOADED = '/jax/compilation_cache/cache_hits'
 
 
 def num_cpu_devices(batch_size: int | None = None) -> int:
-  """As many as cores, up to a limit, as long as they divide a batch."""
-  if hasattr(os, 'sched_getaffinity'):  # Those this process may use; on Linux.
+  """Returns the most devices, up to cores and a limit, that divide a batch."""
+  if hasattr(os, 'sched_getaffinity'):  # Cores of this process, on Linux.
     cores = len(os.sched_getaffinity(0))
   else:
     cores = os.cpu_count() or 1
@@ -59,7 +59,7 @@ def start(cpu_devices: int = 1, use_compilation_cache: bool = True) -> None:
   Raises:
     ValueError: If JAX has started with another number of devices.
   """
-  # Which backends are not there is of no interest.
+  # No messages about backends that are not there.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   try:
     jax.config.update('jax_num_cpu_devices', cpu_devices)
@@ -73,7 +73,7 @@ def start(cpu_devices: int = 1, use_compilation_cache: bool = True) -> None:
   jax.config.update('jax_enable_compilation_cache', use_compilation_cache)
   if use_compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(folder))
-    # Small programs, too: there are many of them, and each takes its time.
+    # Cache small programs, too: there are many of them.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
@@ -83,7 +83,7 @@ def backend_problem() -> str | None:
   try:
     jax.devices()
   except (AssertionError, RuntimeError) as error:
-    # Where a platform has no plug-in, JAX asserts, and says nothing.
+    # Without a plug-in, JAX raises an AssertionError without a message.
     reason = str(error).split('\n')[0] or 'there is no plug-in for it'
     return (
       f'JAX does not start on the platform {jax.config.jax_platforms}: '
@@ -103,12 +103,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @dataclasses.dataclass
 class Compilations:
-  """What JAX did since the count began.
+  """Programs compiled or loaded since the count began.
 
   Attributes:
     programs: Programs that were asked for, compiled or loaded.
     loaded: Those of them that came from the cache on disk.
-    seconds: Spent on both.
+    seconds: Seconds spent on both.
   """
 
   programs: int = 0

@@ -33,9 +33,9 @@ from nonstationary_mbml import base_config
 _T = TypeVar('_T')
 
 HEARTBEAT_SECONDS = 30
-# So old a machine's view of a network file system may be.
+# Maximum attribute-cache delay of NFS, seconds.
 SHARED_SECONDS = 20.0
-# So long a process that has ended waits for the others to end.
+# Seconds that a process that has ended waits for the others to end.
 _SHUTDOWN_SECONDS = 30
 # JAX's own timeout ends the process with a stack trace; ours comes before it.
 _GRACE_SECONDS = 30
@@ -45,7 +45,7 @@ _STATUS = (
   'ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
   'UNAVAILABLE|UNKNOWN'
 )
-# Messages of other sizes are other programs.
+# Every size of a message is compiled; smaller ones are padded to this.
 _MIN_MESSAGE_BYTES = 1024
 
 
@@ -88,8 +88,8 @@ def start(
   Args:
     coordinator: `host:port` that process 0 listens at. Without it, all follows
       from the environment: on a TPU pod, under SLURM and under Open MPI.
-    num_processes: How many there are.
-    process_id: Of this one: 0, 1, ...
+    num_processes: Number of processes.
+    process_id: Index of this process: 0, 1, ...
     timeout: Seconds until all must have come.
 
   Raises:
@@ -103,7 +103,7 @@ def start(
     shown = 'the other processes'
   else:
     shown = f'all of {num_processes} processes at {coordinator}'
-    # Of some mistakes, such as another number in process 0, JAX dies.
+    # JAX dies of some mistakes, such as another number in process 0.
     print(
       f'process {process_id} joins {num_processes} processes at {coordinator}',
       file=sys.stderr,
@@ -123,7 +123,7 @@ def start(
   timer = threading.Timer(timeout, give_up)
   timer.daemon = True
   timer.start()
-  # It would handle SIGTERM before us.
+  # JAX's preemption service would handle SIGTERM in place of `preemption`.
   with contextlib.suppress(AttributeError):  # Not in every version of JAX.
     jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -136,7 +136,7 @@ def start(
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
-    # All of them meet here once more.
+    # All processes meet here once more.
     devices = collections.Counter(d.process_index for d in jax.devices())
     if len(set(devices.values())) > 1:
       raise ValueError(
@@ -190,7 +190,7 @@ def on_primary(function: Callable[[], _T]) -> _T:
     function: Its result, or the exception that it raises, can be pickled.
 
   Raises:
-    Exception: What the function raises, in all processes.
+    Exception: Exception of the function, in all processes.
   """
   if not is_multiprocess():
     return function()
@@ -205,13 +205,13 @@ def on_all(function: Callable[[], _T]) -> _T:
   """Calls a function in every process; if one fails, all do.
 
   Args:
-    function: Does not wait for other processes.
+    function: Function that does not wait for other processes.
 
   Returns:
-    What it returns here.
+    Result of the function in this process.
 
   Raises:
-    Exception: What it raises in the first of the processes where it does.
+    Exception: Exception of the first process in which the function failed.
   """
   if not is_multiprocess():
     return function()
@@ -227,7 +227,7 @@ def max_over_processes(values: Sequence[int]) -> list[int]:
   """Returns the largest of every process's values, one by one.
 
   Args:
-    values: In int32, as many in every process.
+    values: Values within int32, as many in every process.
   """
   if not is_multiprocess():
     return list(values)
@@ -266,9 +266,9 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 def exit_now(code: int) -> None:
-  """Ends this process of several without waiting for others, who end as well.
+  """Ends one of several processes at once; the others will end as well.
 
-  With a single one, does nothing.
+  With a single process, does nothing.
   """
   if is_multiprocess():
     for stream in (sys.stdout, sys.stderr):
@@ -287,7 +287,7 @@ def _try(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
 
 
 def _broadcast(content: Any, source: int) -> Any:
-  """Returns what the content is in one of the processes."""
+  """Returns the content of the source process, in all processes."""
   is_source = jax.process_index() == source
   message = b''
   if is_source:
@@ -298,7 +298,7 @@ def _broadcast(content: Any, source: int) -> Any:
       _, error = content
       message = pickle.dumps((None, RuntimeError(repr(error or content))))
   (size,) = max_over_processes([len(message)])
-  # A power of two, so that few programs are compiled.
+  # The size is a power of two, so that few programs are compiled.
   buffer = np.zeros(max(_MIN_MESSAGE_BYTES, 1 << size.bit_length()), np.uint8)
   buffer[: len(message)] = np.frombuffer(message, np.uint8)
   buffer = multihost_utils.broadcast_one_to_all(buffer, is_source)

@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C as a wish to stop, not as the end.
+"""SIGTERM and Ctrl-C as a request to stop, not as the end.
 
-So are SIGUSR1 and SIGUSR2, with which schedulers of clusters warn a job whose
-time is up.
+SIGUSR1 and SIGUSR2 are handled likewise: with them schedulers of clusters warn
+a job whose time is up.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, *_WARNINGS)
 
 
 class Interrupts:
-  """Which signal asked to stop, if one did.
+  """The signal that asked to stop, if one did.
 
   Attributes:
     received: The signal; None as long as nobody asked.
@@ -40,8 +40,8 @@ def catch(enabled: bool = True) -> Iterator[Interrupts]:
   before.
 
   Args:
-    enabled: If False, or outside of the main thread, nothing changes: Python
-      lets no other thread handle signals.
+    enabled: Whether to handle signals. Outside of the main thread nothing
+      changes in any case: Python lets no other thread handle them.
   """
   interrupts = Interrupts()
   if not enabled or threading.current_thread() is not threading.main_thread():
@@ -49,7 +49,7 @@ def catch(enabled: bool = True) -> Iterator[Interrupts]:
     return
 
   def on_signal(number: int, frame: Any) -> None:
-    # A scheduler may send several, of which each is the same wish.
+    # A scheduler may send several signals for the same request.
     restore({number, signal.SIGINT} - _WARNINGS)
     if interrupts.received is not None:
       return

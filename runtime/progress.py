@@ -1,4 +1,4 @@
-"""How far a long computation is: a bar on a terminal, lines elsewhere."""
+"""Progress of a long computation: a bar on a terminal, lines elsewhere."""
 
 from collections.abc import Mapping
 import sys
@@ -26,11 +26,11 @@ class Progress:
     """Initializes the progress.
 
     Args:
-      total: How many things there are.
-      desc: What is done to them.
-      unit: What one of them is called.
+      total: Number of things to do.
+      desc: Description of the work.
+      unit: Name of one thing.
       enabled: Whether to show anything.
-      initial: How many were done before.
+      initial: Number of things done before.
     """
     self._is_terminal = sys.stderr.isatty()
     self._total, self._desc, self._unit = total, desc, unit
@@ -53,7 +53,7 @@ class Progress:
     self._bar.close()
 
   def update(self, num: int = 1) -> None:
-    """Says that more things are done."""
+    """Adds things that are done."""
     self._done += num
     self._bar.update(num)
 

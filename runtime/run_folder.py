@@ -45,7 +45,7 @@ METRICS = 'metrics.jsonl'
 CHECKPOINTS = 'checkpoints'
 SNAPSHOTS = 'snapshots'
 SET_ASIDE = 'set_aside'
-# Under this name the entries of an ensemble's members are in a line.
+# Key of a log entry that holds the entries of an ensemble's members.
 _MEMBERS = 'members'
 _KEPT_CHECKPOINTS = 3
 _PACKAGES = (
@@ -234,7 +234,7 @@ class RunFolder:
     """Holds the folder for training, inside a `with`.
 
     Args:
-      config: Of the run.
+      config: Config of the run.
 
     Raises:
       ValueError: If it holds a run with another config, or if another process
@@ -285,7 +285,7 @@ class RunFolder:
   def _locked(self, wait_seconds: float = 1.0) -> Iterator[None]:
     """Holds the lock of the folder, which ends with the process.
 
-    Waits a little: somebody may just ask whether it is held.
+    Waits a little: another process may just be checking whether it is held.
     """
     with contextlib.ExitStack() as stack:
       lock = atomic_files.locked(self.path / '.lock', wait_seconds)
@@ -303,11 +303,11 @@ class RunFolder:
     error: BaseException | None,
     traceback: types.TracebackType | None,
   ) -> None:
-    # Of several processes, one that has died would be waited for.
+    # With several processes, closing would wait for one that has died.
     if error is not None and multihost.is_multiprocess():
       return
-    # What can go wrong here was said before: by `finish`, or by the error that
-    # ends the run.
+    # Any error here was reported before: by `finish`, or by the error that ends
+    # the run.
     with contextlib.suppress(Exception):
       if self._metrics is not None:
         self._metrics.close()
@@ -329,7 +329,7 @@ class RunFolder:
     snapshots that cannot be read, to be made again.
 
     Args:
-      abstract: What is restored, as for `Checkpoints.restore`.
+      abstract: Form of the state to restore, as for `Checkpoints.restore`.
       log_steps: Steps that have an entry in the log.
       max_lost: Most steps that a run can have done without a checkpoint.
       abstract_params: Form of a snapshot; None looks at none of them.
@@ -418,7 +418,7 @@ class RunFolder:
       is_cut: Whether the log has more of which a copy is kept.
 
     Returns:
-      What a user should know.
+      Messages for the user.
     """
     path = self.path / METRICS
     messages = []
@@ -455,7 +455,7 @@ class RunFolder:
     """Writes a line of the log; it is on disk when the call returns.
 
     Args:
-      entry: With its `step`.
+      entry: Metrics, with their `step`.
       members: Entries of an ensemble's members.
 
     Raises:
@@ -496,7 +496,7 @@ class RunFolder:
     """Begins to save a state, once the one before is on disk.
 
     Args:
-      step: Of the state.
+      step: Step of the state.
       tree: The state.
       wait: Whether to return only when it is on disk.
 
@@ -619,12 +619,12 @@ def save_error(
 
   Args:
     path: Folder.
-    error: What went wrong.
+    error: Error of the write.
     last_checkpoint: Step of the last good one, if there is one.
   """
   reason = getattr(error, 'strerror', None)
   if not reason:
-    # What Orbax says ends with what the system said.
+    # A message of Orbax ends with that of the system.
     reason = str(error).split('\n')[0].rsplit(': ', 1)[-1][:200]
   kept = ''
   if last_checkpoint is not None:

@@ -39,8 +39,8 @@ def place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
   """Lays out arrays that every process has whole.
 
   Args:
-    tree: Of arrays, the same in every process.
-    sharding: Of all of them.
+    tree: Tree of arrays, the same in every process.
+    sharding: Sharding of all of them.
   """
 
   def place_array(array: Any) -> jax.Array:
@@ -62,7 +62,7 @@ def collect(tree: Any) -> Any:
   All processes call it.
 
   Args:
-    tree: Of arrays that lie anywhere.
+    tree: Tree of arrays that lie anywhere.
   """
 
   def collect_array(array: jax.Array) -> jax.Array:

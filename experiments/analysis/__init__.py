@@ -1,1 +1,1 @@
-"""What is asked of trained networks and of exact predictors."""
+"""Analyses of trained networks and of exact predictors."""

@@ -1,4 +1,4 @@
-"""Every exact predictor on every source: who is the best where.
+"""Regret of every exact predictor on every source.
 
   python experiments/analysis/bayes_table.py
 
@@ -60,18 +60,17 @@ class Cell:
     source: One of `SOURCES`.
     predictor: A key of `PREDICTORS`.
     is_own: Whether it is the source's exact Bayes predictor.
-    cumulative_regret: Over symbols 2, ..., T, mean over sequences, in nats.
-    stderr: Of that mean.
+    cumulative_regret: Sum over symbols 2, ..., T, mean over sequences, in nats.
+    stderr: Standard error of that mean.
     above_own: Mean paired difference to the source's own predictor; None where
       there is none.
-    above_own_stderr: Of that mean.
-    bound: What the regret is known to stay below, on average over the
-      partitions of these sequences (redundancy_bounds.py), in nats; None if
-      nothing is.
+    above_own_stderr: Standard error of that mean.
+    bound: Upper bound on the regret (redundancy_bounds.py), on average over the
+      partitions of these sequences, in nats; None if none is known.
     num_sequences: N.
     seq_length: T.
     alphabet_size: K; parameters are from a Dirichlet(1/2).
-    seed: Of the sequences.
+    seed: Seed of the sequences.
   """
 
   source: str
@@ -103,7 +102,7 @@ def make_row(
     num_sequences: N.
     seq_length: T.
     batch_size: Sequences at a time.
-    seed: Of all sources.
+    seed: Seed of all sources.
     alphabet_size: K.
   """
   config = config_lib.post_process_config(
@@ -284,7 +283,7 @@ def main(argv: list[str]) -> None:
       flags.FLAGS.seed,
       flags.FLAGS.alphabet_size,
     )
-  # Before it is written, which may fail.
+  # Printed before it is written, which may fail.
   cli.say(
     '\nCumulative regret (nats), mean ± standard error of '
     f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '

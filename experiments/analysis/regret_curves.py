@@ -1,4 +1,4 @@
-"""Regrets of a trained run, on fresh sequences: what figures show of it.
+"""Regrets of a trained run on fresh sequences, for figures.
 
   run = saved_runs.load_run('runs/lstm_ptw_seed0')
   over_time(run)            # {'lstm': [N, T - 1], 'PTW': ..., 'LAD': ...}
@@ -26,7 +26,7 @@ from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import saved_runs
 
 NUM_SEQUENCES = 4096
-# Of the length of training.
+# Sequence lengths, in lengths of training.
 _LENGTH_FACTORS = (0.25, 0.5, 1, 2, 4)
 # Another name of the PTW source.
 _ALIASES = ('iid_ptw_cat',)
@@ -35,7 +35,7 @@ _ALIASES = ('iid_ptw_cat',)
 def labels(
   run: saved_runs.Run, evaluator: evaluator_lib.MetaLearningEvaluator
 ) -> dict[str, str]:
-  """Returns what figures call the predictors, by name in the evaluator."""
+  """Returns the labels of predictors in figures, by name in the evaluator."""
   network = run.config.model.model_type
   seeds = train.member_seeds(run.config.train)
   if len(seeds) > 1:
@@ -59,7 +59,7 @@ def over_time(
   Args:
     run: The run.
     num_sequences: N.
-    seed: Of the sequences.
+    seed: Seed of the sequences.
     use_tqdm: Show a progress bar.
 
   Returns:
@@ -86,7 +86,7 @@ def by_length(
     lengths: T of the sequences; None is a quarter, a half, once, twice and four
       times the length of training.
     num_sequences: N, of every length.
-    seed: Of the sequences.
+    seed: Seed of the sequences.
     use_tqdm: Show a progress bar for every length.
 
   Returns:
@@ -122,9 +122,9 @@ def by_source(
 
   Args:
     run: The run.
-    sources: By name; None is `default_sources`.
+    sources: Sources by name; None is `default_sources`.
     num_sequences: N, of every source.
-    seed: Of the sequences.
+    seed: Seed of the sequences.
     use_tqdm: Show a progress bar for every source.
 
   Returns:

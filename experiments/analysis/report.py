@@ -72,7 +72,7 @@ def describe_runs(networks: studies.Networks) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _of_another_form(path: pathlib.Path) -> Iterator[None]:
-  """Inside a `with`, what goes wrong is that a file is not as we write it."""
+  """Inside a `with`, turns errors into one that says which file is wrong."""
   try:
     yield
   except (
@@ -111,13 +111,14 @@ def measure(
   """Measures, and writes a CSV file for every table.
 
   Args:
-    networks: Of a sweep.
+    networks: Networks of a sweep.
     chosen: Keys of `QUESTIONS`.
-    folder: Where to.
+    folder: Folder to write to.
     num_sequences: N, of every measurement on fresh sequences.
-    seed: Of the sequences.
-    command: That is given, to be noted.
-    sweep: What tells the sweep from others. A folder has tables of one only.
+    seed: Seed of the sequences.
+    command: Command line of the script, to be noted.
+    sweep: Digest of the sweep, as from `SweepFolder.digest`. A folder has
+      tables of one sweep only.
 
   Raises:
     ValueError: If the networks cannot be compared, or the folder has tables of
@@ -192,7 +193,7 @@ def draw(folder: pathlib.Path) -> list[str]:
   """Draws all tables that a folder has, and writes tables.md.
 
   Args:
-    folder: With the CSV files, and the commands that made them.
+    folder: Folder with the CSV files, and the commands that made them.
 
   Returns:
     The names of the files that were written.
@@ -247,7 +248,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flag_values=values,
   )
   flags.DEFINE_string(
-    'sweep_dir', 'runs/sweeps/small', 'Of the sweep.', flag_values=values
+    'sweep_dir', 'runs/sweeps/small', 'Sweep directory.', flag_values=values
   )
   flags.DEFINE_string(
     'output_dir',

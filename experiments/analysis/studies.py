@@ -1,4 +1,4 @@
-"""What is asked of the networks of a sweep, and measured.
+"""Studies of the networks of a sweep: one function for each.
 
   on_distribution   what they lose on the source they were trained on
   learning          the same, while they were trained
@@ -41,19 +41,19 @@ EXACT = 'exact'
 Row = dict[str, Any]
 Networks = Sequence[trained_networks.Network]
 
-# Of a learning curve, in equal factors.
+# Points of a learning curve, in equal factors.
 _CURVE_STEPS = 14
-# Times the length of training.
+# Length of the sequences, in lengths of training.
 LENGTH_FACTOR = 8
 # Bins of positions per length of training.
 _BINS_PER_LENGTH = 2
 # Sources whose exact predictors, PTW and LAD, are references on all others.
 REFERENCES = ('ptw', 'lin')
-# Symbols of the sequences for a read-out, in all.
+# Number of symbols of all sequences for a read-out.
 _READ_OUT_SYMBOLS = 2**16
-# Symbols that a segment has at most if it began recently.
+# Longest age of a segment, in symbols, that counts as recent.
 RECENT = 4
-# Of the ridge regression, relative to the number of symbols.
+# Penalty of the ridge regression, relative to the number of symbols.
 _RIDGE = 1e-6
 
 
@@ -144,9 +144,9 @@ def off_distribution(
   predictions of that source's Bayes predictor to those of the network.
 
   Args:
-    networks: Of a sweep.
+    networks: Networks of a sweep.
     num_sequences: N, the same for all networks.
-    seed: Of the sequences.
+    seed: Seed of the sequences.
     use_tqdm: Show progress.
   """
   seq_length = _train_length(networks)
@@ -233,14 +233,15 @@ def length(
 ) -> list[Row]:
   """Returns the regret per symbol over position, beyond the training length.
 
-  On the source of training, for those whose law does not depend on the length
-  of their sequences: all but PTW of a depth that follows from it. Positions
-  are those of predicted symbols, the first symbol being 1, in bins.
+  The source is that of training, and its segment-length distribution must not
+  depend on the length of the sequence: all sources but PTW of a depth that
+  follows from it. Positions are those of predicted symbols, the first symbol
+  being 1, in bins.
 
   Args:
-    networks: Of a sweep.
+    networks: Networks of a sweep.
     num_sequences: N, the same for all networks of a source.
-    seed: Of the sequences.
+    seed: Seed of the sequences.
     use_tqdm: Show progress.
   """
   train_length = _train_length(networks)
@@ -274,7 +275,7 @@ def length(
 
 
 def _can_be_longer(network: trained_networks.Network, seq_length: int) -> bool:
-  """Whether the source has sequences so long, under the law of training."""
+  """Whether the source has such long sequences, distributed as in training."""
   data = network.config.data
   is_ptw = data.trajectory_generator in config_lib.PTW_SOURCES
   if is_ptw and data.trajectory_generator_kwargs.get('depth') is None:
@@ -322,9 +323,9 @@ def after_switch(
   predictor, PTW and LAD.
 
   Args:
-    networks: Of a sweep.
+    networks: Networks of a sweep.
     num_sequences: N, the same for all networks of a source.
-    seed: Of the sequences.
+    seed: Seed of the sequences.
     use_tqdm: Show progress.
   """
   seq_length = _train_length(networks)
@@ -423,8 +424,8 @@ def read_out(
   training.
 
   Args:
-    networks: Of a sweep.
-    seed: Of the sequences.
+    networks: Networks of a sweep.
+    seed: Seed of the sequences.
     use_tqdm: Show progress.
   """
   seq_length = _train_length(networks)
@@ -492,7 +493,7 @@ def posteriors(
   """Returns what a Bayes predictor knows of the current segment, `[N, T]` each.
 
   Args:
-    exact: With `unroll_run_lengths`.
+    exact: Predictor with `unroll_run_lengths`.
     symbols: One-hot `[N, T, K]`.
   """
   size = max(1, 2**18 // symbols.shape[1] ** 2)
@@ -522,7 +523,7 @@ def linear_read_out(
   flat = states.reshape(-1, states.shape[-1]).astype(np.float64)
   fit = slice(0, half * states.shape[1])
   mean, spread = flat[fit].mean(axis=0), flat[fit].std(axis=0)
-  # What does not vary says nothing.
+  # A constant feature says nothing.
   flat = (flat - mean)[:, spread > 0] / spread[spread > 0]
   inputs = flat[fit]
   gram = inputs.T @ inputs + _RIDGE * len(inputs) * np.eye(inputs.shape[1])
@@ -576,7 +577,7 @@ def _predictions(
   sequences: trained_networks.Sequences,
   bar: progress.Progress,
 ) -> Iterator[tuple[trained_networks.Network, int, np.ndarray]]:
-  """What all networks that were trained on a source predict, seed by seed."""
+  """Predictions of all networks trained on a source, seed by seed."""
   for network in networks:
     if network.source == source:
       members = trained_networks.predict(network, sequences.symbols)

@@ -46,9 +46,10 @@ TARGETS = {
   'run_length': 'expected run length',
   'recent_switch': 'probability of a recent switch',
 }
-# Of the exact predictor's regret: what is called near, and not far.
+# Shares of the exact predictor's regret within which a network is called near
+# it, and not far from it.
 _SHARES = (0.02, 0.15)
-# The own one under the networks, which often coincide with it.
+# The own predictor lies under the networks, which often coincide with it.
 _EXACT_STYLES = (
   {'color': '0.72', 'linestyle': '-', 'linewidth': 5.0, 'zorder': 1},
   {'color': 'black', 'linestyle': '--', 'linewidth': 1.6},
@@ -57,12 +58,12 @@ _EXACT_STYLES = (
 
 
 def label(predictor: str) -> str:
-  """Returns what a network's architecture is called in figures."""
+  """Returns the label of a network's architecture in figures."""
   return LABELS.get(predictor, predictor)
 
 
 def exact_label(source: str) -> str:
-  """Returns what the Bayes predictor of a source is called in figures."""
+  """Returns the label of the Bayes predictor of a source in figures."""
   if source.startswith('ptw_depth_'):
     return f'PTW, depth {source.removeprefix("ptw_depth_")}'
   return EXACT_LABELS.get(source, f'Bayes for {source}')
@@ -119,7 +120,7 @@ def _panels(
   width: float = 3.5,
   **kwargs: Any,
 ) -> tuple[figure_lib.Figure, list[matplotlib.axes.Axes]]:
-  """A figure with so many panels of a height and width, in rows."""
+  """A figure with panels of the given number and size, in rows."""
   columns = min(columns, number)
   num_rows = -(-number // columns)
   figure = figure_lib.Figure(
@@ -149,7 +150,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws the final regret above the exact predictor, on the own source.
 
   Args:
-    rows: Of the table on_distribution.
+    rows: Rows of the table on_distribution.
 
   Returns:
     The figure: a panel for every source; a dot for every seed, and means with
@@ -157,7 +158,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   """
   sources = _unique(rows, 'source')
   networks = list(_styles(rows))
-  # What is only ever the own one has no distance to itself.
+  # A predictor that is only ever the source's own has no distance to itself.
   references = _unique(
     [row for row in rows if row['seed'] is None and not row['is_own']],
     'predictor',
@@ -231,7 +232,7 @@ def draw_learning(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws regret above the exact predictor against training step.
 
   Args:
-    rows: Of the table learning.
+    rows: Rows of the table learning.
 
   Returns:
     The figure: a panel for every source, means over seeds.
@@ -269,7 +270,7 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws trained-on x tested-on matrices of regret above the exact predictor.
 
   Args:
-    rows: Of the table off_distribution.
+    rows: Rows of the table off_distribution.
 
   Returns:
     The figure: a heat map for the exact predictors, and one for every
@@ -338,8 +339,8 @@ def draw_resemblance(
   """Draws which exact predictor the networks are nearest to, on every source.
 
   Args:
-    rows: Of the table off_distribution.
-    architecture: Whose networks.
+    rows: Rows of the table off_distribution.
+    architecture: Architecture of the networks.
 
   Returns:
     The figure: a heat map for every source of training; rows are sources to
@@ -416,7 +417,7 @@ def draw_length(
   """Draws regret per symbol over position, beyond the length of training.
 
   Args:
-    rows: Of the table length.
+    rows: Rows of the table length.
     training_length: Is marked.
 
   Returns:
@@ -449,7 +450,7 @@ def draw_after_switch(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws regret per symbol against the time since a true switch.
 
   Args:
-    rows: Of the table after_switch.
+    rows: Rows of the table after_switch.
 
   Returns:
     The figure: a panel for every source; networks that were trained on it,
@@ -531,7 +532,7 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws how well the exact posterior can be read from a network's state.
 
   Args:
-    rows: Of the table read_out.
+    rows: Rows of the table read_out.
 
   Returns:
     The figure: a panel for every target and source; the share of variance
@@ -562,7 +563,7 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
       )
       for (name, is_trained), of_name in of_cell.items():
         mean, stderr = over_seeds(of_name, 'r2_given_time')
-        # Worse than the mean of every time is drawn at 0.
+        # Values below 0, worse than the mean of every time, are drawn at 0.
         panel.errorbar(
           max(mean, 0),
           names.index(name),
@@ -617,7 +618,7 @@ def _draw_curve(
     return
   xs, means, stderrs, widths = np.array(sorted(points)).T
   half = widths * np.nan_to_num(stderrs)
-  # What is not positive has no logarithm: noise at the optimum.
+  # A value that is not positive has no logarithm: noise at the optimum.
   positive = means[means > 0]
   if not len(positive):
     return

@@ -22,7 +22,7 @@ def on_distribution(rows: Sequence[Row]) -> str:
   own = {row['source']: row for row in rows if row.get('is_own')}
   sources = list(dict.fromkeys(row['source'] for row in rows))
   by_cell = figures.groups(rows, 'predictor', 'source')
-  # Networks, then the others.
+  # Networks first, then exact predictors.
   names = dict.fromkeys(
     row['predictor'] for row in rows if row['seed'] is not None
   ) | dict.fromkeys(row['predictor'] for row in rows)
@@ -122,7 +122,7 @@ def nearest_exact(rows: Sequence[Row]) -> tuple[str, float]:
   """Returns whom the networks of some rows are nearest to, and how near.
 
   Args:
-    rows: Of the table off_distribution, those of one case.
+    rows: Rows of one case in the table off_distribution.
   """
   means = {
     column.removeprefix('kl/'): figures.over_seeds(rows, column)[0]
@@ -190,8 +190,8 @@ def read_out(rows: Sequence[Row], column: str = 'r2_given_time') -> str:
   """Returns the share of variance that a linear map of the state explains.
 
   Args:
-    rows: Of the table.
-    column: `r2_given_time`, or `r2` for that with a clock's share.
+    rows: Rows of the table read_out.
+    column: `r2_given_time`, or `r2`, which includes the share of a clock.
   """
   sources = list(dict.fromkeys(row['source'] for row in rows))
   by_cell = figures.groups(rows, 'target', 'predictor', 'is_trained', 'source')

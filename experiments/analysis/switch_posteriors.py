@@ -27,13 +27,13 @@ _NUM_CANDIDATES = 64
 def make_figure(source: str, seq_length: int, seed: int) -> figure_lib.Figure:
   """Draws one sequence with its posteriors.
 
-  Of a small batch it is the first sequence with three to six switching points,
+  It is the first sequence of a small batch with three to six switching points,
   or else the first one.
 
   Args:
     source: A key of `TRAJECTORY_GENERATORS`.
     seq_length: T.
-    seed: Of the sequence.
+    seed: Seed of the sequence.
   """
   generator = constants.build_data_generator(
     config_lib.DataConfig(

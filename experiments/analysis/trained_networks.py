@@ -1,4 +1,4 @@
-"""The trained networks of a sweep, and what they make of sequences.
+"""The trained networks of a sweep, and their predictions and states.
 
   for network in networks('runs/sweeps/small'):
     logits = predict(network, batch)  # [M, B, T, K]
@@ -29,7 +29,7 @@ from nonstationary_mbml.experiments import trajectory_generators
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import run_folder
 
-# What a sweep has to set, by name.
+# Settings that a sweep must have, by name.
 _SOURCE, _ARCHITECTURE = 'data', 'model'
 # Symbols that a network reads at a time.
 _SYMBOLS_PER_BATCH = 2**15
@@ -43,10 +43,10 @@ class Network(NamedTuple):
   Attributes:
     source: Name of the source it was trained on.
     architecture: Name of its architecture.
-    folder: Of its run.
-    config: Complete.
-    table: As in its table.json.
-    seeds: Of the members of the ensemble.
+    folder: Folder of its run.
+    config: Config of its run, complete.
+    table: Rows of its table.json.
+    seeds: Seeds of the members of the ensemble.
   """
 
   source: str
@@ -65,7 +65,7 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
   are not those of any table.
 
   Args:
-    folder: Of the sweep, which sets `data` and `model` by name.
+    folder: Folder of the sweep, which sets `data` and `model` by name.
 
   Raises:
     ValueError: If it is no sweep, sets something else, or has seeds as points
@@ -120,13 +120,13 @@ def sources(
 
 
 class Sequences(NamedTuple):
-  """Sequences of a source, and what exact predictors make of them.
+  """Sequences of a source, with the predictions of exact predictors.
 
   Attributes:
     symbols: `[N, T, K]`.
     parameters: True probabilities `[N, T, K]`.
     switches: bool `[N, T]`, True where a new segment starts.
-    log_probs: Of exact predictors, `[N, T, K]`, by name.
+    log_probs: Log probabilities of exact predictors, `[N, T, K]`, by name.
   """
 
   symbols: np.ndarray
@@ -141,7 +141,7 @@ def exact_predictors(
   """Returns the Bayes predictor of every source by its name, and KT.
 
   Args:
-    of_sources: By name.
+    of_sources: Configs of the sources by name.
     seq_length: T.
 
   Raises:
@@ -175,11 +175,11 @@ def sample(
   num_sequences: int,
   rng: jax.Array,
 ) -> Sequences:
-  """Returns fresh sequences, and what exact predictors make of them.
+  """Returns fresh sequences, with the predictions of exact predictors.
 
   Args:
-    source: Of the sequences.
-    exact: By name.
+    source: Source of the sequences.
+    exact: Exact predictors, by name.
     seq_length: T.
     num_sequences: N.
     rng: Key of the sequences.
@@ -219,7 +219,7 @@ def predict(network: Network, symbols: np.ndarray) -> np.ndarray:
   """Returns the log-probabilities that all members predict, `[M, N, T, K]`.
 
   Args:
-    network: Loaded from its folder.
+    network: Network of a sweep, as from `networks`.
     symbols: One-hot `[N, T, K]`.
   """
   run = saved_runs.load_run(network.folder)
@@ -236,11 +236,11 @@ def read_states(
 ) -> np.ndarray:
   """Returns all that a network keeps after every symbol, `[M, N, T, D]`.
 
-  Of a recurrent network it is the state, of one without a state what its last
-  linear layer reads.
+  For a recurrent network it is the state; for one without a state, the input
+  of its last linear layer.
 
   Args:
-    network: Loaded from its folder.
+    network: Network of a sweep, as from `networks`.
     symbols: One-hot `[N, T, K]`.
     untrained: Whether to take the parameters from before training, which are
       those of the same seeds.

@@ -1,1 +1,1 @@
-"""Many runs: which, where, and what is kept of them."""
+"""Sweeps: their points, their jobs and their folders."""

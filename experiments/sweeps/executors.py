@@ -30,7 +30,7 @@ from nonstationary_mbml.runtime import atomic_files
 
 EXECUTORS = ('here', 'local', 'slurm')
 JOBS = 'jobs.json'
-# Of submitit: pickles, and what the jobs themselves have printed.
+# Folder of submitit: pickles, and the output of the jobs themselves.
 SUBMITIT = 'submitit'
 # States of SLURM from which a job does not come back.
 _END_STATES = (
@@ -43,7 +43,7 @@ _END_STATES = (
   'OUT_OF_MEMORY',
   'TIMEOUT',
 )
-# Those of the others in which submitit asks again.
+# Other states after which submitit polls again.
 _LIVE_STATES = (
   'COMPLETING',
   'PENDING',
@@ -55,20 +55,20 @@ _LIVE_STATES = (
 )
 _SCRIPT = pathlib.Path(__file__).parent.parent / 'local_launch.py'
 _POLL_SECONDS = 0.2
-# Of a cluster, whose file system and scheduler others use, too.
+# Polling interval on a cluster, whose file system and scheduler are shared.
 _CLUSTER_POLL_SECONDS = 5.0
-# Unless the user says more: most clusters want to know. On SLURM a run goes on
-# where it was, as often as it takes.
+# Default time limit of a job, since most clusters ask for one. On SLURM a run
+# that meets it is queued again and goes on, up to the maximum below.
 _TIMEOUT_MINUTES = 24 * 60
 _MAX_TIMEOUTS = 1000
 # A scheduler that has stopped a run soon stops its job as well.
 _GRACE_SECONDS = 60.0
-# What tells a run to stop, however often it comes.
+# Signal that tells a run to stop, however often it comes.
 _STOP = getattr(signal, 'SIGUSR1', signal.SIGTERM)
 # Before it trains and after, a run dies of the signals that ask it to stop.
 _STOPPED_BY = {signal.SIGTERM, _STOP, getattr(signal, 'SIGUSR2', _STOP)}
-# What a job has left behind may be on its way over a network file system, and
-# SLURM may bring back a job that it has preempted.
+# The files of a job that has ended may be on their way over a network file
+# system, and SLURM may bring back a job that it has preempted.
 _LATE_SECONDS = 90.0
 _PREEMPTED_SECONDS = 600.0
 # How long before its end a job is told, and how long a run then has to save.
@@ -80,7 +80,7 @@ class Job(Protocol):
   """A run that was started.
 
   Attributes:
-    name: Of its point.
+    name: Name of its point.
   """
 
   name: str
@@ -95,7 +95,7 @@ class Launcher(Protocol):
 
   Attributes:
     limit: Most runs at a time.
-    poll_seconds: How often to ask for their end.
+    poll_seconds: Seconds from one check for their end to the next.
   """
 
   limit: int
@@ -156,7 +156,7 @@ def environment(slot: int = 0, limit: int = 1) -> dict[str, str]:
   all of them.
 
   Args:
-    slot: Of the run: less than `limit`, and of no other run at the time.
+    slot: Index of the run below `limit`; no two runs at a time share one.
     limit: Runs at a time.
   """
   settings = {
@@ -202,11 +202,11 @@ class _NotStarted:
 
 
 def exit_status(code: int) -> str:
-  """Returns how the end of a run with an exit status is called."""
+  """Returns the description of the end of a run with an exit status."""
   return f'exit status {code}'
 
 
-# How a run ends for which there is no place on the disk.
+# End of a run for which there is no space on the disk.
 CANNOT_SAVE = exit_status(cli.EXIT_CANNOT_SAVE)
 
 
@@ -225,10 +225,10 @@ class Here:
     """Initializes the launcher.
 
     Args:
-      folder: Of the sweep.
+      folder: Folder of the sweep.
       limit: Runs at a time. Each has its share of the GPUs, and on Linux of the
         cores.
-      flags_of_runs: Of local_launch.py.
+      flags_of_runs: Flags of local_launch.py, for every run.
       lock: File descriptor; as long as a run is alive, it holds the sweep.
     """
     self.limit = limit
@@ -259,7 +259,7 @@ class Here:
         stderr=subprocess.STDOUT,
         env=environment(slot, self.limit),
         pass_fds=() if os.name == 'nt' else (self._lock,),
-        # Ctrl-C is ours; runs are told by SIGTERM.
+        # Ctrl-C reaches the launcher only; it stops the runs by SIGTERM.
         start_new_session=True,
       )
     run = _Run(name, slot, process)
@@ -267,7 +267,7 @@ class Here:
     if self.limit > 1 and hasattr(os, 'sched_setaffinity'):
       cores = sorted(os.sched_getaffinity(0))
       if len(cores) >= self.limit:
-        # It may have ended already, or that is not allowed.
+        # The run may have ended already, or this may not be allowed.
         with contextlib.suppress(OSError):
           os.sched_setaffinity(process.pid, cores[slot :: self.limit])
     return run
@@ -281,7 +281,7 @@ class Here:
 
 
 class PointJob:
-  """What a job of the cluster does: it runs a point, in a child process.
+  """A job of the cluster: it runs a point, in a child process.
 
   submitit pickles it, calls it in the job, and calls `checkpoint` in a signal
   handler before the job is to end.
@@ -298,11 +298,11 @@ class PointJob:
     """Initializes the job.
 
     Args:
-      folder: Of the sweep; absolute, and there on all nodes.
-      name: Of the point.
-      flags_of_runs: Of local_launch.py.
+      folder: Folder of the sweep; absolute, and there on all nodes.
+      name: Name of the point.
+      flags_of_runs: Flags of local_launch.py, for every run.
       launcher: Process with which the job ends, on the same machine.
-      settings: Of the run's environment, besides those of the job.
+      settings: Environment variables of the run, besides those of the job.
     """
     self._folder = folder
     self._name = name
@@ -317,7 +317,8 @@ class PointJob:
     Raises:
       RuntimeError: If it fails.
     """
-    # Which submitit ignores: some clusters say no more when they take a node.
+    # submitit ignores SIGTERM, but some clusters send nothing else before they
+    # take a node.
     before = signal.signal(signal.SIGTERM, lambda *args: self._terminate())
     try:
       self._run()
@@ -344,8 +345,8 @@ class PointJob:
         time.sleep(_POLL_SECONDS)
       if code == cli.EXIT_STOPPED or -code in _STOPPED_BY:
         self._check_launcher()
-        # Somebody has told the run, and not us. Either the node is about to be
-        # taken, or the run can go on.
+        # The run was told to stop, but not by this job. Either the node will be
+        # taken soon, or the run can go on.
         time.sleep(_GRACE_SECONDS)
       elif code < 0:
         raise RuntimeError(f'killed by signal {-code}')
@@ -362,7 +363,7 @@ class PointJob:
     deadline = time.monotonic() + _SAVE_SECONDS
     while not self._has_ended():
       if time.monotonic() > deadline:
-        # It goes on from the checkpoint before.
+        # The run will go on from its last checkpoint.
         self._process.kill()
         break
       time.sleep(_POLL_SECONDS)
@@ -385,7 +386,7 @@ class PointJob:
     if self._process is None:
       return True
     try:
-      # Leaves the exit status to whoever polls: this is a signal handler.
+      # A signal handler must leave the exit status to `poll`.
       options = os.WEXITED | os.WNOWAIT | os.WNOHANG
       return os.waitid(os.P_PID, self._process.pid, options) is not None
     except ChildProcessError:
@@ -435,7 +436,7 @@ class _ClusterJob:
     return state in _END_STATES
 
   def _state(self) -> str:
-    """Without whoever has cancelled it."""
+    """SLURM state without the 'by UID' suffix."""
     return self._job.state.split(' ')[0].rstrip('+')
 
   def ended(self) -> str | None:
@@ -454,7 +455,7 @@ class _ClusterJob:
     return self._how
 
   def _outcome(self, patience: float) -> str | None:
-    """How it ended; None as long as the files that say so may be on the way."""
+    """How it ended; None while its files may still be on the way."""
     is_late = time.monotonic() > self._done_at + patience
     path = self._job.paths.folder
     with contextlib.suppress(OSError):
@@ -492,12 +493,12 @@ class Cluster:
     """Initializes the launcher.
 
     Args:
-      folder: Of the sweep; all nodes share it.
+      folder: Folder of the sweep; all nodes share it.
       executor: 'slurm', or 'local' for jobs on this machine.
       limit: Jobs at a time; None leaves that to the cluster.
-      parameters: Of submitit's executor, such as `timeout_min`,
+      parameters: Parameters of submitit's executor, such as `timeout_min`,
         `slurm_partition`, `gpus_per_node`, `cpus_per_task`, `mem_gb`.
-      flags_of_runs: Of local_launch.py.
+      flags_of_runs: Flags of local_launch.py, for every run.
 
     Raises:
       ValueError: If submitit or SLURM is not there, or does not take a
@@ -531,7 +532,7 @@ class Cluster:
     )
     defaults = {'name': folder.path.name, 'timeout_min': _TIMEOUT_MINUTES}
     if not self._is_local:
-      # As many as there are points, or fewer; submitit says 256.
+      # As many as there are points, or `limit`; submitit's default is 256.
       defaults['slurm_array_parallelism'] = limit or sys.maxsize
       defaults['slurm_signal_delay_s'] = _SIGNAL_DELAY_SECONDS
     self._executor = submitit.AutoExecutor(
@@ -585,7 +586,7 @@ class Cluster:
     return [slot for slot in range(self.limit) if slot not in taken][:number]
 
   def _settings(self, slot: int) -> dict[str, str]:
-    """What a local run's environment has of the launcher's, for GPUs."""
+    """Environment variables by which a local run gets its GPUs."""
     settings = environment(slot, self.limit)
     if self.limit == 1:
       settings['CUDA_VISIBLE_DEVICES'] = ','.join(gpus())
@@ -618,7 +619,7 @@ def queued(
   submitit = _import_submitit()
   path = folder.path.absolute() / SUBMITIT
   jobs = {name: submitit.SlurmJob(path, job_id) for name, job_id in ids.items()}
-  # Once for all of them.
+  # One call of SLURM for all jobs.
   submitit.SlurmJob.watcher.update()
   found = [_ClusterJob(name, job, folder) for name, job in jobs.items()]
   for job in found:
@@ -655,7 +656,7 @@ def _ids(folder: sweep_folder.SweepFolder) -> dict[str, str]:
 
 
 def _forget(folder: sweep_folder.SweepFolder, name: str) -> None:
-  """Leaves a job out that has ended."""
+  """Removes a job that has ended from the list of jobs."""
   ids = _ids(folder)
   if ids.pop(name, None) is not None:
     atomic_files.write_json(folder.path / JOBS, ids)

@@ -64,15 +64,14 @@ _LOG_LINES = 5
 
 @dataclasses.dataclass
 class Outcome:
-  """What came of a sweep.
+  """Result of running a sweep.
 
   Attributes:
     finished: Names of all points that have their table.
-    failed: What went wrong with the others that were tried, by name.
+    failed: Errors of the other points that were tried, by name.
     left: Names of points that were not tried, or were stopped.
     stopped_by: The signal that stopped the sweep, if one did.
-    cannot_save: Why a run had no place to write to, or the results could not
-      be written, if so.
+    cannot_save: Reason why a run or the results could not be written, if so.
   """
 
   finished: list[str]
@@ -97,12 +96,12 @@ def run_sweep(
   """Runs all points of a sweep that are not finished.
 
   Args:
-    points: Of the sweep.
-    folder: Where it is, or goes on.
+    points: Points of the sweep.
+    folder: Folder of the sweep, new or to go on with.
     jobs: Runs at a time; here, on Linux, each has its share of the cores. None
       is one, or on SLURM as many as it gives.
-    num_sequences: Fresh sequences for every table.
-    is_chosen: Of the name of a point: whether to run it now.
+    num_sequences: Number of fresh sequences for every table.
+    is_chosen: Predicate on the name of a point: whether to run it now.
     cpu_devices: Devices of each run, on a CPU.
     flags_of_runs: Further flags of local_launch.py.
     use_tqdm: Show progress over the whole sweep.
@@ -110,8 +109,8 @@ def run_sweep(
     cluster: Parameters of submitit, for jobs on a cluster.
 
   Returns:
-    What came of it. A point that fails, or whose config is not valid, is in it
-    by name and stops no other one; a disk that is full stops all.
+    The outcome. A point that fails, or whose config is not valid, is in it by
+    name and stops no other one; a disk that is full stops all.
 
   Raises:
     ValueError: If the folder holds another sweep, another process runs it, or
@@ -157,7 +156,7 @@ def run_sweep(
       launcher = executors.Cluster(
         of_sweep, executor, jobs, cluster or {}, flags_of_runs
       )
-    # Only now: whoever waits for the lock can be stopped like any program.
+    # Only now: while it waits for the lock, signals stop it as any program.
     with interrupting.catch() as interrupts:
       runner = _Runner(
         of_sweep,
@@ -181,7 +180,7 @@ def run_sweep(
 
 
 class _Runner:
-  """Has runs started, watches them, and tells how far they are."""
+  """Starts runs, watches them, and reports their progress."""
 
   def __init__(
     self,
@@ -201,7 +200,7 @@ class _Runner:
     names = [name for name in self._steps if not folder.is_finished(name)]
     self._running = launcher.resume(names)
     running = {job.name for job in self._running}
-    # What was interrupted comes first.
+    # Runs that were interrupted come first.
     self._waiting = sorted(
       (name for name in names if name not in running),
       key=lambda name: not folder.has_begun(name),
@@ -236,7 +235,7 @@ class _Runner:
           if has_ended or now - reported > _REPORT_SECONDS:
             reported = now
             bar.report(self._report())
-          # Not longer at once: a signal may come.
+          # No longer sleep: a signal may come.
           time.sleep(_POLL_SECONDS)
           has_ended = False
           if time.monotonic() - polled >= poll_seconds:
@@ -247,7 +246,7 @@ class _Runner:
         self._write_results()
 
   def _start(self, room: int) -> None:
-    """Starts what waits, but for points that another process still has."""
+    """Starts waiting points, but for those that another process still runs."""
     ready = (n for n in self._waiting if not self._folder.is_running(n))
     starting = list(itertools.islice(ready, room))
     if starting:
@@ -262,7 +261,7 @@ class _Runner:
       self._running.remove(job)
       if self._folder.is_finished(job.name):
         continue
-      # Of one that was not even started, the reason says it.
+      # For a run that was not even started, the reason says it.
       if how == executors.CANNOT_SAVE or run_folder.is_full(how):
         self._is_full = True
         self.cannot_save = (
@@ -306,8 +305,8 @@ class _Runner:
 
 
 def default_jobs() -> int:
-  """Returns as many runs as cores; where JAX finds them, as GPUs; or one."""
-  # In another process: whoever asks takes the memory of a GPU.
+  """Returns the number of GPUs that JAX finds (1 on a TPU), else of cores."""
+  # In another process: JAX takes the memory of a GPU when it starts.
   backend = subprocess.run(
     [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
     capture_output=True,
@@ -360,7 +359,7 @@ def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def format_outcome(folder: pathlib.Path, outcome: Outcome) -> str:
-  """Returns what to tell of a sweep: what is finished first, failures last."""
+  """Returns the report of a sweep: finished points first, failures last."""
   rows = sweep_folder.summarise(sweep_folder.SweepFolder(folder).results())
   blocks = [format_summary(rows)]
   blocks.append(
@@ -533,7 +532,7 @@ def _print_points(
 
 
 def main(argv: list[str]) -> None:
-  """Runs the sweep and tells what came of it."""
+  """Runs the sweep and prints its outcome."""
   values = flags.FLAGS
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')

@@ -42,7 +42,7 @@ def _architectures(
   """Fields of `model` by name: all architectures.
 
   Args:
-    hidden_size: Of the recurrent cores.
+    hidden_size: Hidden size of the recurrent cores.
     context_length: Symbols per window of the sliding-window Transformer.
     **transformer: Architecture arguments of all Transformers.
   """
@@ -110,8 +110,8 @@ def paper() -> config_lib.ExperimentSweep:
 def small() -> config_lib.ExperimentSweep:
   """The same questions at a size that two CPU cores finish in two hours.
 
-  Beside the four kinds of source is PTW of a depth that is given, whose law
-  does not depend on the length of its sequences.
+  Besides the four kinds of source there is PTW of a given depth, whose
+  segment-length distribution does not depend on the length of its sequences.
   """
   config = config_lib.ExperimentConfig(name='small')
   config.train = base_config.TrainConfig(

@@ -1,4 +1,4 @@
-"""The folder of a sweep: which points it has, and what came of them.
+"""The folder of a sweep: its points and their results.
 
   sweep.json    the points: names, settings, configs
   configs/      the config of every point, to start it from
@@ -39,11 +39,11 @@ MANIFEST = 'sweep.json'
 RESULTS = 'results.csv'
 SUMMARY = 'summary.csv'
 TABLE = 'table.json'
-# Settings that tell seeds apart, and no groups.
+# Settings that are seeds: they do not make groups of their own.
 SEED_PATHS = ('seed', 'train.model_init_seed')
-# In a log, before what a run prints.
+# Line of a log before the output of each start.
 _START = '--- started at'
-# Runs of a sweep that was killed get so long to save and end.
+# Seconds that the runs of a killed sweep have to save and end.
 _LOCK_SECONDS = 60.0
 
 
@@ -51,9 +51,9 @@ class Point(NamedTuple):
   """A point of a sweep.
 
   Attributes:
-    name: Of the point, and of the folder of its run.
-    settings: What the sweep has set, by path; as in `SweepPoint`.
-    config: Of its run, before `post_process_config`.
+    name: Name of the point, and of the folder of its run.
+    settings: Values that the sweep has set, by path; as in `SweepPoint`.
+    config: Config of its run, before `post_process_config`.
   """
 
   name: str
@@ -156,9 +156,9 @@ class SweepFolder:
     A folder that holds some points of the same sweep may get more of them.
 
     Args:
-      points: Of the sweep.
-      num_sequences: For the tables of all its runs.
-      cpu_devices: Of every run; another number rounds differently.
+      points: Points of the sweep.
+      num_sequences: Number of sequences for the tables of all its runs.
+      cpu_devices: CPU devices of every run; another number rounds differently.
 
     Yields:
       The file whose lock is held, for child processes to hold it as well.
@@ -216,9 +216,9 @@ class SweepFolder:
     """Raises ValueError unless all that the folder holds is of a sweep.
 
     Args:
-      points: Of the sweep; the folder may lack some of them.
-      num_sequences: For the tables of its runs.
-      cpu_devices: Of every run.
+      points: Points of the sweep; the folder may lack some of them.
+      num_sequences: Number of sequences for the tables of its runs.
+      cpu_devices: CPU devices of every run.
     """
     path = self.path / MANIFEST
     if not path.exists():
@@ -312,8 +312,8 @@ class SweepFolder:
     rows = []
     for point in self.finished():
       network, *others = table = self.table(point.name)
-      # What the differences are from: where there is no exact predictor, the
-      # best of the others.
+      # The differences are from the exact predictor; where there is none, from
+      # the best of the others.
       exact = next((row for row in others if row['is_optimum']), network)
       seeds = train.member_seeds(point.config.train)
       for by_seed in regret_table.network_rows(table, seeds):
@@ -356,7 +356,7 @@ class SweepFolder:
 
 
 def _reference(row: Mapping[str, Any]) -> str:
-  """What a row is called that the others are measured from."""
+  """Label of the row that the others are measured from."""
   # Older tables do not say, and name the exact predictor of their source.
   is_exact = row.get('is_exact', True)
   return (
@@ -376,7 +376,7 @@ def _not_default(config: base_config.Config) -> dict[str, Any]:
 
 
 def _seed(config: config_lib.ExperimentConfig, member: int) -> int | str:
-  """What tells a network apart from those of the same settings."""
+  """Seed that tells a network from those of the same settings."""
   return member if config.seed == 0 else f'{config.seed}/{member}'
 
 
@@ -399,7 +399,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Returns means and standard errors over the seeds of every setting.
 
   Args:
-    rows: From `SweepFolder.results`.
+    rows: Rows from `SweepFolder.results`.
 
   Returns:
     A row for every combination of settings. `above_exact_percent` is that of
@@ -420,7 +420,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       'regret': mean_and_stderr([row['regret'] for row in group])[0],
       'regret_stderr': mean_and_stderr([row['regret'] for row in group])[1],
       'exact': group[0]['exact'],
-      # The same of all, but where points of other seeds read other sequences.
+      # Equal for all rows, unless points of other seeds read other sequences.
       'exact_regret': float(np.mean([row['exact_regret'] for row in group])),
       **_above_exact(group),
     }
@@ -441,6 +441,6 @@ def _above_exact(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-  """Returns mean and standard error over seeds; None for that of a single."""
+  """Returns mean and standard error over seeds; of one seed, None for it."""
   mean, stderr = evaluator_lib.mean_and_stderr(np.asarray(values, np.float64))
   return float(mean), float(stderr) if len(values) > 1 else None
