@@ -1,4 +1,4 @@
-"""What a config can name, and how it is built."""
+"""Names that a config can use, and how what they name is built."""
 
 from typing import Any
 
@@ -118,8 +118,8 @@ def build_data_generator(
   """Returns the source that a data config describes.
 
   Args:
-    config: Of the data.
-    path: Of that config, for messages: `data` or `eval.data`.
+    config: Config of the data.
+    path: Path of that config, for messages: `data` or `eval.data`.
 
   Raises:
     ValueError: If a name is unknown, an argument is wrong, or the two
@@ -210,7 +210,7 @@ def exact_predictor(
   """Returns the name of the source's own Bayes predictor, if it is there.
 
   Args:
-    config: Of the evaluation.
+    config: Config of the evaluation.
     generator: The source.
     optimal_predictors: To choose from.
   """

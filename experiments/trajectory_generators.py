@@ -2,7 +2,7 @@
 
 Inside a segment the symbols are i.i.d.; at every switching point the parameters
 of their distribution are drawn anew, or go to another of a few (recurring). The
-sources differ in the law of the switching points:
+sources differ in the prior of their switching points:
 
   static         none
   regular_shift  every `shift_period` symbols
@@ -47,8 +47,8 @@ def check_prior(
   Args:
     path: Comes before the names of the arguments in messages.
     iid_distribution: As in TrajectoryGenerator.
-    parameter_distribution: Likewise.
-    parameter_distribution_params: Likewise.
+    parameter_distribution: As in TrajectoryGenerator.
+    parameter_distribution_params: As in TrajectoryGenerator.
 
   Returns:
     The parameters of the prior as floats.
@@ -68,13 +68,13 @@ def check_prior(
 class TrajectoryGenerator(base_config.EqualByValue, abc.ABC):
   """A piecewise-stationary source.
 
-  A subclass gives the law of its switching points. The parameters of every
+  A subclass gives its switching points. The parameters of every
   segment are drawn anew, unless it says otherwise. Sources with equal
   attributes are equal, and share their compiled programs.
 
   Attributes:
-    default_kwargs: What its constructor needs besides the distributions, where
-      a script is given the name of the source alone.
+    default_kwargs: Arguments of the constructor besides the distributions, for
+      scripts that are given the name of the source alone.
   """
 
   default_kwargs: ClassVar[Mapping[str, Any]] = {}
@@ -88,8 +88,8 @@ class TrajectoryGenerator(base_config.EqualByValue, abc.ABC):
     """Initializes the source.
 
     Args:
-      iid_distribution: Of the symbols inside a segment.
-      parameter_distribution: Of the parameters of a segment.
+      iid_distribution: Distribution of the symbols inside a segment.
+      parameter_distribution: Distribution of the parameters of a segment.
       parameter_distribution_params: The parameters of the latter.
 
     Raises:
@@ -274,7 +274,7 @@ class RandomShiftGenerator(TrajectoryGenerator):
 
     Args:
       *args: As in TrajectoryGenerator.
-      shift_distribution: Of X, by name or as an object of one feature.
+      shift_distribution: Distribution of X, by name or as an object of one feature.
       shift_parameters: Its parameters.
       **kwargs: As in TrajectoryGenerator.
 
