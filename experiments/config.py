@@ -529,11 +529,11 @@ def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
         'depth',
         _ptw_depth(evaluation.data, evaluation.seq_length),
       )
-    law = evaluation.data.trajectory_generator_kwargs
+    of_source = evaluation.data.trajectory_generator_kwargs
     # All parameters of one distribution: never half of one and half of another.
     if name in _LIKE_THEIR_SOURCE and name == source:
-      if not law.keys() & predictor_kwargs.keys():
-        predictor_kwargs.update(law)
+      if not of_source.keys() & predictor_kwargs.keys():
+        predictor_kwargs.update(of_source)
     if evaluation.data.parameter_distribution == 'dirichlet':
       _fill(
         predictor_kwargs,
@@ -587,9 +587,9 @@ def without_derived(config: ExperimentConfig) -> ExperimentConfig:
     ('optimal_predictors', AUTO),
   ):
     attempt(lambda c, f=field, d=default: setattr(c.eval, f, d))
-  law = tuple(complete.eval.data.trajectory_generator_kwargs)
+  of_source = tuple(complete.eval.data.trajectory_generator_kwargs)
   for name in complete.eval.optimal_predictors:
-    for keys in (('depth',), ('concentration',), law):
+    for keys in (('depth',), ('concentration',), of_source):
       attempt(
         lambda c, n=name, k=keys: _drop(c.eval.optimal_predictors_kwargs[n], k)
       )

@@ -238,6 +238,6 @@ def _from_hazards(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return log_survival + log_ends, log_survival
 
 
-def _replace(law: Hazard, field: str, value: Any) -> None:
+def _replace(hazard: Hazard, field: str, value: Any) -> None:
   """Sets a field of a frozen dataclass, once checked."""
-  object.__setattr__(law, field, value)
+  object.__setattr__(hazard, field, value)

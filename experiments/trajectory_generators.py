@@ -274,7 +274,8 @@ class RandomShiftGenerator(TrajectoryGenerator):
 
     Args:
       *args: As in TrajectoryGenerator.
-      shift_distribution: Distribution of X, by name or as an object of one feature.
+      shift_distribution: Distribution of X, by name or as an object of one
+        feature.
       shift_parameters: Its parameters.
       **kwargs: As in TrajectoryGenerator.
 
