@@ -45,7 +45,10 @@ def test_every_module_and_link_of_a_document_is_there(document):
 @pytest.mark.parametrize(
   ('document', 'sentence'),
   [
-    ('README.md', 'T = 256, 500,000 steps and three learning rates are ours'),
+    (
+      'docs/sweeps.md',
+      'T = 256, 500,000 steps and three learning rates are ours',
+    ),
     (
       'results/README.md',
       'T = 256, 500,000 steps and three learning rates are ours',
