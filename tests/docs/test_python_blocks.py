@@ -111,7 +111,7 @@ def short_trainings(monkeypatch):
 def test_python_blocks_of_a_document_run_one_after_another(
   document, folder, registries, short_trainings
 ):
-  names = {'__name__': '__main__'}
+  names = {'__name__': 'block'}  # Not a script: none is started.
   for block in _blocks(document):
     exec(compile(block, str(document), 'exec'), names)
   for config in short_trainings:
