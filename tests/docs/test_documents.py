@@ -45,7 +45,10 @@ def test_every_module_and_link_of_a_document_is_there(document):
 @pytest.mark.parametrize(
   ('document', 'sentence'),
   [
-    ('README.md', 'T = 256, 500,000 steps and three learning rates are ours'),
+    (
+      'docs/sweeps.md',
+      'T = 256, 500,000 steps and three learning rates are ours',
+    ),
     (
       'results/README.md',
       'T = 256, 500,000 steps and three learning rates are ours',
@@ -57,3 +60,10 @@ def test_documents_tell_our_settings_from_those_of_the_paper(
   document, sentence
 ):
   assert sentence in ' '.join((ROOT / document).read_text().split())
+
+
+def test_readme_is_short_and_links_every_page_of_docs_once():
+  text = (ROOT / 'README.md').read_text()
+  assert len(text.splitlines()) <= 250
+  for page in (ROOT / 'docs').glob('*.md'):
+    assert text.count(f'](docs/{page.name})') == 1, page.name
