@@ -24,7 +24,9 @@ DOCUMENTS = [
     ROOT / 'results' / 'README.md',
     *sorted((ROOT / 'docs').glob('*.md')),
   )
+  # What coming_from_the_release.md computes has a test of its own.
   if '```python\n' in path.read_text()
+  and path.name != 'coming_from_the_release.md'
 ]
 _REGISTRIES = (
   constants.OPTIMAL_PREDICTORS,
@@ -32,6 +34,8 @@ _REGISTRIES = (
   predictor_factories.CORES,
   predictor_factories.PREDICTOR_FACTORIES,
 )
+# Trainings whose exact predictors no block reads.
+_WITHOUT_TABLE = ('mgu', 'averages', 'three_symbols')
 # Training steps of a block, and of the run that the documents load.
 _FEW = 2
 _STEP = 464
@@ -99,6 +103,9 @@ def short_trainings(monkeypatch):
     config.schedule.training_steps = _FEW
     config.train.batch_size = 4
     config.eval.batch_size = 8
+    if config.name in _WITHOUT_TABLE:
+      config.eval.optimal_predictors = ()
+      config.eval.optimal_predictors_kwargs = {}
     return whole(config, *args, **kwargs)
 
   monkeypatch.setattr(train, 'train', short)

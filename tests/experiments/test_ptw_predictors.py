@@ -296,7 +296,8 @@ def test_float32_does_not_drift_over_long_constant_data(form, log_length):
   length, chunk = 2**log_length, 2 ** min(log_length - 2, 18)
 
   def run(dtype):
-    predictor = ptw_predictors.PTWPredictor(30)
+    # Few levels compile quickly; the slow test has the deepest tree.
+    predictor = ptw_predictors.PTWPredictor(30 if log_length > 20 else 15)
     if form == 'whole':
       predictions, state = _unroll(predictor, _zeros(length, dtype))
     else:
@@ -313,15 +314,16 @@ def test_float32_does_not_drift_over_long_constant_data(form, log_length):
   np.testing.assert_allclose(log_odds, exact_log_odds, rtol=1e-6)
 
 
-@pytest.mark.parametrize('form', [_unroll, _stream])
-@pytest.mark.parametrize('alphabet_size', [2, 5])
+@pytest.mark.parametrize(
+  ('form', 'alphabet_size'), [(_unroll, 2), (_stream, 5)]
+)
 def test_float32_log_odds_equal_float64_on_switching_data(form, alphabet_size):
   rng = np.random.default_rng(3)
   symbols = np.concatenate(
     [rng.integers(alphabet_size, size=700), np.zeros(500, int), [1] * 333]
   )
   batch = oracles.one_hot(symbols[None], alphabet_size, np.float32)
-  predictor = ptw_predictors.PTWPredictor(12, (0.3,) * alphabet_size)
+  predictor = ptw_predictors.PTWPredictor(11, (0.3,) * alphabet_size)
   predictions, state = form(predictor, batch)
   with jax.enable_x64(True):
     exact, exact_state = form(predictor, batch.astype(np.float64))
@@ -331,7 +333,7 @@ def test_float32_log_odds_equal_float64_on_switching_data(form, alphabet_size):
   )
 
 
-@pytest.mark.parametrize('seq_length', [3, 5, 7])
+@pytest.mark.parametrize('seq_length', [5])
 def test_gradient_is_that_of_the_prefix_of_a_longer_sequence(x64, seq_length):
   """Whatever the length is padded with."""
   batch = jnp.asarray(_random_batch(0, 2, 8))

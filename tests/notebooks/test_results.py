@@ -3,6 +3,7 @@ import pathlib
 
 import nbclient
 import nbformat
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 NOTEBOOK = ROOT / 'notebooks' / 'results.ipynb'
@@ -21,6 +22,8 @@ def _figures(notebook):
   ]
 
 
+# test_report.py draws the same figures from the same tables.
+@pytest.mark.slow
 def test_notebook_draws_every_figure_from_the_committed_tables(
   tmp_path, monkeypatch
 ):
