@@ -225,6 +225,9 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     except shutil.Error as error:
       # The error has an entry for every file; one reason is enough.
       raise OSError(error.args[0][0][-1]) from error
+    # Orbax writes into them where the run was.
+    for path in (new / name).rglob('commit_success.txt'):
+      path.write_text('Checkpoint commit was successful\n')
     for name in (run_folder.CONFIG, 'table.json'):
       if (folder / name).exists():
         shutil.copyfile(folder / name, new / name)

@@ -306,6 +306,9 @@ def test_export_is_loaded_like_the_run(folder, tmp_path):
   # Nothing of the machine.
   text = (target / 'environment.json').read_text()
   assert 'command' not in text and 'host' not in text
+  path = str(folder.parent).encode()
+  for file in target.rglob('*'):
+    assert file.is_dir() or path not in file.read_bytes(), file
   # Again: in its place.
   assert saved_runs.export(folder, target) == size
   assert [path.name for path in target.parent.iterdir()] == ['copy']
