@@ -10,14 +10,17 @@ tuples on the way in.
   from_dict(TrainConfig, to_dict(config)) == config
 """
 
+import ast
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import numbers
 import types
@@ -237,17 +240,6 @@ def check_int(
   return int(value)
 
 
-def read_int(text: str) -> int:
-  """Returns the int that a text stands for; 1e4 is one. Raises ValueError."""
-  try:
-    return int(text)
-  except ValueError:
-    number = float(text)
-    if number.is_integer():
-      return int(number)
-    raise
-
-
 def check_seed(field: str, value: Any) -> int:
   """Returns a seed as an int, or raises ValueError.
 
@@ -307,12 +299,6 @@ def _check_plain(field: str, value: Any) -> None:
       f'{field} is {value!r}; a config holds plain data (numbers, strings, '
       'tuples, dicts), and classes by name'
     )
-
-
-def check_instance(field: str, value: Any, wanted: type) -> None:
-  """Raises ValueError unless `value` is of the wanted class."""
-  if not isinstance(value, wanted):
-    raise ValueError(f'{field} is {value!r}; it must be a {wanted.__name__}')
 
 
 def check_vector(field: str, value: Any) -> tuple[float, ...]:
@@ -426,11 +412,160 @@ def plain(value: Any) -> Any:
   return value
 
 
+def coerce(field: str, value: Any, annotation: Any) -> Any:
+  """Returns a value as the type of a config field, or raises ValueError.
+
+  An int serves where a number is wanted, and a list where a tuple is.
+
+  Args:
+    field: Path of the field, for the message.
+    value: Python data, or a config.
+    annotation: Type of the field: bool, int, float, str, Any, a dict, a tuple
+      of one of these, a config class, or a union of them with None.
+  """
+  options = _options(annotation)
+  value = plain(value)
+  for option in options:
+    try:
+      return _as_option(field, value, option)
+    except _OtherTypeError:
+      pass
+  allowed = ' or '.join(map(_describe, options))
+  raise ValueError(f'{field} is {value!r}; it must be {allowed}')
+
+
+class _OtherTypeError(Exception):
+  """A value is not of the type that was tried."""
+
+
+def _as_option(field: str, value: Any, option: Any) -> Any:
+  """A value as one type; raises _OtherTypeError if it is of another."""
+  if option is Any:
+    return value
+  nested = nested_class(option)
+  if nested is not None:
+    if isinstance(value, nested):
+      return value
+  elif typing.get_origin(option) is dict:
+    check_mapping(field, value)
+    return value
+  elif typing.get_origin(option) is tuple:
+    if isinstance(value, tuple):
+      item_type, _ = typing.get_args(option)
+      return tuple(_as_option(field, item, item_type) for item in value)
+  elif option is float:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+      try:
+        return float(value)
+      except OverflowError:
+        pass
+  elif option is int:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+      return int(value)
+  elif isinstance(value, option):
+    return value
+  raise _OtherTypeError
+
+
+def from_text(field: str, text: str, annotation: Any) -> Any:
+  """Returns the value of a config field that a text stands for.
+
+  A whole number is an int however it is written: `1e4` is 10,000. `none` and
+  `true` are what they are in JSON or Python, in any case of letters, where the
+  field can be that. Names in a tuple need no quotes.
+
+  Args:
+    field: Path of the field, for the message.
+    text: Text, as from a flag.
+    annotation: Type of the field, as in `coerce`.
+
+  Raises:
+    ValueError: If it is not of that type.
+  """
+  options = _options(annotation)
+  if type(None) in options and text.lower() in ('none', 'null'):
+    return None
+  if str in options:
+    return text
+  if bool in options and text.lower() in ('false', 'true'):
+    return text.lower() == 'true'
+  value = _literal(text)
+  is_tuple = any(typing.get_origin(option) is tuple for option in options)
+  if is_tuple and isinstance(value, str) and ',' in text:
+    items = [item.strip() for item in text.split(',')]
+    value = tuple(item for item in items if item)
+  return coerce(field, value, annotation)
+
+
+def _literal(text: str) -> Any:
+  """The Python or JSON value in a text; the text itself if there is none."""
+  for read in (ast.literal_eval, json.loads):
+    try:
+      return _whole(plain(read(text)))
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+      pass
+  return text
+
+
+def _whole(value: Any) -> Any:
+  """A value with whole floats up to 2^53, where they are exact, as ints."""
+  if isinstance(value, dict):
+    return {key: _whole(item) for key, item in value.items()}
+  if isinstance(value, tuple):
+    return tuple(map(_whole, value))
+  if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+    return int(value)
+  return value
+
+
+_DESCRIPTIONS = {
+  Any: 'a value',
+  bool: 'true or false',
+  dict[str, Any]: 'a dict such as {"depth": 7}',
+  float: 'a number',
+  int: 'an int',
+  str: 'a string',
+  tuple[float, ...]: 'a tuple of numbers such as 0.5,0.5',
+  tuple[int, ...]: 'a tuple of ints such as 0,1',
+  tuple[str, ...]: 'a tuple of names such as ptw,kt',
+  type(None): 'None',
+}
+
+
+def _describe(option: Any) -> str:
+  """The values of a type, for messages."""
+  nested = nested_class(option)
+  return f'a {nested.__name__}' if nested else _DESCRIPTIONS[option]
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+  """The types of a union; of another type, itself."""
+  is_union = isinstance(annotation, types.UnionType)
+  return typing.get_args(annotation) if is_union else (annotation,)
+
+
 _ConfigT = typing.TypeVar('_ConfigT', bound='Config')
+
+
+def limited(default: Any, minimum: float, maximum: float | None = None) -> Any:
+  """Returns a field of numbers in a range, which `Config.validate` checks.
+
+  Args:
+    default: Default of the field.
+    minimum: Least number that is allowed, also of those in a tuple.
+    maximum: Greatest that is allowed; for floats, the bound that is not.
+  """
+  limits = {'minimum': minimum}
+  if maximum is not None:
+    limits['maximum'] = maximum
+  return dataclasses.field(default=default, metadata={'limits': limits})
 
 
 class Config:
   """Base of the config dataclasses: known fields only, plain values only."""
+
+  # Path of the config in that of an experiment, for messages.
+  _path = ''
 
   def __setattr__(self, name: str, value: Any) -> None:
     fields = [field.name for field in dataclasses.fields(self)]
@@ -440,6 +575,39 @@ class Config:
         f'{", ".join(fields)}{did_you_mean(name, fields)}'
       )
     object.__setattr__(self, name, plain(value))
+
+  @classmethod
+  def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns saved values as they are called today.
+
+    Args:
+      values: Values by field, as an older version saved them.
+    """
+    return values
+
+  def validate(self, path: str | None = None) -> None:
+    """Raises ValueError, naming the field, if a value has no place in it.
+
+    Types and ranges are those of the fields; a subclass adds what depends on
+    several of them.
+
+    Args:
+      path: Path of this config, for messages, such as `eval.data`; None is
+        where configs of its class are.
+    """
+    path = self._path if path is None else path
+    annotations = typing.get_type_hints(type(self))
+    for field in dataclasses.fields(self):
+      name = f'{path}.{field.name}' if path else field.name
+      value = getattr(self, field.name)
+      value = coerce(name, value, annotations[field.name])
+      if isinstance(value, Config):
+        value.validate(name)
+      limits = field.metadata.get('limits')
+      if limits and value is not None:
+        for item in value if isinstance(value, tuple) else (value,):
+          check = check_int if isinstance(item, int) else check_float
+          check(name, item, **limits)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -468,50 +636,35 @@ class TrainConfig(Config):
       as many as divide both. It changes rounding and dropout masks only.
   """
 
-  model_init_seed: int | tuple[int, ...] = 0
-  learning_rate: float = 2e-3
-  seq_length: int = 32
-  seq_length_fixed: bool = True
-  batch_size: int = 128
-  microbatch_size: int | None = None
-  clip_grad_norm: float | None = 1.0
-  reset_predictor_init_state: bool = True
-  gradient_chunk_length: int | None = None
-  num_seed_shards: int | None = None
+  _path = 'train'
 
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value is out of range."""
+  model_init_seed: int | tuple[int, ...] = limited(0, 0, MAX_SEED)
+  learning_rate: float = limited(2e-3, 0.0)
+  seq_length: int = limited(32, 2, MAX_SEQ_LENGTH)
+  seq_length_fixed: bool = True
+  batch_size: int = limited(128, 1)
+  microbatch_size: int | None = limited(None, 1)
+  clip_grad_norm: float | None = limited(1.0, 0.0)
+  reset_predictor_init_state: bool = True
+  gradient_chunk_length: int | None = limited(None, 1)
+  num_seed_shards: int | None = limited(None, 1)
+
+  def validate(self, path: str | None = None) -> None:
+    super().validate(path)
     seeds = self.model_init_seed
-    for seed in seeds if isinstance(seeds, tuple) else (seeds,):
-      check_seed('train.model_init_seed', seed)
     if isinstance(seeds, tuple) and len(set(seeds)) != max(len(seeds), 1):
       raise ValueError(
         f'train.model_init_seed is {seeds!r}; an ensemble has at least one '
         'seed, and each once'
       )
-    if self.num_seed_shards is not None:
-      check_int('train.num_seed_shards', self.num_seed_shards, 1)
-      num_members = len(seeds) if isinstance(seeds, tuple) else 1
-      if num_members % self.num_seed_shards:
-        raise ValueError(
-          f'train.num_seed_shards {self.num_seed_shards} does not divide the '
-          f'{num_members} seeds of train.model_init_seed'
-        )
-    check_float('train.learning_rate', self.learning_rate, 0.0)
-    check_int('train.seq_length', self.seq_length, 2, MAX_SEQ_LENGTH)
-    check_bool('train.seq_length_fixed', self.seq_length_fixed)
-    check_int('train.batch_size', self.batch_size, 1)
-    if self.microbatch_size is not None:
-      check_int('train.microbatch_size', self.microbatch_size, 1)
-    if self.clip_grad_norm is not None:
-      check_float('train.clip_grad_norm', self.clip_grad_norm, 0.0)
-      if self.clip_grad_norm == 0:
-        raise ValueError('train.clip_grad_norm is 0; None turns clipping off')
-    check_bool(
-      'train.reset_predictor_init_state', self.reset_predictor_init_state
-    )
-    if self.gradient_chunk_length is not None:
-      check_int('train.gradient_chunk_length', self.gradient_chunk_length, 1)
+    num_members = len(seeds) if isinstance(seeds, tuple) else 1
+    if num_members % (self.num_seed_shards or 1):
+      raise ValueError(
+        f'train.num_seed_shards {self.num_seed_shards} does not divide the '
+        f'{num_members} seeds of train.model_init_seed'
+      )
+    if self.clip_grad_norm == 0:
+      raise ValueError('train.clip_grad_norm is 0; None turns clipping off')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -523,16 +676,12 @@ class ModelConfig(Config):
     architecture_kwargs: Keyword arguments of its factory, e.g. `hidden_size`.
   """
 
+  _path = 'model'
+
   model_type: str = 'lstm'
   architecture_kwargs: dict[str, Any] = dataclasses.field(
     default_factory=lambda: {'hidden_size': 64}
   )
-
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value has the wrong type."""
-    if not isinstance(self.model_type, str):
-      raise ValueError(f'model.model_type is {self.model_type!r}, not a name')
-    check_mapping('model.architecture_kwargs', self.architecture_kwargs)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -553,16 +702,16 @@ class ScheduleConfig(Config):
       and one is on disk before the next begins.
   """
 
-  training_steps: int = 10_000
-  num_saves: int = 10
-  first_save: int = 1
-  saving_schedule_type: str = 'log'
-  ckpt_frequency: int = 1_000
+  _path = 'schedule'
 
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value is out of range."""
-    check_int('schedule.training_steps', self.training_steps, 0)
-    check_int('schedule.num_saves', self.num_saves, 0)
+  training_steps: int = limited(10_000, 0)
+  num_saves: int = limited(10, 0)
+  first_save: int = limited(1, 0)
+  saving_schedule_type: str = 'log'
+  ckpt_frequency: int = limited(1_000, 1)
+
+  def validate(self, path: str | None = None) -> None:
+    super().validate(path)
     check_choice(
       'schedule.saving_schedule_type',
       self.saving_schedule_type,
@@ -571,7 +720,6 @@ class ScheduleConfig(Config):
     is_log = self.saving_schedule_type == 'log'
     last = max(self.training_steps, 1)
     check_int('schedule.first_save', self.first_save, int(is_log), last)
-    check_int('schedule.ckpt_frequency', self.ckpt_frequency, 1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -583,11 +731,9 @@ class LoggerConfig(Config):
       between two logs are one compiled call.
   """
 
-  log_frequency: int = 100
+  _path = 'logger'
 
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value is out of range."""
-    check_int('logger.log_frequency', self.log_frequency, 1)
+  log_frequency: int = limited(100, 1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -598,11 +744,9 @@ class EvalConfig(Config):
     batch_size: Sequences per evaluation step.
   """
 
-  batch_size: int = 512
+  _path = 'eval'
 
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value is out of range."""
-    check_int('eval.batch_size', self.batch_size, 1)
+  batch_size: int = limited(512, 1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -620,23 +764,24 @@ class ExperimentConfig(Config):
   """
 
   name: str = 'experiment'
-  seed: int = 0
+  seed: int = limited(0, 0, MAX_SEED)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
   logger: LoggerConfig = dataclasses.field(default_factory=LoggerConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value is out of range."""
+  def validate(self, path: str | None = None) -> None:
+    super().validate(path)
     check_name('name', self.name)
-    check_seed('seed', self.seed)
-    for field, annotation in typing.get_type_hints(type(self)).items():
-      wanted = nested_class(annotation)
-      if wanted is not None:
-        check_instance(field, getattr(self, field), wanted)
-        getattr(self, field).validate()
     _check_finite('', to_dict(self))
+
+  def resolved(self) -> 'ExperimentConfig':
+    """Returns a copy in which what is None or left out follows from the rest.
+
+    Two configs that resolve to the same describe the same run.
+    """
+    return copy.deepcopy(self)
 
 
 def _check_finite(field: str, value: Any) -> None:
@@ -668,17 +813,19 @@ def from_dict(
     field: Path of the config inside the one it is part of, for messages.
 
   Raises:
-    ValueError: If a field is unknown, or a config is not a dict.
+    ValueError: If a field is unknown, or a value is not of its type.
   """
   types_by_field = typing.get_type_hints(config_class)
   check_mapping(field or config_class.__name__, values)
+  values = config_class.upgrade(values)
   check_kwargs(field or config_class.__name__, values, types_by_field)
   kwargs = {}
   for name, value in values.items():
+    path = f'{field}.{name}' if field else name
     nested = nested_class(types_by_field[name])
-    if nested is not None and value is not None:
-      value = from_dict(nested, value, f'{field}.{name}' if field else name)
-    kwargs[name] = value
+    if nested is not None and isinstance(value, Mapping):
+      value = from_dict(nested, value, path)
+    kwargs[name] = coerce(path, value, types_by_field[name])
   return config_class(**kwargs)
 
 
@@ -701,12 +848,7 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
 
 def nested_class(annotation: Any) -> type[Config] | None:
   """Returns the Config class in `X` or `X | None`, if there is one."""
-  options = (
-    typing.get_args(annotation)
-    if isinstance(annotation, types.UnionType)
-    else (annotation,)
-  )
-  for option in options:
+  for option in _options(annotation):
     if isinstance(option, type) and issubclass(option, Config):
       return option
   return None

@@ -322,9 +322,11 @@ class OptimalPredictor(ScanPredictor):
   Attributes:
     concentration: Concentration of the Dirichlet prior: one number for a
       symmetric one, else a tuple of K.
+    label: Name in tables and figures.
     state_class: Class of its states.
   """
 
+  label: str
   state_class: type
 
   def __init__(
@@ -361,6 +363,10 @@ class OptimalPredictor(ScanPredictor):
   ) -> State:
     batch_size = base_config.check_int('batch_size', batch_size, 1)
     return self.empty_state(batch_size, self._alphabet_size or 2)
+
+  def check_seq_length(self, seq_length: int) -> None:
+    """Raises ValueError if a sequence cannot be that long."""
+    base_config.check_int('seq_length', seq_length, 1)
 
   def prior(self, alphabet_size: int, dtype: Any) -> jax.Array:
     """Returns the concentration of every symbol, `[K]`."""
@@ -423,6 +429,7 @@ class OptimalCategoricalPredictor(OptimalPredictor):
   Source: Krichevsky & Trofimov, The performance of universal encoding, 1981.
   """
 
+  label = 'KT'
   state_class = KTState
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> KTState:

@@ -597,6 +597,7 @@ def build_parts(
     ValueError: If the config is not valid.
   """
   config.validate()
+  config = config.resolved()
   devices = jax.devices()
   train_config = config.train
   num_rows = num_seed_shards(train_config, len(devices))

@@ -59,7 +59,7 @@ class _IntegerParser(flags.IntegerParser):
     try:
       return super().convert(argument)
     except ValueError:
-      return base_config.read_int(argument)
+      return base_config.from_text('it', argument, int)
 
 
 def define_integer(

@@ -1,52 +1,34 @@
 """Config of a meta-learning experiment: its data and its evaluation.
 
-  config = post_process_config(ExperimentConfig(name='my_run'))
+  config = ExperimentConfig(name='my_run')
+  config.train.seq_length = 64
+  config.resolved()  # What the fields that are None stand for.
 
-Field names and values are checked by `validate`, which `post_process_config`
-calls; names are looked up in experiments/constants.py. To start from a run that
-was saved, and let what followed from its fields follow again:
+Types and ranges of the fields are checked by `validate`; names are looked up in
+experiments/constants.py. Settings by path, as flags give them:
 
-  config = without_derived(saved_runs.load_config('runs/my_run'))
   overrides = parse_overrides(config, ['train.seq_length=64'])
-  config = post_process_config(with_overrides(config, overrides))
+  config = with_overrides(config, overrides)
 """
 
-import ast
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 import copy
 import dataclasses
-import functools
 import itertools
-import json
 import re
-import types
 import typing
 from typing import Any
 from typing import NamedTuple
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml.experiments import ptw_predictors
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml.experiments import constants
 
-# The source's own Bayes predictor, and the references.
-AUTO = 'auto'
-_OWN_PREDICTORS = {
-  'iid_ptw_cat': 'ptw',
-  'lin': 'lad',
-  'ptw': 'ptw',
-  'random_shift': 'random_shift',
-  # Not exact, but designed for it.
-  'recurring': 'forget_me_not',
-  'regular_shift': 'regular_shift',
-  'static': 'kt',
-}
-_REFERENCES = ('ptw', 'lad', 'kt')
-PTW_SOURCES = ('ptw', 'iid_ptw_cat')
-_OF_A_DEPTH = (*PTW_SOURCES, 'forget_me_not')
+# The source's own, and references.
+_OPTIMAL_PREDICTORS = (constants.EXACT, 'ptw', 'lad', 'kt')
+
 _EVAL_DATA = 'eval.data.'
-# Predictors that take the arguments of the source of their name.
-_LIKE_THEIR_SOURCE = ('random_shift', 'regular_shift')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,6 +52,8 @@ class DataConfig(base_config.Config):
       `shift_parameters` of random_shift, optionally `depth` of ptw.
   """
 
+  _path = 'data'
+
   iid_distribution: str = 'categorical'
   iid_distribution_kwargs: dict[str, Any] = dataclasses.field(
     default_factory=lambda: {'feature_size': 2}
@@ -84,27 +68,6 @@ class DataConfig(base_config.Config):
     default_factory=dict
   )
 
-  def validate(self, path: str = 'data') -> None:
-    """Raises ValueError, naming the field, if a value has the wrong type.
-
-    Args:
-      path: Path of this config, for the message: `data` or `eval.data`.
-    """
-    for field in (
-      'iid_distribution',
-      'parameter_distribution',
-      'trajectory_generator',
-    ):
-      value = getattr(self, field)
-      if not isinstance(value, str):
-        raise ValueError(f'{path}.{field} is {value!r}; it must be a name')
-      kwargs = f'{field}_kwargs'
-      base_config.check_mapping(f'{path}.{kwargs}', getattr(self, kwargs))
-    base_config.check_vector(
-      f'{path}.parameter_distribution_params',
-      self.parameter_distribution_params,
-    )
-
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(base_config.EvalConfig):
@@ -116,8 +79,8 @@ class EvalConfig(base_config.EvalConfig):
       save memory: with its state carried over, or, for a network without a
       state, each a context of its own. None is the whole sequence.
     optimal_predictors: Names in `OPTIMAL_PREDICTORS` that are evaluated on the
-      same sequences; 'auto' is the source's own Bayes predictor, and PTW, LAD
-      and KT as references.
+      same sequences. 'exact' is the source's `bayes_predictor`; where it has
+      none, its `reference_predictors`.
     optimal_predictors_kwargs: Keyword arguments of their constructors, by name.
       Those that are not given follow from the source: `concentration` from its
       Dirichlet prior, `depth` from the source's depth or the sequence length,
@@ -126,47 +89,29 @@ class EvalConfig(base_config.EvalConfig):
     data: The source to evaluate on; None is that of training.
   """
 
-  seq_length: int | None = None
-  chunk_length: int | None = None
-  optimal_predictors: tuple[str, ...] | str = AUTO
+  seq_length: int | None = base_config.limited(
+    None, 2, base_config.MAX_SEQ_LENGTH
+  )
+  chunk_length: int | None = base_config.limited(None, 1)
+  optimal_predictors: tuple[str, ...] = _OPTIMAL_PREDICTORS
   optimal_predictors_kwargs: dict[str, Any] = dataclasses.field(
     default_factory=dict
   )
   data: DataConfig | None = None
 
-  def validate(self) -> None:
-    """Raises ValueError, naming the field, if a value is out of range."""
-    super().validate()
-    if self.seq_length is not None:
-      base_config.check_int(
-        'eval.seq_length', self.seq_length, 2, base_config.MAX_SEQ_LENGTH
-      )
-    if self.chunk_length is not None:
-      base_config.check_int('eval.chunk_length', self.chunk_length, 1)
-    names = self.optimal_predictors
-    is_auto = isinstance(names, str) and names.lower() == AUTO
-    if not is_auto and not (
-      isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-    ):
-      raise ValueError(
-        f'eval.optimal_predictors is {names!r}; it must be {AUTO!r} or a tuple '
-        'of names'
-      )
-    kwargs = self.optimal_predictors_kwargs
-    base_config.check_mapping('eval.optimal_predictors_kwargs', kwargs)
-    if not is_auto:
-      base_config.check_kwargs(
-        'eval.optimal_predictors_kwargs',
-        {name.lower(): value for name, value in kwargs.items()},
-        [name.lower() for name in names],
-      )
-    for name, value in kwargs.items():
+  @classmethod
+  def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    # The default was called 'auto'.
+    if values.get('optimal_predictors') == 'auto':
+      return {**values, 'optimal_predictors': _OPTIMAL_PREDICTORS}
+    return values
+
+  def validate(self, path: str | None = None) -> None:
+    super().validate(path)
+    for name, value in self.optimal_predictors_kwargs.items():
       base_config.check_mapping(
         f'eval.optimal_predictors_kwargs[{name}]', value
       )
-    if self.data is not None:
-      base_config.check_instance('eval.data', self.data, DataConfig)
-      self.data.validate('eval.data')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -181,6 +126,39 @@ class ExperimentConfig(base_config.ExperimentConfig):
   name: str = 'lstm_ptw'
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+  def resolved(self) -> 'ExperimentConfig':
+    """Returns a copy in which what is None or left out follows from the rest.
+
+    Evaluation takes length and source from training, and the arguments of
+    exact predictors from its source; the window of a sliding-window Transformer
+    and the size of stacks take the length of the sequence. Names become lower
+    case.
+
+    Raises:
+      ValueError: If a source or predictor cannot be built.
+    """
+    config = copy.deepcopy(self)
+    evaluation = config.eval
+    if evaluation.seq_length is None:
+      evaluation.seq_length = config.train.seq_length
+    path = 'eval.data'
+    if evaluation.data is None:
+      evaluation.data, path = copy.deepcopy(config.data), 'data'
+    for data in (config.data, evaluation.data):
+      data.iid_distribution = data.iid_distribution.lower()
+      data.parameter_distribution = data.parameter_distribution.lower()
+      data.trajectory_generator = data.trajectory_generator.lower()
+    kwargs = constants.optimal_predictors_kwargs(
+      evaluation, constants.build_data_generator(evaluation.data, path)
+    )
+    evaluation.optimal_predictors = tuple(kwargs)
+    evaluation.optimal_predictors_kwargs = kwargs
+    config.model.model_type = config.model.model_type.lower()
+    config.model.architecture_kwargs = predictor_factories.resolved_kwargs(
+      config.model, config.train.seq_length
+    )
+    return config
 
 
 class SweepPoint(NamedTuple):
@@ -351,7 +329,12 @@ def parse_overrides(
       path, equals, text = item.partition('=')
       if not path or not equals:
         raise ValueError('it must be path=value, as in train.batch_size=64')
-      value = _parse(text, _annotation_at(type(config), path))
+      annotation = _annotation_at(type(config), path)
+      nested = base_config.nested_class(annotation)
+      if nested is not None and text.lower() not in ('none', 'null'):
+        fields = ', '.join(sorted(typing.get_type_hints(nested)))
+        raise ValueError(f'it is a config; set one of its fields {fields}')
+      value = base_config.from_text('the value', text, annotation)
       overrides.pop(path, None)  # Its place is that of the last.
       overrides[path] = value
   return overrides
@@ -375,245 +358,14 @@ def _annotation_at(config_class: type[base_config.Config], path: str) -> Any:
   return annotation
 
 
-def _parse(text: str, annotation: Any) -> Any:
-  """The value of an annotated type that a text stands for."""
-  is_union = isinstance(annotation, types.UnionType)
-  options = typing.get_args(annotation) if is_union else (annotation,)
-  nested = base_config.nested_class(annotation)
-  for option in options:
-    if option is not nested:
-      try:
-        return _READERS[option].read(text)
-      except ValueError:
-        pass
-  if nested is not None:
-    fields = ', '.join(sorted(typing.get_type_hints(nested)))
-    raise ValueError(f'it is a config; set one of its fields {fields}')
-  allowed = ' or '.join(_READERS[option].allowed for option in options)
-  raise ValueError(f'the value must be {allowed}')
-
-
-def _read_bool(text: str) -> bool:
-  if text.lower() not in ('true', 'false'):
-    raise ValueError
-  return text.lower() == 'true'
-
-
-def _read_none(text: str) -> None:
-  if text.lower() not in ('none', 'null'):
-    raise ValueError
-
-
-def _read_literal(text: str) -> Any:
-  for read in (ast.literal_eval, json.loads):
-    try:
-      return base_config.plain(read(text))
-    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
-      pass
-  raise ValueError
-
-
-def _read_any(text: str) -> Any:
-  try:
-    return _whole(_read_literal(text))
-  except ValueError:
-    return text
-
-
-def _whole(value: Any) -> Any:
-  """A value with whole floats up to 2^53, where they are exact, as ints."""
-  if isinstance(value, dict):
-    return {key: _whole(item) for key, item in value.items()}
-  if isinstance(value, tuple):
-    return tuple(map(_whole, value))
-  if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
-    return int(value)
-  return value
-
-
-def _read_dict(text: str) -> dict[str, Any]:
-  value = _whole(_read_literal(text))
-  if not isinstance(value, dict):
-    raise ValueError
-  return value
-
-
-def _read_tuple(text: str, read_item: Callable[[str], Any]) -> tuple[Any, ...]:
-  try:
-    items = _read_literal(text)
-  except ValueError:
-    if ',' not in text:
-      raise
-    # Names without quotes.
-    items = tuple(item.strip() for item in text.split(',') if item.strip())
-  if not isinstance(items, tuple):
-    raise ValueError
-  return tuple(read_item(str(item)) for item in items)
-
-
-class _Reader(NamedTuple):
-  """A type that a text can be read as.
-
-  Attributes:
-    allowed: Description of the texts that are allowed, for messages.
-    read: Function from the text to the value; raises ValueError.
-  """
-
-  allowed: str
-  read: Callable[[str], Any]
-
-
-_READERS = {
-  Any: _Reader('a value', _read_any),
-  bool: _Reader('true or false', _read_bool),
-  dict[str, Any]: _Reader('a dict such as {"depth": 7}', _read_dict),
-  float: _Reader('a number', float),
-  int: _Reader('an int', base_config.read_int),
-  str: _Reader('a string', str),
-  tuple[float, ...]: _Reader(
-    'a tuple of numbers such as 0.5,0.5',
-    functools.partial(_read_tuple, read_item=float),
-  ),
-  tuple[int, ...]: _Reader(
-    'a tuple of ints such as 0,1',
-    functools.partial(_read_tuple, read_item=base_config.read_int),
-  ),
-  tuple[str, ...]: _Reader(
-    'a tuple of names such as ptw,kt',
-    functools.partial(_read_tuple, read_item=str),
-  ),
-  type(None): _Reader('None', _read_none),
-}
-
-
 def post_process_config(config: ExperimentConfig) -> ExperimentConfig:
-  """Returns a copy in which fields that are None are filled from the others.
+  """Returns `config.resolved()` after `config.validate()`, to look at.
 
-  Evaluation takes length and source from training, and the arguments of exact
-  predictors from its source; PTW's depth, the window of a sliding-window
-  Transformer and the size of the stacks take the length of the
-  sequence. Names become lower case. The config that is given stays as it is.
+  Nothing needs it: whatever is built from a config resolves it first, and a
+  config is saved as it was given.
 
   Raises:
-    ValueError: If a value is out of range.
+    ValueError: If a value is out of range, or a name unknown.
   """
   config.validate()
-  config = copy.deepcopy(config)
-  config.model.model_type = config.model.model_type.lower()
-  evaluation = config.eval
-  if evaluation.seq_length is None:
-    evaluation.seq_length = config.train.seq_length
-  if evaluation.data is None:
-    evaluation.data = copy.deepcopy(config.data)
-  for data in (config.data, evaluation.data):
-    data.iid_distribution = data.iid_distribution.lower()
-    data.parameter_distribution = data.parameter_distribution.lower()
-    data.trajectory_generator = data.trajectory_generator.lower()
-  source = evaluation.data.trajectory_generator
-  names = evaluation.optimal_predictors
-  given = {
-    name.lower(): value
-    for name, value in evaluation.optimal_predictors_kwargs.items()
-  }
-  if isinstance(names, str):
-    own = _OWN_PREDICTORS.get(source)
-    # Each once, the source's own first.
-    names = tuple(dict.fromkeys((own, *_REFERENCES) if own else _REFERENCES))
-    base_config.check_kwargs('eval.optimal_predictors_kwargs', given, names)
-  kwargs = {name.lower(): dict(given.get(name.lower(), {})) for name in names}
-  evaluation.optimal_predictors = tuple(kwargs)
-  for name, predictor_kwargs in kwargs.items():
-    if name in _OF_A_DEPTH:
-      _fill(
-        predictor_kwargs,
-        'depth',
-        _ptw_depth(evaluation.data, evaluation.seq_length),
-      )
-    of_source = evaluation.data.trajectory_generator_kwargs
-    # All parameters of one distribution: never half of one and half of another.
-    if name in _LIKE_THEIR_SOURCE and name == source:
-      if not of_source.keys() & predictor_kwargs.keys():
-        predictor_kwargs.update(of_source)
-    if evaluation.data.parameter_distribution == 'dirichlet':
-      _fill(
-        predictor_kwargs,
-        'concentration',
-        evaluation.data.parameter_distribution_params,
-      )
-  evaluation.optimal_predictors_kwargs = kwargs
-
-  # Assigned anew: lists that were put into the dict become tuples.
-  architecture = base_config.plain(config.model.architecture_kwargs)
-  model_type = config.model.model_type
-  if model_type == 'sliding_window_transformer':
-    _fill(architecture, 'context_length', config.train.seq_length)
-  core = str(architecture.get('core')).lower()
-  if 'stack_rnn' in (model_type, core):
-    _fill(architecture, 'stack_size', config.train.seq_length)
-  config.model.architecture_kwargs = architecture
-  return config
-
-
-def without_derived(config: ExperimentConfig) -> ExperimentConfig:
-  """Returns a copy without what `post_process_config` would fill in again.
-
-    post_process_config(without_derived(config)) == post_process_config(config)
-
-  So what followed from a field follows again after the field has changed. What
-  was given, but is what would be filled in, goes too.
-
-  Args:
-    config: Config, complete or not.
-
-  Raises:
-    ValueError: If a value is out of range.
-  """
-  complete = post_process_config(config)
-  reduced = complete
-
-  def attempt(forget: Callable[[ExperimentConfig], None]) -> None:
-    nonlocal reduced
-    candidate = copy.deepcopy(reduced)
-    forget(candidate)
-    try:
-      if post_process_config(candidate) == complete:
-        reduced = candidate
-    except ValueError:
-      pass  # The rest does not fit the defaults.
-
-  for field, default in (
-    ('seq_length', None),
-    ('data', None),
-    ('optimal_predictors', AUTO),
-  ):
-    attempt(lambda c, f=field, d=default: setattr(c.eval, f, d))
-  of_source = tuple(complete.eval.data.trajectory_generator_kwargs)
-  for name in complete.eval.optimal_predictors:
-    for keys in (('depth',), ('concentration',), of_source):
-      attempt(
-        lambda c, n=name, k=keys: _drop(c.eval.optimal_predictors_kwargs[n], k)
-      )
-    if not reduced.eval.optimal_predictors_kwargs[name]:
-      attempt(lambda c, n=name: _drop(c.eval.optimal_predictors_kwargs, (n,)))
-  for key in ('context_length', 'stack_size'):
-    attempt(lambda c, k=key: _drop(c.model.architecture_kwargs, (k,)))
-  return reduced
-
-
-def _drop(values: dict[str, Any], keys: Iterable[str]) -> None:
-  for key in keys:
-    values.pop(key, None)
-
-
-def _fill(kwargs: dict[str, Any], key: str, value: Any) -> None:
-  if kwargs.get(key) is None:
-    kwargs[key] = value
-
-
-def _ptw_depth(data: DataConfig, seq_length: int) -> int:
-  """The depth of the source, if it has one; else the least for the length."""
-  if data.trajectory_generator in PTW_SOURCES:
-    depth = data.trajectory_generator_kwargs.get('depth')
-    if depth is not None:
-      return depth
-  return ptw_predictors.min_depth(seq_length)
+  return config.resolved()

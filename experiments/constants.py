@@ -1,13 +1,13 @@
 """Names that a config can use, and how what they name is built."""
 
+import collections
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
-from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
@@ -35,19 +35,8 @@ OPTIMAL_PREDICTORS = base_config.Registry(
   },
 )
 
-_LABELS = {
-  'forget_me_not': 'Forget-Me-Not',
-  'iid_ptw_cat': 'PTW',
-  'kt': 'KT',
-  'lad': 'LAD',
-  'length_distribution': 'known length law',
-  'lin': 'LAD',
-  'ptw': 'PTW',
-  'random_shift': 'known length law',
-  'regular_shift': 'known period',
-  'run_length': 'run-length mixture',
-  'static': 'KT',
-}
+# Among the names of an evaluation's exact predictors: the source's own.
+EXACT = 'exact'
 
 
 def source_kwargs(source: str) -> dict[str, Any]:
@@ -60,22 +49,37 @@ def source_kwargs(source: str) -> dict[str, Any]:
   return dict(getattr(generator, 'default_kwargs', {}))
 
 
-def label(optimal_predictor: str) -> str:
-  """Returns what an exact predictor is called in tables and figures."""
-  return _LABELS.get(optimal_predictor, optimal_predictor)
+def labels(
+  optimal_predictors: Mapping[str, predictors.Predictor],
+) -> dict[str, str]:
+  """Returns what exact predictors are called in tables and figures.
+
+  Args:
+    optimal_predictors: Predictors by name. Their labels are those of their
+      classes; without one, and where two have the same, it is the name.
+  """
+  found = {
+    name: getattr(predictor, 'label', name)
+    for name, predictor in optimal_predictors.items()
+  }
+  counts = collections.Counter(found.values())
+  return {
+    name: label if counts[label] == 1 else name for name, label in found.items()
+  }
 
 
-def check(config: config_lib.ExperimentConfig) -> None:
+def check(config: base_config.ExperimentConfig) -> None:
   """Raises ValueError, naming the field, if the parts do not fit together.
 
   JAX is not started, so that a script can still say how; what depends on its
   devices is left to `train.build_parts`.
 
   Args:
-    config: As `post_process_config` leaves it.
+    config: An `experiments.config.ExperimentConfig`.
   """
   config.validate()
-  alphabet_sizes = []
+  config = config.resolved()
+  generators = []
   for path, data, seq_length in (
     ('data', config.data, config.train.seq_length),
     ('eval.data', config.eval.data, config.eval.seq_length),
@@ -84,8 +88,9 @@ def check(config: config_lib.ExperimentConfig) -> None:
     with base_config.naming(f'{path}.trajectory_generator_kwargs'):
       generator.check_seq_length(seq_length)
     with base_config.naming(path):
-      alphabet_sizes.append(generator.alphabet_size)
-  alphabet_size, eval_alphabet_size = alphabet_sizes
+      generator.alphabet_size  # noqa: B018
+    generators.append(generator)
+  alphabet_size, eval_alphabet_size = (g.alphabet_size for g in generators)
   if eval_alphabet_size != alphabet_size:
     raise ValueError(
       f'eval.data has an alphabet of {eval_alphabet_size} symbols, but data, '
@@ -97,28 +102,20 @@ def check(config: config_lib.ExperimentConfig) -> None:
       'train.reset_predictor_init_state is False, but model.model_type '
       f'{config.model.model_type!r} has no state to carry over'
     )
-  optimal_predictors = build_optimal_predictors(config.eval, alphabet_size)
+  optimal_predictors = build_optimal_predictors(config.eval, generators[1])
   for name, optimal_predictor in optimal_predictors.items():
-    if isinstance(
-      optimal_predictor,
-      (
-        ptw_predictors.PTWPredictor,
-        forget_me_not_predictors.ForgetMeNotPredictor,
-      ),
-    ):
+    if isinstance(optimal_predictor, predictors.OptimalPredictor):
       with base_config.naming(f'eval.optimal_predictors_kwargs[{name}]'):
-        ptw_predictors.check_horizon(
-          optimal_predictor.depth, config.eval.seq_length
-        )
+        optimal_predictor.check_seq_length(config.eval.seq_length)
 
 
 def build_data_generator(
-  config: config_lib.DataConfig, path: str = 'data'
+  config: base_config.Config, path: str = 'data'
 ) -> trajectory_generators.TrajectoryGenerator:
   """Returns the source that a data config describes.
 
   Args:
-    config: Config of the data.
+    config: An `experiments.config.DataConfig`.
     path: Path of that config, for messages: `data` or `eval.data`.
 
   Raises:
@@ -161,91 +158,138 @@ def build_data_generator(
 
 
 def build_optimal_predictors(
-  config: config_lib.EvalConfig, alphabet_size: int
-) -> dict[str, predictors.OptimalPredictor]:
+  config: base_config.EvalConfig,
+  generator: trajectory_generators.TrajectoryGenerator,
+) -> dict[str, predictors.Predictor]:
   """Returns the exact Bayes predictors of an evaluation, by name.
 
-  Alphabet and prior of the source are passed to those that take them.
+  'exact' is there under the name of the predictor that it is: one that the
+  config names besides, or one that is registered under the name of the source.
+  Without such a name it stays 'exact'.
 
   Args:
-    config: As `post_process_config` leaves it.
-    alphabet_size: K.
+    config: An `experiments.config.EvalConfig` with data and length.
+    generator: The source that it evaluates on.
 
   Raises:
     ValueError: If a name is unknown or an argument is wrong.
   """
-  if isinstance(config.optimal_predictors, str):
-    raise ValueError(
-      f'eval.optimal_predictors is {config.optimal_predictors!r}; '
-      'post_process_config turns it into names'
+  resolved = optimal_predictors_kwargs(config, generator)
+  return {
+    name: _build_optimal_predictor(config, generator, name, kwargs)
+    for name, kwargs in resolved.items()
+  }
+
+
+def optimal_predictors_kwargs(
+  config: base_config.EvalConfig,
+  generator: trajectory_generators.TrajectoryGenerator,
+) -> dict[str, dict[str, Any]]:
+  """Returns the arguments of an evaluation's exact predictors, by name.
+
+  Those that the config does not give follow from the source, where the
+  predictor takes them: `concentration` from a Dirichlet prior, `depth` from its
+  depth or the length; and to the predictor of the name of the source go the
+  arguments of the source.
+
+  Args:
+    config: Config, as in `build_optimal_predictors`.
+    generator: Source, likewise.
+
+  Raises:
+    ValueError: As `build_optimal_predictors`.
+  """
+  names = [name.lower() for name in config.optimal_predictors]
+  given = {
+    name.lower(): kwargs
+    for name, kwargs in config.optimal_predictors_kwargs.items()
+  }
+  source = config.data.trajectory_generator.lower()
+
+  def with_derived(name: str) -> dict[str, Any]:
+    if name == EXACT:
+      return {}
+    kwargs = dict(given.get(name, {}))
+    derived = _derived_kwargs(config.seq_length, generator)
+    of_source = config.data.trajectory_generator_kwargs
+    # All parameters of one distribution: never half of one and half of another.
+    if name == source and not of_source.keys() & kwargs.keys():
+      derived |= of_source
+    takes = base_config.keywords(
+      OPTIMAL_PREDICTORS.lookup('eval.optimal_predictors', name)
     )
-  derived = {'alphabet_size': alphabet_size}
-  if config.data.parameter_distribution == 'dirichlet':
-    derived['concentration'] = config.data.parameter_distribution_params
-  built = {}
-  for name in config.optimal_predictors:
-    optimal_predictor = OPTIMAL_PREDICTORS.lookup(
-      'eval.optimal_predictors', name
-    )
-    kwargs = {**derived, **config.optimal_predictors_kwargs.get(name, {})}
-    # One of the user's own need not take what follows from the source.
-    takes = base_config.keywords(optimal_predictor)
-    kwargs = {
-      key: value
-      for key, value in kwargs.items()
-      if key in takes or key not in derived or value != derived[key]
-    }
-    path = f'eval.optimal_predictors_kwargs[{name}]'
-    base_config.check_constructor(path, optimal_predictor, kwargs)
-    with base_config.naming(path):
-      built[name] = optimal_predictor(**kwargs)
-  return built
+    for key, value in derived.items():
+      if key in takes and kwargs.get(key) is None:
+        kwargs[key] = value
+    return kwargs
+
+  def exact_names() -> Sequence[str]:
+    """The names that 'exact' stands for."""
+    exact = generator.bayes_predictor(config.seq_length)
+    if exact is None:
+      return generator.reference_predictors
+    for name in (*names, source):
+      if name in OPTIMAL_PREDICTORS:
+        kwargs = with_derived(name)
+        if exact == _build_optimal_predictor(config, generator, name, kwargs):
+          return (name,)
+    return (EXACT,)
+
+  resolved = dict.fromkeys(
+    inner
+    for name in names
+    for inner in (exact_names() if name == EXACT else (name,))
+  )
+  base_config.check_kwargs('eval.optimal_predictors_kwargs', given, resolved)
+  return {name: with_derived(name) for name in resolved}
+
+
+def _derived_kwargs(
+  seq_length: int, generator: trajectory_generators.TrajectoryGenerator
+) -> dict[str, Any]:
+  """Arguments of exact predictors that follow from any source."""
+  depth_for = getattr(generator, 'depth_for', ptw_predictors.min_depth)
+  derived = {'depth': depth_for(seq_length)}
+  if isinstance(generator.parameter_distribution, distributions.Dirichlet):
+    derived['concentration'] = generator.parameter_distribution_params
+  return derived
+
+
+def _build_optimal_predictor(
+  config: base_config.EvalConfig,
+  generator: trajectory_generators.TrajectoryGenerator,
+  name: str,
+  kwargs: Mapping[str, Any],
+) -> predictors.Predictor:
+  """The exact predictor of a name, with complete arguments."""
+  if name == EXACT:
+    return generator.bayes_predictor(config.seq_length)
+  constructor = OPTIMAL_PREDICTORS[name]
+  path = f'eval.optimal_predictors_kwargs[{name}]'
+  if 'alphabet_size' in base_config.keywords(constructor):
+    kwargs = {'alphabet_size': generator.alphabet_size, **kwargs}
+  base_config.check_constructor(path, constructor, kwargs)
+  with base_config.naming(path):
+    return constructor(**kwargs)
 
 
 def exact_predictor(
-  config: config_lib.EvalConfig,
   generator: trajectory_generators.TrajectoryGenerator,
-  optimal_predictors: dict[str, predictors.OptimalPredictor],
+  optimal_predictors: Mapping[str, predictors.Predictor],
+  seq_length: int,
 ) -> str | None:
   """Returns the name of the source's own Bayes predictor, if it is there.
 
   Args:
-    config: Config of the evaluation.
     generator: The source.
-    optimal_predictors: To choose from.
+    optimal_predictors: Predictors to choose from, by name.
+    seq_length: T.
   """
-  wanted = generator.bayes_predictor(config.seq_length)
-  if wanted is None:
+  exact = generator.bayes_predictor(seq_length)
+  if exact is None:
     return None
-  for name, predictor in optimal_predictors.items():
-    if _are_equal(
-      predictor, wanted, generator.alphabet_size, config.seq_length
-    ):
-      return name
-  return None
-
-
-def _are_equal(
-  a: predictors.OptimalPredictor,
-  b: predictors.OptimalPredictor,
-  alphabet_size: int,
-  seq_length: int,
-) -> bool:
-  """Whether two predictors have the same prior over T symbols."""
-  if not isinstance(a, predictors.OptimalPredictor):
-    return False  # One of the user's own, of which nothing is known.
-  priors = [np.asarray(p.prior(alphabet_size, float)) for p in (a, b)]
-  if not np.array_equal(*priors):
-    return False
-  if isinstance(a, run_length_predictors.RunLengthPredictor):
-    # Whether a segment ends with the last symbol is of no account.
-    num = max(1, seq_length - 1)
-    return isinstance(
-      b, run_length_predictors.RunLengthPredictor
-    ) and np.array_equal(a.hazard.log_probs(num), b.hazard.log_probs(num))
-  return type(a) is type(b) and (
-    not isinstance(a, ptw_predictors.PTWPredictor) or a.depth == b.depth
-  )
+  found = (name for name, p in optimal_predictors.items() if p == exact)
+  return next(found, None)
 
 
 def _build_distribution(

@@ -47,7 +47,7 @@ def make_config(
   """Returns the config of a run with another evaluation.
 
   Args:
-    run_config: Config of the run.
+    run_config: Config of the run, from `saved_runs.load_config`.
     source: A key of `TRAJECTORY_GENERATORS`; None is the evaluation's own.
     seq_length: T; None is the evaluation's own.
     batch_size: Sequences at a time; None is the evaluation's own.
@@ -65,11 +65,8 @@ def make_config(
     overrides['eval.data.trajectory_generator_kwargs'] = (
       constants.source_kwargs(source)
     )
-  # The parameters that followed from the old source and length are dropped, to
-  # follow from the new ones.
-  config = config_lib.without_derived(run_config)
   config = config_lib.with_overrides(
-    config,
+    run_config,
     {path: value for path, value in overrides.items() if value is not None},
   )
   settings = config_lib.parse_overrides(config, items)
@@ -80,9 +77,8 @@ def make_config(
         'is as it was trained'
       )
   config = config_lib.with_overrides(config, settings)
-  # The network stays: it can be made for the length it was trained with.
-  config.model = run_config.model
-  return config_lib.post_process_config(config)
+  config.validate()
+  return config.resolved()
 
 
 def evaluate(
@@ -118,7 +114,7 @@ def evaluate(
       problems.insert(0, str(error))
       continue
     if evaluator is None:
-      evaluator = saved_runs.build_evaluator(run, config.eval)
+      evaluator = saved_runs.build_evaluator(run, config)
     table = regret_table.make_table(
       config,
       evaluator,
@@ -291,7 +287,7 @@ def main(argv: list[str]) -> None:
     default = 1 if values.distributed else devices.num_cpu_devices()
     cli.start(argv[:1], values.cpu_devices or default)
     config = make_config(
-      run_folder.read_config(folder, config_lib.ExperimentConfig),
+      saved_runs.load_config(folder),
       values.source,
       values.seq_length,
       values.batch_size,

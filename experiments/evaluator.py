@@ -396,7 +396,8 @@ def build_evaluator(
 
   Args:
     predictor: Predictor to evaluate.
-    config: Config, complete as `post_process_config` leaves it.
+    config: Config of the evaluation, with data and length, as
+      `ExperimentConfig.resolved` fills them in.
 
   Raises:
     ValueError: If the config is not complete or not valid.
@@ -405,13 +406,13 @@ def build_evaluator(
   for field in ('data', 'seq_length'):
     if getattr(config, field) is None:
       raise ValueError(
-        f'eval.{field} is None; post_process_config fills it from training'
+        f'eval.{field} is None; config.resolved() fills it from training'
       )
   generator = constants.build_data_generator(config.data)
   return MetaLearningEvaluator(
     predictor,
     generator,
-    constants.build_optimal_predictors(config, generator.alphabet_size),
+    constants.build_optimal_predictors(config, generator),
     config.batch_size,
     config.seq_length,
     config.chunk_length,

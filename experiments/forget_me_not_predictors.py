@@ -95,6 +95,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
   prediction is that of the memory.
   """
 
+  label = 'Forget-Me-Not'
   state_class = ForgetMeNotState
 
   def __init__(
@@ -120,6 +121,9 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
       'depth', depth, 0, ptw_predictors.MAX_DEPTH
     )
     self.memory_size = base_config.check_int('memory_size', memory_size, 0)
+
+  def check_seq_length(self, seq_length: int) -> None:
+    ptw_predictors.check_horizon(self.depth, seq_length)
 
   def empty_state(
     self, batch_size: int, alphabet_size: int

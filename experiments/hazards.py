@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -34,7 +35,13 @@ _NUM_TRIED = 256
 
 
 class Hazard(abc.ABC):
-  """A segment-length distribution."""
+  """A segment-length distribution.
+
+  Attributes:
+    label: Name of its exact predictor in tables and figures.
+  """
+
+  label: ClassVar[str] = 'run-length mixture'
 
   @abc.abstractmethod
   def log_probs(self, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +115,8 @@ class KnownPeriod(Hazard):
     period: P.
   """
 
+  label = 'known period'
+
   period: int
 
   def __post_init__(self):
@@ -128,6 +137,8 @@ class LengthDistribution(Hazard):
   Attributes:
     pmf: P(L = 1), ..., P(L = n), up to the longest possible segment.
   """
+
+  label = 'known length distribution'
 
   pmf: tuple[float, ...]
 
@@ -166,6 +177,8 @@ class RoundedLengths(Hazard):
     distribution: Distribution of X.
     parameters: Its parameters.
   """
+
+  label = 'known length distribution'
 
   distribution: distributions.Distribution
   parameters: tuple[float, ...]

@@ -24,6 +24,8 @@ def hazard(run_length: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 class LADPredictor(run_length_predictors.RunLengthPredictor):
   """The exact Bayes predictor of the `lin` source."""
 
+  label = 'LAD'
+
   def __init__(
     self,
     concentration: float | Sequence[float] = 0.5,

@@ -9,7 +9,7 @@ Every field of the config can be set, by its path; so can what its dicts hold:
 
 A run can start from the config of another. Flags that are given change it, and
 --set comes last; what follows from the fields that they change (the depth of
-PTW, the evaluation) follows again:
+PTW, the evaluation) follows:
 
   --config runs/lstm_ptw_seed0 --seq_length=64 --name=longer
 
@@ -97,7 +97,7 @@ def make_config(
   learning_rate: float = 2e-3,
   num_seeds: int = 1,
 ) -> config_lib.ExperimentConfig:
-  """Returns the config of a run; `post_process_config` completes it.
+  """Returns the config of a run.
 
   Args:
     source: A key of `TRAJECTORY_GENERATORS`.
@@ -139,12 +139,12 @@ def make_config(
     ),
     schedule=base_config.ScheduleConfig(training_steps=steps),
     logger=base_config.LoggerConfig(log_frequency=100),
-    eval=config_lib.EvalConfig(batch_size=512, optimal_predictors='auto'),
+    eval=config_lib.EvalConfig(batch_size=512),
   )
 
 
 def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
-  """Returns the complete config that the flags describe.
+  """Returns the config that the flags describe.
 
   Without `--config` it is that of `make_config`. On top of a saved one come
   only those flags that were given. `--set` comes last. Whatever can be wrong,
@@ -162,7 +162,7 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
   if values.config is not None:
     of_flags = config
     config = config_lib.with_overrides(
-      config_lib.without_derived(saved_runs.load_config(values.config)),
+      saved_runs.load_config(values.config),
       {
         path: operator.attrgetter(path)(of_flags)
         for flag, paths in _FIELDS_OF_FLAGS.items()
@@ -171,9 +171,7 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
       },
     )
   overrides = config_lib.parse_overrides(config, values['set'].value)
-  config = config_lib.post_process_config(
-    config_lib.with_overrides(config, overrides)
-  )
+  config = config_lib.with_overrides(config, overrides)
   constants.check(config)
   return config
 
@@ -187,7 +185,7 @@ def run(
   processes, all call this, and the first one writes.
 
   Args:
-    config: Config of the run, complete as `post_process_config` leaves it.
+    config: Config of the run.
     folder: Folder of the run.
     num_sequences: Number of sequences for the table.
 
@@ -243,9 +241,10 @@ def _print_table(
   seconds: float,
 ) -> None:
   """Prints the table of a run; before it is written, which may fail."""
-  source = config.eval.data.trajectory_generator
+  evaluation = config.resolved().eval
+  source = evaluation.data.trajectory_generator
   cli.say(
-    f'\n{num_sequences} fresh sequences of {config.eval.seq_length} symbols '
+    f'\n{num_sequences} fresh sequences of {evaluation.seq_length} symbols '
     f'from the {source} source, after {config.schedule.training_steps} steps '
     f'({seconds:.0f} s):\n'
   )

@@ -90,6 +90,7 @@ class PTWPredictor(predictors.OptimalPredictor):
   After 2^d symbols the tree is used up; the next prediction is the prior mean.
   """
 
+  label = 'PTW'
   state_class = PTWState
 
   def __init__(
@@ -110,6 +111,9 @@ class PTWPredictor(predictors.OptimalPredictor):
     """
     super().__init__(concentration, alphabet_size)
     self.depth = base_config.check_int('depth', depth, 0, MAX_DEPTH)
+
+  def check_seq_length(self, seq_length: int) -> None:
+    check_horizon(self.depth, seq_length)
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> PTWState:
     return PTWState(

@@ -65,12 +65,10 @@ def make_table(
       [member[evaluator_lib.NETWORK] for member in by_member]
     )
   exact = constants.exact_predictor(
-    config.eval, evaluator.generator, evaluator.optimal_predictors
+    evaluator.generator, evaluator.optimal_predictors, evaluator.seq_length
   )
   names = {evaluator_lib.NETWORK: network}
-  names |= {
-    name: constants.label(name) for name in evaluator.optimal_predictors
-  }
+  names |= constants.labels(evaluator.optimal_predictors)
   rows = results_table(regrets, names, exact)
   if 'seeds' in rows[0]:
     rows[0]['seeds'] = network_rows(rows, seeds)

@@ -146,6 +146,11 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     self.hazard = hazards_lib.as_hazard(hazard)
     self.max_length = max_length
 
+  @property
+  def label(self) -> str:
+    """Name in tables and figures, by what is known of the lengths."""
+    return self.hazard.label
+
   def empty_state(self, batch_size: int, alphabet_size: int) -> RunLengthState:
     size = 1 + (self.max_length or 0)
     # Made in NumPy, which compiles nothing.

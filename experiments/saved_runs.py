@@ -33,7 +33,7 @@ class Run:
 
   Attributes:
     folder: Folder of the run.
-    config: Complete config of its training.
+    config: Config of its training, resolved.
     predictor: The network.
     params: Its parameters; those of an ensemble have a leading axis of members.
     history: The log, as in `train.TrainResult`, up to the newest entry.
@@ -65,7 +65,13 @@ def load_config(path: str | pathlib.Path) -> config_lib.ExperimentConfig:
   config = run_folder.config_from_file(path, config_lib.ExperimentConfig)
   with base_config.naming(str(path)):
     config.validate()
-  return config
+    # Runs of before have their defaults written out.
+    evaluation = config_lib.EvalConfig(
+      batch_size=config.eval.batch_size, chunk_length=config.eval.chunk_length
+    )
+    reduced = dataclasses.replace(config, eval=evaluation)
+    is_default = reduced.resolved() == config.resolved()
+  return reduced if is_default else config
 
 
 def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
@@ -86,6 +92,7 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
   """
   folder = pathlib.Path(folder)
   config = run_folder.read_config(folder, config_lib.ExperimentConfig)
+  config = config.resolved()
   entries, torn = run_folder.read_metrics(folder / run_folder.METRICS)
   if torn:
     warnings.warn(
@@ -288,41 +295,43 @@ def evaluator_of(
     ValueError: If the network, the source or a predictor cannot be that long,
       or the source has another alphabet than the run's.
   """
-  own = run.config.eval
-  evaluation = copy.deepcopy(own)
-  if source is not None or seq_length not in (None, own.seq_length):
+  given = run.config.eval
+  evaluation = copy.deepcopy(given)
+  if source is not None or seq_length not in (None, given.seq_length):
     # The exact predictors of the run's evaluation are for another sequence.
     evaluation = config_lib.EvalConfig(
-      batch_size=own.batch_size,
-      chunk_length=own.chunk_length,
-      seq_length=own.seq_length if seq_length is None else seq_length,
-      data=copy.deepcopy(own.data if source is None else source),
+      batch_size=given.batch_size,
+      chunk_length=given.chunk_length,
+      seq_length=given.seq_length if seq_length is None else seq_length,
+      data=copy.deepcopy(given.data if source is None else source),
     )
   if batch_size is not None:
     evaluation.batch_size = batch_size
-  config = dataclasses.replace(run.config, eval=evaluation)
-  return build_evaluator(run, config_lib.post_process_config(config).eval)
+  return build_evaluator(run, dataclasses.replace(run.config, eval=evaluation))
 
 
 def build_evaluator(
-  run: Run, evaluation: config_lib.EvalConfig
+  run: Run, config: config_lib.ExperimentConfig
 ) -> evaluator_lib.MetaLearningEvaluator:
   """Returns the evaluator of a run's network that a config describes.
 
   Args:
     run: Run from `load_run`.
-    evaluation: Config, complete as `post_process_config` leaves it.
+    config: Config of the run with another evaluation.
 
   Raises:
     ValueError: If it is not valid, or its source has another alphabet than the
       run's.
   """
-  evaluator = evaluator_lib.build_evaluator(run.predictor, evaluation)
-  own = constants.build_data_generator(run.config.data).alphabet_size
-  if evaluator.alphabet_size != own:
+  config.validate()
+  evaluator = evaluator_lib.build_evaluator(
+    run.predictor, config.resolved().eval
+  )
+  trained_on = constants.build_data_generator(run.config.data).alphabet_size
+  if evaluator.alphabet_size != trained_on:
     raise ValueError(
       f'eval.data has an alphabet of {evaluator.alphabet_size} symbols, but '
-      f'{run.folder} was trained on {own}'
+      f'{run.folder} was trained on {trained_on}'
     )
   return evaluator
 

@@ -75,9 +75,12 @@ class TrajectoryGenerator(base_config.EqualByValue, abc.ABC):
   Attributes:
     default_kwargs: Arguments of the constructor besides the distributions, for
       scripts that are given the name of the source alone.
+    reference_predictors: Names of predictors that were designed for a source
+      without an exact one, to evaluate in its place.
   """
 
   default_kwargs: ClassVar[Mapping[str, Any]] = {}
+  reference_predictors: ClassVar[tuple[str, ...]] = ()
 
   def __init__(
     self,
@@ -406,6 +409,7 @@ class RecurringGenerator(TrajectoryGenerator):
   """
 
   default_kwargs = {'pool_size': 3, 'switch_probability': 0.05}
+  reference_predictors = ('forget_me_not',)
 
   def __init__(
     self, *args, pool_size: int, switch_probability: float, **kwargs

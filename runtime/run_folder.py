@@ -197,8 +197,11 @@ class RunFolder:
     except OSError as error:
       raise save_error(self.path, error) from error
     present = read_config(self.path, type(config))
+    # As they resolve: a default may be written out in one of them.
+    with base_config.naming(str(self.path / CONFIG)):
+      present = present.resolved()
     differences = base_config.differences(
-      base_config.to_dict(present), base_config.to_dict(config)
+      base_config.to_dict(present), base_config.to_dict(config.resolved())
     )
     if differences:
       raise ValueError(

@@ -45,10 +45,13 @@ PREDICTORS = {
   'forget_me_not': {},
 }
 LABELS = {
-  **{name: constants.label(name) for name in PREDICTORS},
+  'ptw': 'PTW',
+  'lad': 'LAD',
   'regular_shift': 'period 20',
   'random_shift': 'lengths U(1, 39)',
+  'kt': 'KT',
   'run_length': 'hazard 0.05',
+  'forget_me_not': 'Forget-Me-Not',
 }
 
 
@@ -105,22 +108,26 @@ def make_row(
     seed: Seed of all sources.
     alphabet_size: K.
   """
-  config = config_lib.post_process_config(
-    config_lib.ExperimentConfig(
-      data=config_lib.DataConfig(
-        iid_distribution_kwargs={'feature_size': alphabet_size},
-        parameter_distribution_params=(0.5,) * alphabet_size,
-        trajectory_generator=source,
-        trajectory_generator_kwargs=constants.source_kwargs(source),
-      ),
-      eval=config_lib.EvalConfig(
-        batch_size=min(batch_size, num_sequences),
-        seq_length=seq_length,
-        optimal_predictors=tuple(PREDICTORS),
-        optimal_predictors_kwargs=PREDICTORS,
-      ),
+  config = (
+    (
+      config_lib.ExperimentConfig(
+        data=config_lib.DataConfig(
+          iid_distribution_kwargs={'feature_size': alphabet_size},
+          parameter_distribution_params=(0.5,) * alphabet_size,
+          trajectory_generator=source,
+          trajectory_generator_kwargs=constants.source_kwargs(source),
+        ),
+        eval=config_lib.EvalConfig(
+          batch_size=min(batch_size, num_sequences),
+          seq_length=seq_length,
+          optimal_predictors=tuple(PREDICTORS),
+          optimal_predictors_kwargs=PREDICTORS,
+        ),
+      )
     )
-  ).eval
+    .resolved()
+    .eval
+  )
   # The evaluator wants a network: the cheapest predictor stands in for it.
   evaluator = evaluator_lib.build_evaluator(
     predictors.OptimalCategoricalPredictor(), config
@@ -129,7 +136,7 @@ def make_row(
   rng = jax.random.fold_in(jax.random.key(seed), SOURCES.index(source))
   regrets = evaluator.evaluate({}, rng, num_sequences)
   own = constants.exact_predictor(
-    config, evaluator.generator, evaluator.optimal_predictors
+    evaluator.generator, evaluator.optimal_predictors, evaluator.seq_length
   )
   reference = _bounds(
     np.concatenate(

@@ -40,12 +40,8 @@ def labels(
   seeds = train.member_seeds(run.config.train)
   if len(seeds) > 1:
     network += f', 1 of {len(seeds)} seeds'
-  exact = [constants.label(name) for name in evaluator.optimal_predictors]
-  return {evaluator_lib.NETWORK: network} | {
-    # Two of one kind go by their own names.
-    name: label if exact.count(label) == 1 else name
-    for name, label in zip(evaluator.optimal_predictors, exact, strict=True)
-  }
+  labels = constants.labels(evaluator.optimal_predictors)
+  return {evaluator_lib.NETWORK: network} | labels
 
 
 def over_time(

@@ -109,12 +109,12 @@ def learning(networks: Networks) -> list[Row]:
   for network in networks:
     entries, _ = run_folder.read_metrics(network.folder / run_folder.METRICS)
     history, members = run_folder.split_entries(entries)
-    evaluation = network.config.eval
+    evaluation = network.config.resolved().eval
     generator = constants.build_data_generator(evaluation.data)
     own = constants.exact_predictor(
-      evaluation,
       generator,
-      constants.build_optimal_predictors(evaluation, generator.alphabet_size),
+      constants.build_optimal_predictors(evaluation, generator),
+      evaluation.seq_length,
     )
     if own is None or not history:
       continue
@@ -277,11 +277,11 @@ def length(
 def _can_be_longer(network: trained_networks.Network, seq_length: int) -> bool:
   """Whether the source has such long sequences, distributed as in training."""
   data = network.config.data
-  is_ptw = data.trajectory_generator in config_lib.PTW_SOURCES
-  if is_ptw and data.trajectory_generator_kwargs.get('depth') is None:
+  generator = constants.build_data_generator(data)
+  if getattr(generator, 'depth', 0) is None:  # The tree of a longer sequence.
     return False
   try:
-    constants.build_data_generator(data).check_seq_length(seq_length)
+    generator.check_seq_length(seq_length)
     return True
   except ValueError:  # A tree that is too small.
     return False

@@ -44,7 +44,7 @@ class Network(NamedTuple):
     source: Name of the source it was trained on.
     architecture: Name of its architecture.
     folder: Folder of its run.
-    config: Config of its run, complete.
+    config: Config of its run, resolved.
     table: Rows of its table.json.
     seeds: Seeds of the members of the ensemble.
   """
@@ -89,7 +89,7 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
           'one point, as a tuple in train.model_init_seed'
         )
     path = of_sweep.run_path(point.name)
-    config = saved_runs.load_config(path)
+    config = saved_runs.load_config(path).resolved()
     network = Network(
       settings[_SOURCE],
       settings[_ARCHITECTURE],

@@ -127,7 +127,7 @@ def run_sweep(
   chosen = [point for point in points if is_chosen(point.config.name)]
   for point in chosen:
     try:
-      constants.check(config_lib.post_process_config(point.config))
+      constants.check(point.config)
     except ValueError as error:
       failed[point.config.name] = f'its config is not valid: {error}'
   with of_sweep.open(points, num_sequences, cpu_devices) as lock:

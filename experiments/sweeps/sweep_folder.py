@@ -53,7 +53,7 @@ class Point(NamedTuple):
   Attributes:
     name: Name of the point, and of the folder of its run.
     settings: Values that the sweep has set, by path; as in `SweepPoint`.
-    config: Config of its run, before `post_process_config`.
+    config: Config of its run.
   """
 
   name: str

@@ -61,7 +61,8 @@ def test_names_mean_the_same_in_any_case_of_letters():
 @pytest.mark.parametrize(
   ('source', 'kwargs', 'expected'),
   [
-    ('static', {}, ('kt', 'ptw', 'lad')),
+    # KT with another prior than the source's is not exact.
+    ('static', {}, ('static', 'ptw', 'lad', 'kt')),
     ('PTW', {}, ('ptw', 'lad', 'kt')),
     ('iid_ptw_cat', {}, ('ptw', 'lad', 'kt')),
     ('lin', {}, ('lad', 'ptw', 'kt')),
@@ -82,7 +83,7 @@ def test_names_mean_the_same_in_any_case_of_letters():
     ),
   ],
 )
-def test_auto_is_the_sources_own_predictor_and_the_references(
+def test_default_is_the_sources_exact_predictor_and_the_references(
   source, kwargs, expected
 ):
   config = config_lib.ExperimentConfig(
@@ -92,7 +93,7 @@ def test_auto_is_the_sources_own_predictor_and_the_references(
       parameter_distribution_params=(2.0, 1.0),
     ),
     eval=config_lib.EvalConfig(
-      optimal_predictors='Auto',
+      optimal_predictors=('Exact', 'ptw', 'lad', 'kt'),
       optimal_predictors_kwargs={'KT': {'concentration': 1.0}},
     ),
   )
@@ -101,13 +102,22 @@ def test_auto_is_the_sources_own_predictor_and_the_references(
   own_kwargs = config.eval.optimal_predictors_kwargs[expected[0]]
   if expected[0] == source:
     assert kwargs.items() <= own_kwargs.items()
-  if expected[0] != 'kt':
-    assert own_kwargs['concentration'] == (2.0, 1.0)
+  assert own_kwargs['concentration'] == (2.0, 1.0)
   # What is given stays.
   assert config.eval.optimal_predictors_kwargs['kt']['concentration'] == 1.0
 
 
-def test_law_of_a_predictor_is_not_mixed_with_that_of_the_source():
+def test_default_is_that_of_configs_that_call_it_auto():
+  values = {'eval': {'optimal_predictors': 'auto'}}
+  with pytest.raises(ValueError, match="'automatic'; it must be a tuple"):
+    base_config.from_dict(
+      config_lib.ExperimentConfig, {'eval': {'optimal_predictors': 'automatic'}}
+    )
+  config = base_config.from_dict(config_lib.ExperimentConfig, values)
+  assert config == config_lib.ExperimentConfig()
+
+
+def test_distribution_of_a_predictor_is_not_mixed_with_that_of_the_source():
   given = {'shift_distribution': 'uniform'}
   config = config_lib.ExperimentConfig(
     data=config_lib.DataConfig(
@@ -118,18 +128,21 @@ def test_law_of_a_predictor_is_not_mixed_with_that_of_the_source():
       },
     ),
     eval=config_lib.EvalConfig(
-      optimal_predictors_kwargs={'random_shift': given}
+      optimal_predictors=('random_shift',),
+      optimal_predictors_kwargs={'random_shift': given},
     ),
   )
-  config = config_lib.post_process_config(config)
-  kwargs = config.eval.optimal_predictors_kwargs['random_shift']
+  with pytest.raises(ValueError, match="lacks 'shift_parameters'"):
+    constants.check(config)
+  kwargs = config.resolved().eval.optimal_predictors_kwargs['random_shift']
   assert kwargs == {**given, 'concentration': (0.5, 0.5)}
 
 
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
-    ({'optimal_predictors': 'ptw'}, "is 'ptw'; it must be 'auto' or a tuple"),
+    ({'optimal_predictors': 'ptw'}, "is 'ptw'; it must be a tuple of names"),
+    ({'optimal_predictors': ('ptv',)}, "'ptv' is not one of .*mean 'ptw'"),
     (
       {'optimal_predictors_kwargs': {'kd': {}}},
       "optimal_predictors_kwargs has no 'kd'",
@@ -356,7 +369,7 @@ def test_overrides_inside_evaluation_data_change_a_copy_of_the_training_data():
     ('name=None', 'None'),
     ('name=a=b', 'a=b'),
     ('eval.data=none', None),
-    ('eval.optimal_predictors=auto', 'auto'),
+    ('eval.optimal_predictors=exact,kt', ('exact', 'kt')),
     ('eval.optimal_predictors=ptw, kt', ('ptw', 'kt')),
     ('eval.optimal_predictors=["ptw"]', ('ptw',)),
     ('eval.optimal_predictors=()', ()),
@@ -414,49 +427,10 @@ def test_every_field_reads_the_text_of_its_value():
 
 @pytest.mark.parametrize('model_type', predictor_factories.PREDICTOR_FACTORIES)
 @pytest.mark.parametrize('source', constants.TRAJECTORY_GENERATORS)
-def test_what_was_filled_in_goes_and_comes_again(source, model_type):
+def test_what_was_resolved_stays(source, model_type):
   given = local_launch.make_config(source=source, model_type=model_type)
-  complete = config_lib.post_process_config(given)
-  assert config_lib.without_derived(complete) == given
-  assert config_lib.post_process_config(given) == complete
-
-
-@pytest.mark.parametrize(
-  'overrides',
-  [
-    {'eval.seq_length': 64},
-    {'eval.data.trajectory_generator': 'lin'},
-    {'eval.data.parameter_distribution_params': (1.0, 2.0)},
-    {'eval.optimal_predictors': ('kt',)},
-    {'eval.optimal_predictors': ()},
-    {'eval.optimal_predictors_kwargs.ptw.depth': 9},
-    {'eval.optimal_predictors_kwargs.kt.concentration': 1.0},
-    {
-      'eval.optimal_predictors': ('run_length',),
-      'eval.optimal_predictors_kwargs.run_length.hazard': 0.1,
-    },
-    {
-      'data.trajectory_generator': 'regular_shift',
-      'data.trajectory_generator_kwargs.shift_period': 5,
-      'eval.optimal_predictors_kwargs.regular_shift.shift_period': 6,
-    },
-    {
-      'data.trajectory_generator': 'regular_shift',
-      'data.trajectory_generator_kwargs.shift_period': 5,
-      'eval.optimal_predictors_kwargs.regular_shift.concentration': 1.0,
-    },
-    {
-      'model.model_type': 'stack_rnn',
-      'model.architecture_kwargs.stack_size': 7,
-    },
-  ],
-)
-def test_what_was_given_stays(overrides):
-  given = config_lib.with_overrides(config_lib.ExperimentConfig(), overrides)
-  complete = config_lib.post_process_config(given)
-  reduced = config_lib.without_derived(complete)
-  assert config_lib.post_process_config(reduced) == complete
-  assert reduced == given
+  resolved = given.resolved()
+  assert resolved.resolved() == resolved != given
 
 
 def _config_from_flags(*given):
@@ -516,9 +490,31 @@ def test_flags_that_are_given_change_a_saved_config(saved):
   assert changed.logger.log_frequency == 7
   assert changed.data == config.data
   # What follows from the length follows again.
-  assert changed.eval.seq_length == 64
-  assert changed.eval.optimal_predictors_kwargs['ptw']['depth'] == 6
-  assert changed.model.architecture_kwargs['stack_size'] == 64
+  resolved = changed.resolved()
+  assert resolved.eval.seq_length == 64
+  assert resolved.eval.optimal_predictors_kwargs['ptw']['depth'] == 6
+  assert resolved.model.architecture_kwargs['stack_size'] == 64
+
+
+def test_defaults_that_older_runs_wrote_out_follow_again(saved):
+  folder, config = saved
+  values = base_config.to_dict(config.resolved())
+  (folder / 'config.json').write_text(json.dumps(values))
+  assert _config_from_flags(f'--config={folder}').resolved() == (
+    config.resolved()
+  )
+  changed = _config_from_flags(f'--config={folder}', '--source=regular_shift')
+  expected = _config_from_flags('--source=regular_shift')
+  assert changed.resolved().eval == expected.resolved().eval
+
+
+def test_evaluation_that_an_older_run_was_given_stays(saved):
+  folder, config = saved
+  config.eval.optimal_predictors = ('kt',)
+  values = base_config.to_dict(config.resolved())
+  (folder / 'config.json').write_text(json.dumps(values))
+  changed = _config_from_flags(f'--config={folder}')
+  assert changed.eval.optimal_predictors == ('kt',)
 
 
 def test_source_and_network_bring_their_arguments_to_a_saved_config(saved):
@@ -527,7 +523,7 @@ def test_source_and_network_bring_their_arguments_to_a_saved_config(saved):
     f'--config={folder}', '--source=regular_shift', '--model_type=lstm'
   )
   expected = _config_from_flags('--source=regular_shift', '--model_type=lstm')
-  assert changed.data == changed.eval.data == expected.data
+  assert changed.data == changed.resolved().eval.data == expected.data
   assert changed.model == expected.model
   assert changed.eval == expected.eval
 
@@ -539,7 +535,7 @@ def test_set_comes_after_all_other_flags(saved):
     f'--config={folder}',
     '--seq_length=64',
     '--set=eval.data.trajectory_generator_kwargs.shift_parameters=1,9',
-  )
+  ).resolved()
   assert changed.train.seq_length == changed.eval.seq_length == 16
   assert changed.data.trajectory_generator_kwargs['shift_parameters'] == (1, 39)
   own = changed.eval.optimal_predictors_kwargs['random_shift']
