@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
+import inspect
 from typing import Any
 
 from nonstationary_mbml import base_config
@@ -215,9 +216,10 @@ def optimal_predictors_kwargs(
     # All parameters of one distribution: never half of one and half of another.
     if name == source and not of_source.keys() & kwargs.keys():
       derived |= of_source
-    takes = base_config.keywords(
-      OPTIMAL_PREDICTORS.lookup('eval.optimal_predictors', name)
-    )
+    constructor = OPTIMAL_PREDICTORS.lookup('eval.optimal_predictors', name)
+    takes = base_config.keywords(constructor)
+    if 'depth' not in inspect.signature(constructor).parameters:
+      takes.discard('depth')  # A subclass that hides it has chosen it.
     for key, value in derived.items():
       if key in takes and kwargs.get(key) is None:
         kwargs[key] = value

@@ -356,29 +356,19 @@ def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
       {
         'source': 'regular_shift',
         'source_kwargs': {'shift_period': 3},
-        'optimal_predictors': ('lad', 'run_length'),
-        'optimal_predictors_kwargs': {'run_length': {'hazard': (0, 0, 1)}},
-      },
-      'run_length',
-    ),
-    (
-      {
-        'source': 'regular_shift',
-        'source_kwargs': {'shift_period': 3},
+        'optimal_predictors': ('regular_shift',),
         'optimal_predictors_kwargs': {'regular_shift': {'shift_period': 4}},
       },
       None,
     ),
     (
       {
-        'source': 'lin',
-        'optimal_predictors': ('run_length',),
-        # What is after the last symbol is of no account.
-        'optimal_predictors_kwargs': {
-          'run_length': {'hazard': tuple(1 / (2 * np.arange(1, 12)))}
-        },
+        'source': 'regular_shift',
+        'source_kwargs': {'shift_period': 3},
+        'optimal_predictors': ('exact', 'regular_shift'),
+        'optimal_predictors_kwargs': {'regular_shift': {'shift_period': 4}},
       },
-      'run_length',
+      'exact',
     ),
     (
       {
@@ -388,9 +378,15 @@ def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
       None,
     ),
     ({'optimal_predictors': ('kt', 'lad')}, None),
-    ({'optimal_predictors_kwargs': {'ptw': {'depth': 9}}}, None),
-    ({'optimal_predictors_kwargs': {'ptw': {'concentration': 1.0}}}, None),
-    ({'optimal_predictors_kwargs': {'ptw': {'concentration': 0.5}}}, 'ptw'),
+    ({'optimal_predictors_kwargs': {'ptw': {'depth': 9}}}, 'exact'),
+    ({'optimal_predictors_kwargs': {'ptw': {'concentration': 1.0}}}, 'exact'),
+    (
+      {
+        'optimal_predictors': ('ptw',),
+        'optimal_predictors_kwargs': {'ptw': {'depth': 9}},
+      },
+      None,
+    ),
     ({'source_kwargs': {'depth': 9}}, 'ptw'),
   ],
 )
@@ -406,9 +402,8 @@ def test_exact_predictor_has_the_prior_of_the_source(kwargs, expected):
     )
   )
   generator = constants.build_data_generator(data)
-  optimal = constants.build_optimal_predictors(config.eval, 2)
-  exact = constants.exact_predictor(config.eval, generator, optimal)
-  assert exact == expected
+  optimal = constants.build_optimal_predictors(config.eval, generator)
+  assert constants.exact_predictor(generator, optimal, 12) == expected
 
 
 def test_no_predictor_is_exact_without_a_dirichlet():
@@ -419,8 +414,8 @@ def test_no_predictor_is_exact_without_a_dirichlet():
     config_lib.ExperimentConfig(data=data)
   )
   generator = constants.build_data_generator(data)
-  optimal = constants.build_optimal_predictors(config.eval, 2)
-  assert constants.exact_predictor(config.eval, generator, optimal) is None
+  optimal = constants.build_optimal_predictors(config.eval, generator)
+  assert constants.exact_predictor(generator, optimal, 32) is None
 
 
 class _Uniform(predictors.Predictor):
@@ -460,10 +455,10 @@ def test_predictors_of_ones_own_are_given_what_they_take(monkeypatch):
     )
   )
   constants.check(config)
-  optimal = constants.build_optimal_predictors(config.eval, 2)
-  assert optimal['own_ptw'].concentration == (2.0, 1.0)
   generator = constants.build_data_generator(data)
-  assert constants.exact_predictor(config.eval, generator, optimal) == 'ptw'
+  optimal = constants.build_optimal_predictors(config.eval, generator)
+  assert optimal['own_ptw'].concentration == (2.0, 1.0)
+  assert constants.exact_predictor(generator, optimal, 32) == 'ptw'
   evaluator = _evaluator(
     predictors.OptimalCategoricalPredictor(),
     prior=(2.0, 1.0),
