@@ -20,20 +20,18 @@ from nonstationary_mbml.runtime import atomic_files
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   """An ensemble of two, and its folder."""
-  config = config_lib.post_process_config(
-    config_lib.ExperimentConfig(
-      train=base_config.TrainConfig(
-        seq_length=8, batch_size=4, model_init_seed=(3, 5)
-      ),
-      model=base_config.ModelConfig(
-        model_type='stack_rnn', architecture_kwargs={'hidden_size': 3}
-      ),
-      schedule=base_config.ScheduleConfig(
-        training_steps=6, num_saves=2, ckpt_frequency=4
-      ),
-      logger=base_config.LoggerConfig(log_frequency=3),
-      eval=config_lib.EvalConfig(batch_size=4),
-    )
+  config = config_lib.ExperimentConfig(
+    train=base_config.TrainConfig(
+      seq_length=8, batch_size=4, model_init_seed=(3, 5)
+    ),
+    model=base_config.ModelConfig(
+      model_type='stack_rnn', architecture_kwargs={'hidden_size': 3}
+    ),
+    schedule=base_config.ScheduleConfig(
+      training_steps=6, num_saves=2, ckpt_frequency=4
+    ),
+    logger=base_config.LoggerConfig(log_frequency=3),
+    eval=config_lib.EvalConfig(batch_size=4),
   )
   folder = tmp_path_factory.mktemp('run')
   result = train.train(
@@ -54,7 +52,7 @@ def folder(trained, tmp_path):
 def test_loaded_run_is_what_was_trained(trained):
   folder, config, result = trained
   run = saved_runs.load_run(str(folder))
-  assert run.config == config
+  assert run.config == config.resolved()
   assert run.step == 6
   assert run.history == result.history
   assert run.member_histories == result.member_histories
@@ -160,7 +158,7 @@ def test_run_of_an_older_config_loads_with_the_defaults(folder, trained):
   values = json.loads(path.read_text())
   del values['train']['microbatch_size']
   path.write_text(json.dumps(values))
-  assert saved_runs.load_run(folder).config == trained[1]
+  assert saved_runs.load_run(folder).config == trained[1].resolved()
 
 
 def test_evaluator_has_the_exact_predictor_of_its_source(trained):
@@ -172,7 +170,7 @@ def test_evaluator_has_the_exact_predictor_of_its_source(trained):
   assert (other.seq_length, other.batch_size) == (16, 2)
   assert other.optimal_predictors['ptw'].depth == 4
   # The run's own config is as it was.
-  assert run.config == trained[1]
+  assert run.config == trained[1].resolved()
 
 
 def test_evaluation_on_no_symbols_is_refused(trained):
@@ -221,7 +219,7 @@ def test_evaluation_of_all_steps_is_a_table_of_each(folder, trained):
     'concentration': (0.5, 0.5),
   }
   # The network is as it was trained.
-  assert config.model == trained[1].model
+  assert config.model == trained[1].resolved().model
   content = evaluate.evaluate(folder, config, (1, None), 6)
   assert [by['step'] for by in content['steps']] == [1, 6]
   assert content['exact_predictor'] == 'regular_shift'
