@@ -334,6 +334,13 @@ class SweepFolder:
         )
     return rows
 
+  def last_end(self, name: str) -> str | None:
+    """Returns how the newest start of a point ended; None if it is not told."""
+    try:
+      return run_folder.read_starts(self.run_path(name))[-1]['end']
+    except (ValueError, KeyError, IndexError):
+      return None
+
   def seconds(self, name: str) -> float:
     """Returns how long a point has trained, over all of its starts."""
     try:
