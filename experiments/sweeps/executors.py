@@ -292,24 +292,27 @@ class PointJob:
     if folder.is_finished(name):
       return
     with folder.open_log(name) as log, _printing_to(log):
-      try:
-        _run_inside(run_arguments(folder, name, flags_of_runs))
-      except SystemExit as end:
-        if self._is_requeued:  # A signal came before training, or after.
-          raise
-        code = end.code or 0
-        if isinstance(code, str):
-          print(code, file=sys.stderr)
-          code = 1
-      except Exception:
-        traceback.print_exc()
-        code = 1
+      code = self._run(run_arguments(folder, name, flags_of_runs))
     if code == cli.EXIT_STOPPED:
       self._requeue(folder.last_end(name))
     elif code:
       raise RuntimeError(_reason(folder, name, code))
     elif not folder.is_finished(name):
       raise RuntimeError('it has left no table')
+
+  def _run(self, arguments: Sequence[str]) -> int:
+    """Runs local_launch.py; returns its exit status."""
+    try:
+      _run_inside(arguments)
+    except SystemExit as end:
+      if self._is_requeued:  # A signal came before training, or after.
+        raise
+      if not isinstance(end.code, str):
+        return end.code or 0
+      print(end.code, file=sys.stderr)
+    except Exception:
+      traceback.print_exc()
+    return 1
 
   def _requeue(self, end: str | None) -> None:
     """Has the job queued again, once its run has saved and ended."""

@@ -253,19 +253,20 @@ class _SweepMonitor:
     return bool(self._waiting or self._running) and not is_stopped
 
   def _poll(self) -> bool:
-    """Starts what can be started; returns whether a run has ended."""
+    """Notes which runs have ended, and starts others; whether one has ended."""
     reasons = self._launcher.ended()
     for name, reason in reasons.items():
       self._running.remove(name)
       self._note_end(name, reason)
     if reasons:
       self._write_results()
-    if self._goes_on():
-      self._start()
+    self._start()
     return bool(reasons)
 
   def _start(self) -> None:
     """Starts waiting points, but for those that another process runs."""
+    if not self._goes_on():
+      return
     capacity = self._launcher.limit - len(self._running)
     starting = []
     for name in list(self._waiting):
