@@ -236,7 +236,7 @@ class _SweepMonitor:
     try:
       with progress.bar(total, 'sweep', 'step', use_tqdm, done) as bar:
         self._start()
-        while self._goes_on():
+        while self._has_work():
           time.sleep(_SIGNAL_SECONDS)
           has_ended = poll.is_due() and self._poll()
           if count.is_due() or has_ended:
@@ -248,7 +248,7 @@ class _SweepMonitor:
       self._launcher.stop()
       self._write_results()
 
-  def _goes_on(self) -> bool:
+  def _has_work(self) -> bool:
     is_stopped = self._interrupts.received is not None or self._is_full
     return bool(self._waiting or self._running) and not is_stopped
 
@@ -265,7 +265,7 @@ class _SweepMonitor:
 
   def _start(self) -> None:
     """Starts waiting points, but for those that another process runs."""
-    if not self._goes_on():
+    if not self._has_work():
       return
     capacity = self._launcher.limit - len(self._running)
     starting = []

@@ -15,6 +15,7 @@ import time
 import types
 
 import pytest
+import submitit
 
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments.sweeps import executors
@@ -410,6 +411,31 @@ def test_parameters_of_jobs_that_are_not_given_have_defaults(
   assert parameters['signal_delay_s'] == 120
   assert parameters['array_parallelism'] == sys.maxsize
   assert parameters['setup'][-1] == 'module load cuda'
+
+
+def test_jobs_that_slurm_still_has_are_watched_and_then_forgotten(
+  tmp_path, with_slurm, monkeypatch, capsys
+):
+  monkeypatch.setattr(executors, '_LATE_SECONDS', -1)
+  folder = sweep_folder.SweepFolder(tmp_path)
+  states = {'a': 'RUNNING', 'b': 'CANCELLED by 7', 'c': 'PENDING'}
+  note = {}
+  for index, (name, state) in enumerate(states.items()):
+    note[name] = f'7_{index}'
+    (tmp_path / 'slurm' / f'7_{index}.state').write_text(state)
+  note['d'] = '8'  # SLURM has not heard of it.
+  atomic_files.write_json(tmp_path / executors.JOBS, note)
+  (tmp_path / executors.SUBMITIT).mkdir()
+  launcher = executors.SlurmLauncher(folder, None, {}, ())
+  assert launcher.resume(['a', 'b', 'd', 'e']) == ['a', 'd']
+  assert 'SLURM does not know job 8 of d (yet)' in capsys.readouterr().err
+  assert launcher.ended() == {}
+  (tmp_path / 'slurm' / '7_0.state').write_text('OUT_OF_MEMORY')
+  submitit.SlurmJob.watcher.clear()
+  assert launcher.ended() == {'a': 'the job has ended: OUT_OF_MEMORY'}
+  assert launcher.ended() == {}
+  left = atomic_files.read_json(tmp_path / executors.JOBS)
+  assert sorted(left) == ['b', 'c', 'd']
 
 
 def test_without_submitit_it_is_named(tmp_path, monkeypatch):

@@ -291,25 +291,25 @@ def test_run_that_finds_its_point_taken_has_not_failed(tmp_path, monkeypatch):
   folder = sweep_folder.SweepFolder(tmp_path)
   path = folder.run_path(points[0].config.name)
   _stand_in(monkeypatch, 'exit(1)')
-  reasons = []
+  elsewhere, reasons = contextlib.ExitStack(), []
 
   class Launcher(executors.LocalLauncher):
     def start(self, names):
       path.mkdir()
-      self.other = atomic_files.locked(path / '.lock', 0)
-      self.other.__enter__()
+      elsewhere.enter_context(atomic_files.locked(path / '.lock', 0))
       super().start(names)
 
     def ended(self):
+      if reasons:
+        (path / 'table.json').write_text(json.dumps(_TABLE))
+        elsewhere.close()
       ended = super().ended()
       reasons.extend(ended.values())
-      if ended:
-        (path / 'table.json').write_text(json.dumps(_TABLE))
-        self.other.__exit__(None, None, None)
       return ended
 
   monkeypatch.setattr(executors, 'LocalLauncher', Launcher)
-  outcome = launch.run_sweep(points, tmp_path, num_sequences=16)
+  with elsewhere:
+    outcome = launch.run_sweep(points, tmp_path, num_sequences=16)
   assert reasons == [executors.LOCKED]
   assert outcome.finished and not outcome.failed
 
@@ -319,6 +319,7 @@ def test_full_disk_stops_the_sweep(tmp_path, monkeypatch):
   _stand_in(monkeypatch, f'exit({cli.EXIT_CANNOT_SAVE})')
   outcome = launch.run_sweep(points, tmp_path, num_sequences=16)
   assert outcome.failed == {} and len(outcome.left) == 3
+  assert len(os.listdir(tmp_path / 'logs')) == 1  # No other was started.
   assert f'{points[0].config.name} could not be written' in outcome.cannot_save
   report = launch.format_outcome(tmp_path, outcome)
   assert 'What is finished is kept' in report
