@@ -1,17 +1,21 @@
-"""Where the points of a sweep run: here, or as jobs of a cluster.
+"""Where the points of a sweep run: here, or as jobs of SLURM.
 
-Either way a point is one run of local_launch.py, in a process of its own, from
-its config in the folder of the sweep. A launcher starts such runs and tells
-when they have ended; what came of a point is in its folder.
+A point is one run of local_launch.py, from its config in the folder of the
+sweep. `LocalLauncher` starts a process of this machine for each;
+`SlurmLauncher` submits a job array with submitit, whose jobs run a point each,
+inside themselves. SLURM warns a job before its time is up or its node is taken;
+then the run saves, and the job is queued again, to go on from there.
 
-On a cluster (submitit, which writes the job array of SLURM) a job is told
-before its time is up or its node is taken. Then it lets the run save, and asks
-to be queued again, to go on from there.
+The lock of a run's folder keeps a point from being run twice at a time, however
+many launchers and jobs there are.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -20,7 +24,11 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any
+from typing import BinaryIO
+from typing import NamedTuple
+from typing import NoReturn
 from typing import Protocol
 
 from nonstationary_mbml import base_config
@@ -28,84 +36,63 @@ from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import atomic_files
 
-EXECUTORS = ('here', 'local', 'slurm')
+EXECUTORS = ('here', 'slurm')
+# Note of the jobs that were submitted, by which a later launcher watches them.
 JOBS = 'jobs.json'
 # Folder of submitit: pickles, and the output of the jobs themselves.
 SUBMITIT = 'submitit'
-# States of SLURM from which a job does not come back.
-_END_STATES = (
-  'BOOT_FAIL',
-  'CANCELLED',
-  'COMPLETED',
-  'DEADLINE',
-  'FAILED',
-  'NODE_FAIL',
-  'OUT_OF_MEMORY',
-  'TIMEOUT',
-)
-# Other states after which submitit polls again.
-_LIVE_STATES = (
-  'COMPLETING',
-  'PENDING',
-  'PREEMPTED',
-  'READY',
-  'REQUEUED',
-  'RUNNING',
-  'UNKNOWN',
-)
 _SCRIPT = pathlib.Path(__file__).parent.parent / 'local_launch.py'
+# Polling interval for processes, and for a cluster, whose file system and
+# scheduler are shared.
 _POLL_SECONDS = 0.2
-# Polling interval on a cluster, whose file system and scheduler are shared.
-_CLUSTER_POLL_SECONDS = 5.0
-# Default time limit of a job, since most clusters ask for one. On SLURM a run
-# that meets it is queued again and goes on, up to the maximum below.
+_SLURM_POLL_SECONDS = 5.0
+# States of SLURM from which a job does not come back, and others after which
+# submitit polls again.
+_END_STATES = frozenset(
+  'BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY '
+  'TIMEOUT'.split()
+)
+_LIVE_STATES = frozenset(
+  'COMPLETING PENDING PREEMPTED READY REQUEUED RUNNING UNKNOWN'.split()
+)
+# Default time limit of a job, since most clusters ask for one. A run that meets
+# it is queued again and goes on, up to the maximum below.
 _TIMEOUT_MINUTES = 24 * 60
 _MAX_TIMEOUTS = 1000
-# A scheduler that has stopped a run soon stops its job as well.
+# How long before its end a job is warned, and the shortest time limit as a
+# multiple of that: most of a job is to be training.
+_WARNING_SECONDS = 120
+_MIN_WARNINGS = 5
+# A scheduler that sends SIGTERM soon ends the job as well.
 _GRACE_SECONDS = 60.0
-# Signal that tells a run to stop, however often it comes.
-_STOP = getattr(signal, 'SIGUSR1', signal.SIGTERM)
-# Before it trains and after, a run dies of the signals that ask it to stop.
-_STOPPED_BY = {signal.SIGTERM, _STOP, getattr(signal, 'SIGUSR2', _STOP)}
 # The files of a job that has ended may be on their way over a network file
 # system, and SLURM may bring back a job that it has preempted.
 _LATE_SECONDS = 90.0
 _PREEMPTED_SECONDS = 600.0
-# How long before its end a job is told, and how long a run then has to save.
-_SIGNAL_DELAY_SECONDS = 120
-_SAVE_SECONDS = 90.0
-
-
-class Job(Protocol):
-  """A run that was started.
-
-  Attributes:
-    name: Name of its point.
-  """
-
-  name: str
-
-  def ended(self) -> str | None:
-    """Returns how it ended; None as long as it has not."""
-    ...
+# Defaults of the environment: huge pages, as `make run` has them, and what one
+# run may take of a GPU's memory.
+_ENVIRONMENT = {
+  'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+  'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.900',
+}
 
 
 class Launcher(Protocol):
-  """Starts runs.
+  """Runs points, which it knows by name.
 
   Attributes:
-    limit: Most runs at a time.
-    poll_seconds: Seconds from one check for their end to the next.
+    limit: Maximum number of runs at a time.
+    poll_seconds: Seconds from one call of `ended` to the next.
   """
 
   limit: int
   poll_seconds: float
 
-  def resume(self, names: Sequence[str]) -> list[Job]:
-    """Returns the runs of points that an earlier launcher has left behind."""
+  def resume(self, names: Sequence[str]) -> list[str]:
+    """Returns those points that jobs of an earlier launcher still run."""
     ...
 
-  def start(self, names: Sequence[str]) -> list[Job]:
+  def start(self, names: Sequence[str]) -> None:
     """Starts the runs of some points, `limit` at most.
 
     Raises:
@@ -114,23 +101,35 @@ class Launcher(Protocol):
     """
     ...
 
-  def stop(self, jobs: Sequence[Job]) -> None:
+  def ended(self) -> dict[str, str]:
+    """Returns the runs that have ended since the last call, and why."""
+    ...
+
+  def stop(self) -> None:
     """Lets runs save and end, and waits for them, unless SLURM has them."""
     ...
 
 
-def command(
+def run_arguments(
   folder: sweep_folder.SweepFolder, name: str, flags_of_runs: Sequence[str]
 ) -> list[str]:
-  """Returns the command that runs a point until its standard input ends."""
+  """Returns script and flags that run a point."""
   return [
-    sys.executable,
     str(_SCRIPT),
     f'--config={folder.config_path(name)}',
     f'--output_dir={folder.run_path(name).parent}',
-    '--stop_with_stdin',
     *flags_of_runs,
   ]
+
+
+def exit_status(code: int) -> str:
+  """Returns the description of the end of a run with an exit status."""
+  return f'killed by signal {-code}' if code < 0 else f'exit status {code}'
+
+
+# Ends of a run: there is no space on the disk; another process has its lock.
+CANNOT_SAVE = exit_status(cli.EXIT_CANNOT_SAVE)
+LOCKED = 'another process is training it'
 
 
 def gpus() -> tuple[str, ...]:
@@ -149,8 +148,8 @@ def gpus() -> tuple[str, ...]:
   return tuple(listed.stdout.split()) if listed.returncode == 0 else ()
 
 
-def environment(slot: int = 0, limit: int = 1) -> dict[str, str]:
-  """Returns the environment of a run; what the user has set stays.
+def environment(slot: int, limit: int) -> dict[str, str]:
+  """Returns the environment of a run here; what the user has set stays.
 
   Several runs at a time have a GPU each, or share them evenly; a single one has
   all of them.
@@ -159,58 +158,26 @@ def environment(slot: int = 0, limit: int = 1) -> dict[str, str]:
     slot: Index of the run below `limit`; no two runs at a time share one.
     limit: Runs at a time.
   """
+  choice = gpus() if limit > 1 else ()
+  runs_of_gpu = -(-limit // max(1, len(choice)))
   settings = {
-    # Huge pages, as `make run` has them.
-    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+    **_ENVIRONMENT,
+    'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / runs_of_gpu:.3f}',
     **os.environ,
   }
-  choice = gpus() if limit > 1 else ()
   if choice:
     settings['CUDA_VISIBLE_DEVICES'] = choice[slot % len(choice)]
-  runs_of_gpu = -(-limit // max(1, len(choice)))
-  settings.setdefault(
-    'XLA_PYTHON_CLIENT_MEM_FRACTION', f'{0.9 / runs_of_gpu:.3f}'
-  )
   return settings
 
 
-class _Run:
+class _Run(NamedTuple):
   """A run in a child process."""
 
-  def __init__(self, name: str, slot: int, process: subprocess.Popen):
-    self.name = name
-    self.slot = slot
-    self.process = process
-
-  def ended(self) -> str | None:
-    code = self.process.poll()
-    if code is None:
-      return None
-    self.process.stdin.close()
-    return f'killed by signal {-code}' if code < 0 else exit_status(code)
+  slot: int
+  process: subprocess.Popen
 
 
-class _NotStarted:
-  """A run whose log cannot be opened."""
-
-  def __init__(self, name: str, error: OSError):
-    self.name = name
-    self._how = f'it was not started: {error}'
-
-  def ended(self) -> str:
-    return self._how
-
-
-def exit_status(code: int) -> str:
-  """Returns the description of the end of a run with an exit status."""
-  return f'exit status {code}'
-
-
-# End of a run for which there is no space on the disk.
-CANNOT_SAVE = exit_status(cli.EXIT_CANNOT_SAVE)
-
-
-class Here:
+class LocalLauncher:
   """Runs points as child processes, which end with this one."""
 
   poll_seconds = _POLL_SECONDS
@@ -233,83 +200,86 @@ class Here:
     """
     self.limit = limit
     self._folder = folder
-    self._flags = flags_of_runs
+    self._flags = [*flags_of_runs, '--stop_with_stdin']
     self._lock = lock
-    self._runs: list[_Run] = []
+    self._runs: dict[str, _Run] = {}
+    self._not_started: dict[str, str] = {}
 
-  def resume(self, names: Sequence[str]) -> list[Job]:
+  def resume(self, names: Sequence[str]) -> list[str]:
     return []  # They end with their launcher.
 
-  def start(self, names: Sequence[str]) -> list[Job]:
-    return [self._start(name) for name in names]
+  def start(self, names: Sequence[str]) -> None:
+    for name in names:
+      try:
+        log = self._folder.open_log(name)
+      except OSError as error:
+        self._not_started[name] = f'it was not started: {error}'
+        continue
+      with log:
+        self._start(name, log)
 
-  def _start(self, name: str) -> Job:
-    self._runs = [run for run in self._runs if run.process.poll() is None]
-    taken = {run.slot for run in self._runs}
-    slot = next(i for i in range(self.limit) if i not in taken)
-    try:
-      log = self._folder.open_log(name)
-    except OSError as error:
-      return _NotStarted(name, error)
-    with log:
-      process = subprocess.Popen(
-        command(self._folder, name, self._flags),
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment(slot, self.limit),
-        pass_fds=() if os.name == 'nt' else (self._lock,),
-        # Ctrl-C reaches the launcher only; it stops the runs by SIGTERM.
-        start_new_session=True,
-      )
-    run = _Run(name, slot, process)
-    self._runs.append(run)
+  def _start(self, name: str, log: BinaryIO) -> None:
+    taken = {run.slot for run in self._runs.values()}
+    slot = min(set(range(self.limit)) - taken)
+    process = subprocess.Popen(
+      [sys.executable, *run_arguments(self._folder, name, self._flags)],
+      stdin=subprocess.PIPE,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      env=environment(slot, self.limit),
+      pass_fds=() if os.name == 'nt' else (self._lock,),
+      # Ctrl-C reaches the launcher only; it stops the runs by SIGTERM.
+      start_new_session=True,
+    )
+    self._runs[name] = _Run(slot, process)
     if self.limit > 1 and hasattr(os, 'sched_setaffinity'):
       cores = sorted(os.sched_getaffinity(0))
       if len(cores) >= self.limit:
         # The run may have ended already, or this may not be allowed.
         with contextlib.suppress(OSError):
           os.sched_setaffinity(process.pid, cores[slot :: self.limit])
-    return run
 
-  def stop(self, jobs: Sequence[Job]) -> None:
-    for run in self._runs:
+  def ended(self) -> dict[str, str]:
+    reasons, self._not_started = self._not_started, {}
+    for name, run in list(self._runs.items()):
+      code = run.process.poll()
+      if code is not None:
+        del self._runs[name]
+        run.process.stdin.close()
+        reasons[name] = _reason(self._folder, name, code)
+    return reasons
+
+  def stop(self) -> None:
+    for run in self._runs.values():
       run.process.terminate()
-    for run in self._runs:
+    for run in self._runs.values():
       run.process.wait()
       run.process.stdin.close()
 
 
-class PointJob:
-  """A job of the cluster: it runs a point, in a child process.
+def _reason(folder: sweep_folder.SweepFolder, name: str, code: int) -> str:
+  """Why a run has ended with an exit status; its own lock ends with it."""
+  return LOCKED if code and folder.is_running(name) else exit_status(code)
 
-  submitit pickles it, calls it in the job, and calls `checkpoint` in a signal
-  handler before the job is to end.
+
+class PointJob:
+  """A job of SLURM, which runs a point.
+
+  submitit pickles it, calls it in the job, and calls `checkpoint` in its signal
+  handler when the job is to end. While it trains, the run has handlers of its
+  own, which let it save; only then the job hands the signal on to submitit.
   """
 
-  def __init__(
-    self,
-    folder: str,
-    name: str,
-    flags_of_runs: Sequence[str],
-    launcher: int | None = None,
-    settings: Mapping[str, str] | None = None,
-  ):
+  def __init__(self, folder: str, name: str, flags_of_runs: Sequence[str]):
     """Initializes the job.
 
     Args:
       folder: Folder of the sweep; absolute, and there on all nodes.
       name: Name of the point.
       flags_of_runs: Flags of local_launch.py, for every run.
-      launcher: Process with which the job ends, on the same machine.
-      settings: Environment variables of the run, besides those of the job.
     """
-    self._folder = folder
-    self._name = name
-    self._flags = tuple(flags_of_runs)
-    self._launcher = launcher
-    self._settings = dict(settings or {})
-    self._process = None
+    self._arguments = folder, name, tuple(flags_of_runs)
+    self._is_requeued = False
 
   def __call__(self) -> None:
     """Runs the point to its end.
@@ -317,160 +287,124 @@ class PointJob:
     Raises:
       RuntimeError: If it fails.
     """
-    # submitit ignores SIGTERM, but some clusters send nothing else before they
-    # take a node.
-    before = signal.signal(signal.SIGTERM, lambda *args: self._terminate())
+    path, name, flags_of_runs = self._arguments
+    folder = sweep_folder.SweepFolder(path)
+    if folder.is_finished(name):
+      return
+    with folder.open_log(name) as log, _printing_to(log):
+      code = self._run(run_arguments(folder, name, flags_of_runs))
+    if code == cli.EXIT_STOPPED:
+      self._requeue(folder.last_end(name))
+    elif code:
+      raise RuntimeError(_reason(folder, name, code))
+    elif not folder.is_finished(name):
+      raise RuntimeError('it has left no table')
+
+  def _run(self, arguments: Sequence[str]) -> int:
+    """Runs local_launch.py; returns its exit status."""
     try:
-      self._run()
-    finally:
-      signal.signal(signal.SIGTERM, before)
+      _run_inside(arguments)
+    except SystemExit as end:
+      if self._is_requeued:  # A signal came before training, or after.
+        raise
+      if not isinstance(end.code, str):
+        return end.code or 0
+      print(end.code, file=sys.stderr)
+    except Exception:
+      traceback.print_exc()
+    return 1
 
-  def _run(self) -> None:
-    folder = sweep_folder.SweepFolder(self._folder)
-    while not folder.is_finished(self._name):
-      self._check_launcher()
-      with folder.open_log(self._name) as log:
-        self._process = subprocess.Popen(
-          command(folder, self._name, self._flags),
-          stdin=subprocess.PIPE,
-          stdout=log,
-          stderr=subprocess.STDOUT,
-          env={**environment(), **self._settings},
-          start_new_session=True,
-        )
-      # Not `wait`, whose lock `checkpoint` would find held.
-      while (code := self._process.poll()) is None:
-        if self._launcher is not None and not _is_alive(self._launcher):
-          self._terminate()
-        time.sleep(_POLL_SECONDS)
-      if code == cli.EXIT_STOPPED or -code in _STOPPED_BY:
-        self._check_launcher()
-        # The run was told to stop, but not by this job. Either the node will be
-        # taken soon, or the run can go on.
-        time.sleep(_GRACE_SECONDS)
-      elif code < 0:
-        raise RuntimeError(f'killed by signal {-code}')
-      elif code:
-        raise RuntimeError(exit_status(code))
-      elif not folder.is_finished(self._name):
-        raise RuntimeError('it has left no table')
-
-  def checkpoint(self) -> Any:
-    """Lets the run save; returns what submitit shall queue again."""
+  def _requeue(self, end: str | None) -> None:
+    """Has the job queued again, once its run has saved and ended."""
     import submitit
 
-    self._terminate()
-    deadline = time.monotonic() + _SAVE_SECONDS
-    while not self._has_ended():
-      if time.monotonic() > deadline:
-        # The run will go on from its last checkpoint.
-        self._process.kill()
-        break
-      time.sleep(_POLL_SECONDS)
-    return submitit.helpers.DelayedSubmission(
-      PointJob(
-        self._folder, self._name, self._flags, self._launcher, self._settings
-      )
-    )
+    if end == 'stopped by SIGTERM':
+      # A job that is cancelled, or whose node is taken, ends while it waits;
+      # whether it comes back is for SLURM to say.
+      time.sleep(_GRACE_SECONDS)
+    number = getattr(signal, f'SIG{submitit.JobEnvironment.USR_SIG}')
+    signal.raise_signal(number)
 
-  def _check_launcher(self) -> None:
-    if self._launcher is not None and not _is_alive(self._launcher):
-      raise RuntimeError('its launcher has ended')
+  def checkpoint(self) -> Any:
+    """Returns what submitit is to queue again."""
+    import submitit
 
-  def _terminate(self) -> None:
-    if self._process is not None:
-      with contextlib.suppress(ProcessLookupError):
-        os.kill(self._process.pid, _STOP)
-
-  def _has_ended(self) -> bool:
-    if self._process is None:
-      return True
-    try:
-      # A signal handler must leave the exit status to `poll`.
-      options = os.WEXITED | os.WNOWAIT | os.WNOHANG
-      return os.waitid(os.P_PID, self._process.pid, options) is not None
-    except ChildProcessError:
-      return True
+    self._is_requeued = True
+    return submitit.helpers.DelayedSubmission(PointJob(*self._arguments))
 
 
-def _is_alive(process_id: int) -> bool:
+def _run_inside(arguments: Sequence[str]) -> NoReturn:
+  """Runs local_launch.py inside this process, until it exits."""
+  # Not by a launcher, whose start it would slow down.
+  from nonstationary_mbml.experiments import local_launch
+
+  sys.argv = list(arguments)
+  local_launch.define_flags()
+  cli.run(local_launch.main)
+
+
+@contextlib.contextmanager
+def _printing_to(log: BinaryIO) -> Iterator[None]:
+  """Inside a `with`, stdout and stderr are a file, those of XLA as well."""
+  numbers = (1, 2)
+  before = [os.dup(number) for number in numbers]
   try:
-    os.kill(process_id, 0)
-  except ProcessLookupError:
-    return False
-  return True
+    for number in numbers:
+      os.dup2(log.fileno(), number)
+    yield
+  finally:
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):  # A full disk.
+        stream.flush()
+    for number, kept in zip(numbers, before, strict=True):
+      os.dup2(kept, number)
+      os.close(kept)
 
 
-class _ClusterJob:
-  """A job of submitit, of which each outcome is asked for once."""
+class _SlurmJob:
+  """A job of submitit, and when it was first seen to have ended."""
 
-  def __init__(
-    self,
-    name: str,
-    job: Any,
-    folder: sweep_folder.SweepFolder,
-    is_local: bool = False,
-  ):
-    self.name = name
-    self._job = job
-    self._folder = folder
-    self._is_local = is_local
-    self._done_at: float | None = None
-    self._how: str | None = None
+  def __init__(self, job: Any):
+    self.job = job
+    self._ended_at: float | None = None
 
-  @property
-  def job_id(self) -> str:
-    return self._job.job_id
+  def state(self) -> str:
+    """SLURM state without the 'by UID' suffix."""
+    return self.job.state.split(' ')[0].rstrip('+')
 
-  def is_done(self) -> bool:
+  def is_over(self) -> bool:
     """Whether the job will not come back, as far as is known."""
-    if self._job.paths.result_pickle.exists():
+    if self.job.paths.result_pickle.exists():
       return True
-    if self._is_local:
-      return self._job.done()
-    state = self._state()
-    if state not in (*_END_STATES, *_LIVE_STATES):
+    state = self.state()
+    if state not in _END_STATES | _LIVE_STATES:
       # submitit takes a job that is suspended, say, for one that has ended, and
       # would not ask again.
-      self._job.watcher.clear()
+      self.job.watcher.clear()
     return state in _END_STATES
 
-  def _state(self) -> str:
-    """SLURM state without the 'by UID' suffix."""
-    return self._job.state.split(' ')[0].rstrip('+')
+  def ended(self, is_finished: Callable[[], bool]) -> str | None:
+    """Returns why it has ended; None while it, or its files, may come.
 
-  def ended(self) -> str | None:
-    if self._how is not None:
-      return self._how
-    is_preempted = not self._is_local and self._state() == 'PREEMPTED'
-    if not is_preempted and not self.is_done():
-      self._done_at = None
+    Args:
+      is_finished: Function that says whether its point has its table.
+    """
+    is_preempted = self.state() == 'PREEMPTED'
+    if not is_preempted and not self.is_over():
+      self._ended_at = None
       return None
-    self._done_at = self._done_at or time.monotonic()
-    self._how = self._outcome(
-      _PREEMPTED_SECONDS if is_preempted else _LATE_SECONDS
-    )
-    if self._how is not None and not self._is_local:
-      _forget(self._folder, self.name)
-    return self._how
-
-  def _outcome(self, patience: float) -> str | None:
-    """How it ended; None while its files may still be on the way."""
-    is_late = time.monotonic() > self._done_at + patience
-    path = self._job.paths.folder
+    self._ended_at = self._ended_at or time.monotonic()
+    patience = _PREEMPTED_SECONDS if is_preempted else _LATE_SECONDS
+    is_late = time.monotonic() > self._ended_at + patience
+    path = self.job.paths.folder
     with contextlib.suppress(OSError):
       path.chmod(path.stat().st_mode)  # Makes a network file system look again.
-    if self._job.paths.result_pickle.exists():
-      error = self._job.exception()
-      if error is not None:
-        return _last_error(str(error))
-      if self._folder.is_finished(self.name) or is_late:
-        return exit_status(0)
-      return None
-    return f'the job has ended: {self._job.state}' if is_late else None
-
-  def cancel(self) -> None:
-    self._job.cancel(check=False)
+    if not self.job.paths.result_pickle.exists():
+      return f'the job has ended: {self.job.state}' if is_late else None
+    error = self.job.exception()
+    if error is not None:
+      return _last_error(str(error))
+    return exit_status(0) if is_finished() or is_late else None
 
 
 def _last_error(text: str) -> str:
@@ -479,14 +413,16 @@ def _last_error(text: str) -> str:
   return lines[-1].removeprefix('RuntimeError: ') if lines else text[:200]
 
 
-class Cluster:
-  """Runs points as jobs of submitit."""
+class SlurmLauncher:
+  """Runs points as jobs of SLURM, which go on without their launcher."""
+
+  limit = sys.maxsize  # SLURM itself keeps to the limit of an array.
+  poll_seconds = _SLURM_POLL_SECONDS
 
   def __init__(
     self,
     folder: sweep_folder.SweepFolder,
-    executor: str,
-    limit: int | None,
+    max_jobs: int | None,
     parameters: Mapping[str, Any],
     flags_of_runs: Sequence[str],
   ):
@@ -494,8 +430,8 @@ class Cluster:
 
     Args:
       folder: Folder of the sweep; all nodes share it.
-      executor: 'slurm', or 'local' for jobs on this machine.
-      limit: Jobs at a time; None leaves that to the cluster.
+      max_jobs: Maximum number of jobs of an array at a time; None leaves it to
+        SLURM.
       parameters: Parameters of submitit's executor, such as `timeout_min`,
         `slurm_partition`, `gpus_per_node`, `cpus_per_task`, `mem_gb`.
       flags_of_runs: Flags of local_launch.py, for every run.
@@ -504,162 +440,130 @@ class Cluster:
       ValueError: If submitit or SLURM is not there, or does not take a
         parameter.
     """
-    submitit = _import_submitit()
-    if executor == 'slurm' and shutil.which('srun') is None:
-      raise ValueError(
-        '--executor=slurm: there is no srun here; start the sweep where jobs '
-        'of SLURM are submitted'
-      )
-    for name, value in parameters.items():
-      generic = name.removeprefix('slurm_')
-      if generic in ('nodes', 'tasks_per_node', 'ntasks_per_node'):
-        if value != 1:
-          raise ValueError(
-            f'--cluster {name}={value}: a point is one process; '
-            'local_launch.py --distributed trains one network with several'
-          )
-      elif generic == 'time':
-        raise ValueError(f'--cluster {name}: say timeout_min')
     self._folder = folder
     self._flags = list(flags_of_runs)
     self._path = folder.path.absolute()
-    self._is_local = executor == 'local'
-    self._slots: dict[int, _ClusterJob] = {}
-    # SLURM keeps to the limit itself.
-    self.limit = (limit or 1) if self._is_local else sys.maxsize
-    self.poll_seconds = (
-      _POLL_SECONDS if self._is_local else _CLUSTER_POLL_SECONDS
-    )
-    defaults = {'name': folder.path.name, 'timeout_min': _TIMEOUT_MINUTES}
-    if not self._is_local:
-      # As many as there are points, or `limit`; submitit's default is 256.
-      defaults['slurm_array_parallelism'] = limit or sys.maxsize
-      defaults['slurm_signal_delay_s'] = _SIGNAL_DELAY_SECONDS
-    self._executor = submitit.AutoExecutor(
+    self._jobs: dict[str, _SlurmJob] = {}
+    self._executor = _make_executor(
       self._path / SUBMITIT,
-      cluster=executor,
-      **{f'{executor}_max_num_timeout': _MAX_TIMEOUTS},
+      {
+        'name': folder.path.name,
+        'timeout_min': _TIMEOUT_MINUTES,
+        # submitit's default is 256.
+        'slurm_array_parallelism': max_jobs or sys.maxsize,
+        'slurm_signal_delay_s': _WARNING_SECONDS,
+        **{k: value for k, value in parameters.items() if value is not None},
+      },
     )
-    try:
-      self._executor.update_parameters(**{**defaults, **parameters})
-    except (AssertionError, NameError, TypeError, ValueError) as error:
-      raise ValueError(f'--cluster: {error}') from error
 
-  def resume(self, names: Sequence[str]) -> list[Job]:
-    if self._is_local:
-      return []  # They end with their launcher.
-    return queued(self._folder, names)
+  def resume(self, names: Sequence[str]) -> list[str]:
+    submitit = _import_submitit()
+    ids = {
+      name: job_id for name, job_id in self._ids().items() if name in names
+    }
+    # All of them before the first is asked for: it is one call of SLURM.
+    jobs = {
+      name: _SlurmJob(submitit.SlurmJob(self._path / SUBMITIT, job_id))
+      for name, job_id in ids.items()
+    }
+    for name, job in jobs.items():
+      if not job.is_over() and job.state() == 'UNKNOWN':
+        print(
+          f'SLURM does not know job {ids[name]} of {name} (yet); if it is '
+          f'gone, take its line out of {self._folder.path / JOBS}',
+          file=sys.stderr,
+        )
+    self._jobs = {name: job for name, job in jobs.items() if not job.is_over()}
+    return list(self._jobs)
 
-  def start(self, names: Sequence[str]) -> list[Job]:
-    slots = self._free_slots(len(names)) if self._is_local else []
-    points = [
-      PointJob(
-        str(self._path),
-        name,
-        self._flags,
-        *((os.getpid(), self._settings(slots[i])) if slots else ()),
-      )
-      for i, name in enumerate(names)
-    ]
+  def start(self, names: Sequence[str]) -> None:
     try:
-      # In a batch, they are one array.
-      with self._executor.batch():
-        jobs = [self._executor.submit(point) for point in points]
+      with self._executor.batch():  # They are one array.
+        jobs = [
+          self._executor.submit(PointJob(str(self._path), name, self._flags))
+          for name in names
+        ]
     except RuntimeError as error:
-      reason = ' '.join(str(error).split())
-      raise ValueError(f'the jobs were not submitted: {reason}') from error
-    jobs = [
-      _ClusterJob(name, job, self._folder, self._is_local)
-      for name, job in zip(names, jobs, strict=True)
-    ]
-    if self._is_local:
-      self._slots |= dict(zip(slots, jobs, strict=True))
-    else:
-      ids = {job.name: job.job_id for job in jobs}
-      atomic_files.write_json(
-        self._folder.path / JOBS, {**_ids(self._folder), **ids}
-      )
-    return jobs
-
-  def _free_slots(self, number: int) -> list[int]:
-    taken = {slot for slot, job in self._slots.items() if not job.is_done()}
-    return [slot for slot in range(self.limit) if slot not in taken][:number]
-
-  def _settings(self, slot: int) -> dict[str, str]:
-    """Environment variables by which a local run gets its GPUs."""
-    settings = environment(slot, self.limit)
-    if self.limit == 1:
-      settings['CUDA_VISIBLE_DEVICES'] = ','.join(gpus())
-    names = ('CUDA_VISIBLE_DEVICES', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
-    return {name: settings[name] for name in names if name in settings}
-
-  def stop(self, jobs: Sequence[Job]) -> None:
-    if not self._is_local:
-      return
-    for job in jobs:
-      job.cancel()
-    # A run outlives its job, to save.
-    while any(
-      not job.is_done() or self._folder.is_running(job.name) for job in jobs
-    ):
-      time.sleep(_POLL_SECONDS)
-
-
-def queued(
-  folder: sweep_folder.SweepFolder, names: Sequence[str]
-) -> list[_ClusterJob]:
-  """Returns the jobs of SLURM that still run or wait, of some points.
-
-  Raises:
-    ValueError: If there may be some, but submitit is not there to ask.
-  """
-  ids = {n: job_id for n, job_id in _ids(folder).items() if n in names}
-  if not ids:
-    return []
-  submitit = _import_submitit()
-  path = folder.path.absolute() / SUBMITIT
-  jobs = {name: submitit.SlurmJob(path, job_id) for name, job_id in ids.items()}
-  # One call of SLURM for all jobs.
-  submitit.SlurmJob.watcher.update()
-  found = [_ClusterJob(name, job, folder) for name, job in jobs.items()]
-  for job in found:
-    if jobs[job.name].state == 'UNKNOWN' and not job.is_done():
-      print(
-        f'SLURM does not know job {job.job_id} of {job.name} (yet); if it is '
-        f'gone, take its line out of {folder.path / JOBS}',
-        file=sys.stderr,
-      )
-  return [job for job in found if not job.is_done()]
-
-
-def check_not_queued(
-  folder: sweep_folder.SweepFolder, names: Sequence[str]
-) -> None:
-  """Raises ValueError if SLURM still has jobs of some points."""
-  jobs = queued(folder, names)
-  if jobs:
-    array = sorted({job.job_id.split('_')[0] for job in jobs})
-    raise ValueError(
-      f'SLURM has jobs of {len(jobs)} points of {folder.path}: go on with '
-      f'--executor=slurm, or cancel them first (scancel {" ".join(array)})'
+      raise ValueError(
+        f'the jobs were not submitted: {_one_line(error)}'
+      ) from error
+    for name, job in zip(names, jobs, strict=True):
+      self._jobs[name] = _SlurmJob(job)
+    self._note(
+      {**self._ids(), **{name: self._jobs[name].job.job_id for name in names}}
     )
 
+  def ended(self) -> dict[str, str]:
+    reasons = {}
+    for name, job in list(self._jobs.items()):
+      reason = job.ended(functools.partial(self._folder.is_finished, name))
+      if reason is not None:
+        reasons[name] = reason
+        del self._jobs[name]
+    if reasons:
+      ids = self._ids()
+      self._note({name: ids[name] for name in ids if name not in reasons})
+    return reasons
 
-def _ids(folder: sweep_folder.SweepFolder) -> dict[str, str]:
-  """The newest job of every point on SLURM."""
-  path = folder.path / JOBS
-  if not path.exists():
-    return {}
-  ids = atomic_files.read_json(path)
-  base_config.check_mapping(str(path), ids)
-  return dict(ids)
+  def stop(self) -> None:
+    pass
+
+  def _ids(self) -> dict[str, str]:
+    """The newest job of every point."""
+    path = self._folder.path / JOBS
+    if not path.exists():
+      return {}
+    ids = atomic_files.read_json(path)
+    base_config.check_mapping(str(path), ids)
+    return dict(ids)
+
+  def _note(self, ids: Mapping[str, str]) -> None:
+    atomic_files.write_json(self._folder.path / JOBS, ids)
 
 
-def _forget(folder: sweep_folder.SweepFolder, name: str) -> None:
-  """Removes a job that has ended from the list of jobs."""
-  ids = _ids(folder)
-  if ids.pop(name, None) is not None:
-    atomic_files.write_json(folder.path / JOBS, ids)
+def _make_executor(folder: pathlib.Path, parameters: Mapping[str, Any]) -> Any:
+  """Returns the executor of submitit; raises ValueError if it cannot be."""
+  submitit = _import_submitit()
+  if shutil.which('srun') is None:
+    raise ValueError(
+      '--executor=slurm: there is no srun here; start the sweep where jobs of '
+      'SLURM are submitted'
+    )
+  for name, value in parameters.items():
+    generic = name.removeprefix('slurm_')
+    if generic in ('nodes', 'tasks_per_node', 'ntasks_per_node'):
+      if value != 1:
+        raise ValueError(
+          f'--cluster {name}={value}: a point is one process; '
+          'local_launch.py --distributed trains one network with several'
+        )
+    elif generic == 'time':
+      raise ValueError(f'--cluster {name}: say timeout_min')
+  executor = submitit.AutoExecutor(
+    folder, cluster='slurm', slurm_max_num_timeout=_MAX_TIMEOUTS
+  )
+  setup = [f'export {k}="${{{k}:-{v}}}"' for k, v in _ENVIRONMENT.items()]
+  setup_of_user = parameters.get('slurm_setup', [])
+  try:
+    executor.update_parameters(
+      **{**parameters, 'slurm_setup': setup + setup_of_user}
+    )
+    minutes = executor.parameters['time']
+    warning_seconds = executor.parameters['signal_delay_s']
+    least = -(-_MIN_WARNINGS * warning_seconds // 60)
+  except (AssertionError, NameError, TypeError, ValueError) as error:
+    raise ValueError(f'--cluster: {_one_line(error)}') from error
+  if minutes < least:
+    raise ValueError(
+      f'--cluster timeout_min={minutes}: it must be at least {least}, '
+      f'{_MIN_WARNINGS} times the {warning_seconds} s that a job has to save '
+      '(slurm_signal_delay_s)'
+    )
+  return executor
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())
 
 
 def _import_submitit() -> Any:

@@ -18,9 +18,8 @@ with it.
 With --executor=slurm every point is a job of a job array, submitted by submitit
 (pip install submitit). A job whose time is up, or whose node is taken, saves
 and is queued again. Ctrl-C stops watching and leaves the jobs; the same command
-again watches those that are left (<output_dir>/<name>/jobs.json knows them),
-and submits what is neither finished nor queued. --executor=local takes the same
-way with jobs on this machine, to try it out.
+again watches those that are left (<output_dir>/<name>/jobs.json names them),
+and submits what is neither finished nor queued.
 
 Writes into <output_dir>/<name>/: points/, the folders of all runs; logs/; and
 after every point results.csv (all networks so far) and summary.csv (means over
@@ -29,11 +28,12 @@ same command gives the same numbers.
 """
 
 import ast
-from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import os
 import pathlib
@@ -51,12 +51,13 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments.sweeps import executors
 from nonstationary_mbml.experiments.sweeps import presets
 from nonstationary_mbml.experiments.sweeps import sweep_folder
-from nonstationary_mbml.runtime import preemption as interrupting
+from nonstationary_mbml.runtime import preemption
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import run_folder
 
-_POLL_SECONDS = 0.2
-# How often steps are counted, and a line is printed where there is no terminal.
+# How often a signal is looked for, steps are counted, and a line is printed
+# where there is no terminal.
+_SIGNAL_SECONDS = 0.2
 _COUNT_SECONDS = 2.0
 _REPORT_SECONDS = 60.0
 _LOG_LINES = 5
@@ -70,7 +71,7 @@ class Outcome:
     finished: Names of all points that have their table.
     failed: Errors of the other points that were tried, by name.
     left: Names of points that were not tried, or were stopped.
-    stopped_by: The signal that stopped the sweep, if one did.
+    stopped_by: Signal that stopped the sweep, if one did.
     cannot_save: Reason why a run or the results could not be written, if so.
   """
 
@@ -83,10 +84,10 @@ class Outcome:
 
 def run_sweep(
   points: Sequence[config_lib.SweepPoint],
-  folder: pathlib.Path,
+  path: pathlib.Path,
   jobs: int | None = 1,
   num_sequences: int = 10_240,
-  is_chosen: Callable[[str], bool] = lambda name: True,
+  only: Collection[str] | None = None,
   cpu_devices: int = 1,
   flags_of_runs: Sequence[str] = (),
   use_tqdm: bool = False,
@@ -97,16 +98,16 @@ def run_sweep(
 
   Args:
     points: Points of the sweep.
-    folder: Folder of the sweep, new or to go on with.
+    path: Folder of the sweep, new or to go on with.
     jobs: Runs at a time; here, on Linux, each has its share of the cores. None
       is one, or on SLURM as many as it gives.
     num_sequences: Number of fresh sequences for every table.
-    is_chosen: Predicate on the name of a point: whether to run it now.
+    only: Names of the points to run now; None runs all.
     cpu_devices: Devices of each run, on a CPU.
     flags_of_runs: Further flags of local_launch.py.
     use_tqdm: Show progress over the whole sweep.
-    executor: One of `sweep_jobs.EXECUTORS`: where the runs are.
-    cluster: Parameters of submitit, for jobs on a cluster.
+    executor: One of `executors.EXECUTORS`: where the runs are.
+    cluster: Parameters of submitit, for jobs of SLURM.
 
   Returns:
     The outcome. A point that fails, or whose config is not valid, is in it by
@@ -120,162 +121,183 @@ def run_sweep(
   if jobs is not None:
     base_config.check_int('jobs', jobs, 1)
   base_config.check_choice('executor', executor, executors.EXECUTORS)
-  if cluster and executor == 'here':
-    raise ValueError('--cluster is for --executor=slurm and --executor=local')
-  of_sweep = sweep_folder.SweepFolder(folder)
-  failed = {}
-  chosen = [point for point in points if is_chosen(point.config.name)]
-  for point in chosen:
-    try:
-      constants.check(point.config)
-    except ValueError as error:
-      failed[point.config.name] = f'its config is not valid: {error}'
-  with of_sweep.open(points, num_sequences, cpu_devices) as lock:
-    for point in chosen:
-      try:
-        of_sweep.write_config(point.config)
-      except OSError as error:
-        if run_folder.is_full(error):
-          raise
-        failed[point.config.name] = f'its config cannot be written: {error}'
-    flags_of_runs = [
-      f'--num_sequences={num_sequences}',
-      f'--cpu_devices={cpu_devices}',
-      *flags_of_runs,
-    ]
-    if executor != 'slurm':
-      names = [point.config.name for point in chosen]
-      executors.check_not_queued(
-        of_sweep, [name for name in names if not of_sweep.is_finished(name)]
-      )
-    if executor == 'here':
-      launcher = executors.Here(
-        of_sweep, jobs or 1, flags_of_runs, lock.fileno()
+  if cluster and executor != 'slurm':
+    raise ValueError('--cluster is for --executor=slurm')
+  folder = sweep_folder.SweepFolder(path)
+  chosen = [p for p in points if only is None or p.config.name in only]
+  flags_of_runs = [
+    f'--num_sequences={num_sequences}',
+    f'--cpu_devices={cpu_devices}',
+    *flags_of_runs,
+  ]
+  with folder.open(points, num_sequences, cpu_devices) as lock:
+    failed = _write_configs(folder, chosen)
+    if executor == 'slurm':
+      launcher = executors.SlurmLauncher(
+        folder, jobs, cluster or {}, flags_of_runs
       )
     else:
-      launcher = executors.Cluster(
-        of_sweep, executor, jobs, cluster or {}, flags_of_runs
+      launcher = executors.LocalLauncher(
+        folder, jobs or 1, flags_of_runs, lock.fileno()
       )
     # Only now: while it waits for the lock, signals stop it as any program.
-    with interrupting.catch() as interrupts:
-      runner = _Runner(
-        of_sweep,
-        [point for point in chosen if point.config.name not in failed],
-        launcher,
-        interrupts,
-        use_tqdm,
-      )
-      runner.run()
-  failed |= runner.failed
+    with preemption.catch() as interrupts:
+      valid = [point for point in chosen if point.config.name not in failed]
+      monitor = _SweepMonitor(folder, valid, launcher, interrupts)
+      monitor.run(use_tqdm)
+  failed |= monitor.failed
   names = [point.config.name for point in points]
-  finished = [name for name in names if of_sweep.is_finished(name)]
-  done = {*finished, *failed}
+  finished = [name for name in names if folder.is_finished(name)]
   return Outcome(
     finished,
     failed,
-    [name for name in names if name not in done],
+    [name for name in names if name not in {*finished, *failed}],
     interrupts.received.name if interrupts.received else None,
-    runner.cannot_save,
+    monitor.cannot_save,
   )
 
 
-class _Runner:
-  """Starts runs, watches them, and reports their progress."""
+def _write_configs(
+  folder: sweep_folder.SweepFolder, points: Sequence[config_lib.SweepPoint]
+) -> dict[str, str]:
+  """Writes the configs of points; returns why it cannot, by name.
+
+  Raises:
+    OSError: If the disk is full.
+  """
+  failed = {}
+  for point in points:
+    name = point.config.name
+    try:
+      constants.check(point.config)
+      folder.write_config(point.config)
+    except ValueError as error:
+      failed[name] = f'its config is not valid: {error}'
+    except OSError as error:
+      if run_folder.is_full(error):
+        raise
+      failed[name] = f'its config cannot be written: {error}'
+  return failed
+
+
+class _Timer:
+  """Tells when a number of seconds is over, again and again."""
+
+  def __init__(self, seconds: float):
+    self._seconds = seconds
+    self._last = time.monotonic()
+
+  def is_due(self) -> bool:
+    now = time.monotonic()
+    if now - self._last < self._seconds:
+      return False
+    self._last = now
+    return True
+
+
+class _SweepMonitor:
+  """Has a launcher run points, and reports their progress.
+
+  Attributes:
+    failed: Errors of points, by name.
+    cannot_save: Reason why a run or the results could not be written, if so.
+  """
 
   def __init__(
     self,
     folder: sweep_folder.SweepFolder,
     points: Sequence[config_lib.SweepPoint],
     launcher: executors.Launcher,
-    interrupts: interrupting.Interrupts,
-    use_tqdm: bool,
+    interrupts: preemption.Interrupts,
   ):
     self._folder = folder
     self._launcher = launcher
     self._interrupts = interrupts
-    self._use_tqdm = use_tqdm
     self._steps = {
       p.config.name: p.config.schedule.training_steps for p in points
     }
     names = [name for name in self._steps if not folder.is_finished(name)]
     self._running = launcher.resume(names)
-    running = {job.name for job in self._running}
     # Runs that were interrupted come first.
     self._waiting = sorted(
-      (name for name in names if name not in running),
+      (name for name in names if name not in self._running),
       key=lambda name: not folder.has_begun(name),
     )
     self.failed: dict[str, str] = {}
     self.cannot_save: str | None = None
     self._is_full = False
 
-  def run(self) -> None:
+  def run(self, use_tqdm: bool) -> None:
     """Runs what is not finished, or as much as a signal or disk allows."""
-    done = self._steps_done()
-    with progress.bar(
-      sum(self._steps.values()), 'sweep', 'step', self._use_tqdm, done
-    ) as bar:
-      counted = reported = polled = time.monotonic()
-      poll_seconds = self._launcher.poll_seconds
-      count_seconds = max(_COUNT_SECONDS, poll_seconds)
-      has_ended = False
-      try:
-        while self._waiting or self._running:
-          if self._interrupts.received or self._is_full:
-            break
-          room = self._launcher.limit - len(self._running)
-          if self._waiting and room > 0:
-            self._start(room)
-          now = time.monotonic()
-          if has_ended or now - counted > count_seconds:
-            counted = now
-            steps = self._steps_done()
-            bar.update(steps - done)
-            done = steps
-          if has_ended or now - reported > _REPORT_SECONDS:
-            reported = now
+    total, done = sum(self._steps.values()), self._steps_done()
+    poll = _Timer(self._launcher.poll_seconds)
+    count = _Timer(max(_COUNT_SECONDS, self._launcher.poll_seconds))
+    report = _Timer(_REPORT_SECONDS)
+    try:
+      with progress.bar(total, 'sweep', 'step', use_tqdm, done) as bar:
+        self._start()
+        while self._has_work():
+          time.sleep(_SIGNAL_SECONDS)
+          has_ended = poll.is_due() and self._poll()
+          if count.is_due() or has_ended:
+            before, done = done, self._steps_done()
+            bar.update(done - before)
+          if report.is_due() or has_ended:
             bar.report(self._report())
-          # No longer sleep: a signal may come.
-          time.sleep(_POLL_SECONDS)
-          has_ended = False
-          if time.monotonic() - polled >= poll_seconds:
-            polled = time.monotonic()
-            has_ended = self._collect()
-      finally:
-        self._launcher.stop(self._running)
-        self._write_results()
-
-  def _start(self, room: int) -> None:
-    """Starts waiting points, but for those that another process still runs."""
-    ready = (n for n in self._waiting if not self._folder.is_running(n))
-    starting = list(itertools.islice(ready, room))
-    if starting:
-      self._waiting = [n for n in self._waiting if n not in starting]
-      self._running += self._launcher.start(starting)
-
-  def _collect(self) -> bool:
-    """Notes which runs have ended; whether one has."""
-    ended = [(job, job.ended()) for job in self._running]
-    ended = [(job, how) for job, how in ended if how is not None]
-    for job, how in ended:
-      self._running.remove(job)
-      if self._folder.is_finished(job.name):
-        continue
-      # For a run that was not even started, the reason says it.
-      if how == executors.CANNOT_SAVE or run_folder.is_full(how):
-        self._is_full = True
-        self.cannot_save = (
-          f'{job.name} could not be written: '
-          f'{self._folder.last_lines(job.name, 1)}'
-        )
-      else:
-        self.failed[job.name] = (
-          f'{how}; the end of {self._folder.log_path(job.name)}:\n'
-          f'{self._folder.last_lines(job.name, _LOG_LINES)}'
-        )
-    if ended:
+    finally:
+      self._launcher.stop()
       self._write_results()
-    return bool(ended)
+
+  def _has_work(self) -> bool:
+    is_stopped = self._interrupts.received is not None or self._is_full
+    return bool(self._waiting or self._running) and not is_stopped
+
+  def _poll(self) -> bool:
+    """Notes which runs have ended, and starts others; whether one has ended."""
+    reasons = self._launcher.ended()
+    for name, reason in reasons.items():
+      self._running.remove(name)
+      self._note_end(name, reason)
+    if reasons:
+      self._write_results()
+    self._start()
+    return bool(reasons)
+
+  def _start(self) -> None:
+    """Starts waiting points, but for those that another process runs."""
+    if not self._has_work():
+      return
+    capacity = self._launcher.limit - len(self._running)
+    starting = []
+    for name in list(self._waiting):
+      if len(starting) == capacity:
+        break
+      if self._folder.is_running(name):
+        continue
+      self._waiting.remove(name)
+      if not self._folder.is_finished(name):
+        starting.append(name)
+    if starting:
+      self._launcher.start(starting)
+      self._running += starting
+
+  def _note_end(self, name: str, reason: str) -> None:
+    if self._folder.is_finished(name):
+      return
+    if reason == executors.LOCKED:
+      # It may fail there, and is tried here when that has ended.
+      self._waiting.append(name)
+    # For a run that was not even started, the reason says it.
+    elif reason == executors.CANNOT_SAVE or run_folder.is_full(reason):
+      self._is_full = True
+      self.cannot_save = (
+        f'{name} could not be written: {self._folder.last_lines(name, 1)}'
+      )
+    else:
+      self.failed[name] = (
+        f'{reason}; the end of {self._folder.log_path(name)}:\n'
+        f'{self._folder.last_lines(name, _LOG_LINES)}'
+      )
 
   def _write_results(self) -> None:
     try:
@@ -299,7 +321,7 @@ class _Runner:
     finished = sum(self._folder.is_finished(name) for name in self._steps)
     return {
       'finished': f'{finished}/{len(self._steps)}',
-      'running': ' '.join(job.name for job in self._running) or '-',
+      'running': ' '.join(self._running) or '-',
       'failed': str(len(self.failed)),
     }
 
@@ -327,12 +349,10 @@ def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
   """
   if not rows:
     return 'No point is finished.'
-  settings = list(
-    dict.fromkeys(
-      column
-      for row in rows
-      for column in list(row)[: list(row).index('num_seeds')]
-    )
+  settings = dict.fromkeys(
+    column
+    for row in rows
+    for column in itertools.takewhile('num_seeds'.__ne__, row)
   )
   lines = [(*settings, 'seeds', 'regret', 'exact', 'above it (nats)', '')]
   for row in rows:
@@ -379,16 +399,20 @@ def format_outcome(folder: pathlib.Path, outcome: Outcome) -> str:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
+  integer = functools.partial(cli.define_integer, flag_values=values)
+  string = functools.partial(flags.DEFINE_string, flag_values=values)
+  several = functools.partial(
+    flags.DEFINE_multi_string, default=[], flag_values=values
+  )
   cli.define_flags(values)
   cli.define_choice(values, 'sweep', 'small', presets.SWEEPS, 'Which sweep')
-  cli.define_integer(
+  integer(
     'jobs',
     None,
     'Runs at a time, each on its share of cores or GPUs; if unset, as many as '
     'there are cores, or GPUs, or one on a TPU. On SLURM, most jobs of an '
     'array at a time; if unset, as many as it gives.',
     lower_bound=1,
-    flag_values=values,
   )
   cli.define_choice(
     values,
@@ -397,54 +421,38 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     base_config.Registry(
       'executor', {name: name for name in executors.EXECUTORS}
     ),
-    'Where points run: here, as jobs of SLURM, or as jobs on this machine that '
-    'are handled as those of SLURM are; both need submitit',
+    'Where points run: here, or as jobs of SLURM, which need submitit',
   )
-  flags.DEFINE_multi_string(
+  several(
     'cluster',
-    [],
-    'name=value of any parameter of a job that submitit knows, such as '
+    help='name=value of any parameter of a job that submitit knows, such as '
     'timeout_min, mem_gb, cpus_per_task, gpus_per_node, slurm_partition, '
     'slurm_account; may be given several times.',
-    flag_values=values,
   )
-  flags.DEFINE_multi_string(
+  several(
     'only',
-    [],
-    "Run only points of such names, as in '*,lin,*'; may be given several "
+    help="Run only points of such names, as in '*,lin,*'; may be given several "
     'times.',
-    flag_values=values,
   )
-  flags.DEFINE_multi_string(
+  several(
     'set',
-    [],
-    'path=value of any field of the config, for all points; may be given '
+    help='path=value of any field of the config, for all points; may be given '
     'several times.',
-    flag_values=values,
   )
-  flags.DEFINE_string(
-    'output_dir', 'runs/sweeps', 'Folder of all sweeps.', flag_values=values
-  )
-  flags.DEFINE_string(
-    'name',
-    None,
-    'Folder of this sweep; if unset, that of its preset.',
-    flag_values=values,
-  )
-  cli.define_integer(
+  string('output_dir', 'runs/sweeps', 'Folder of all sweeps.')
+  string('name', None, 'Folder of this sweep; if unset, that of its preset.')
+  integer(
     'num_sequences',
     10_240,
     'Fresh sequences for the table of every point.',
     lower_bound=2,
-    flag_values=values,
   )
-  cli.define_integer(
+  integer(
     'cpu_devices',
     1,
     'Devices that each run splits its CPU into; another number changes '
     'rounding, and so the results a little.',
     lower_bound=1,
-    flag_values=values,
   )
   flags.DEFINE_bool(
     'list',
@@ -456,8 +464,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def points_from_flags(
   values: flags.FlagValues,
-) -> tuple[list[config_lib.SweepPoint], Callable[[str], bool]]:
-  """Returns the points of the sweep, and which of them are chosen.
+) -> tuple[list[config_lib.SweepPoint], set[str]]:
+  """Returns the points of the sweep, and the names of those to run.
 
   Raises:
     ValueError: If a setting is wrong, or no point has such a name.
@@ -478,21 +486,17 @@ def points_from_flags(
           )
     config = config_lib.with_overrides(point.config, overrides)
     points.append(point._replace(config=config))
-  patterns = values.only
   names = [point.config.name for point in points]
-  for pattern in patterns:
-    if not fnmatch.filter(names, pattern):
+  chosen = set()
+  for pattern in values.only or ['*']:
+    matches = fnmatch.filter(names, pattern)
+    if not matches:
       raise ValueError(
         f'--only {pattern!r} is the name of no point; names are as '
         f'{names[0]}{base_config.did_you_mean(pattern, names)}'
       )
-  return (
-    points,
-    lambda name: (
-      not patterns
-      or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    ),
-  )
+    chosen.update(matches)
+  return points, chosen
 
 
 def parse_parameters(items: Sequence[str]) -> dict[str, Any]:
@@ -514,21 +518,18 @@ def parse_parameters(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _print_points(
+  folder: sweep_folder.SweepFolder,
   points: Sequence[config_lib.SweepPoint],
-  folder: pathlib.Path,
-  is_chosen: Callable[[str], bool],
 ) -> None:
-  of_sweep = sweep_folder.SweepFolder(folder)
   for point in points:
     name = point.config.name
-    if is_chosen(name):
+    state = 'waiting'
+    if folder.is_finished(name):
+      state = 'finished'
+    elif folder.has_begun(name):
       steps = point.config.schedule.training_steps
-      state = 'waiting'
-      if of_sweep.is_finished(name):
-        state = 'finished'
-      elif of_sweep.has_begun(name):
-        state = f'step {of_sweep.last_step(name)} of {steps}'
-      print(f'{name}: {state}')
+      state = f'step {folder.last_step(name)} of {steps}'
+    print(f'{name}: {state}')
 
 
 def main(argv: list[str]) -> None:
@@ -537,27 +538,26 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {" ".join(argv[1:])}')
   name = values.name or values.sweep.lower()
-  folder = pathlib.Path(values.output_dir) / name
+  path = pathlib.Path(values.output_dir) / name
+  executor = values.executor.lower()
   try:
     base_config.check_name('--name', name)
-    points, is_chosen = points_from_flags(values)
+    points, chosen = points_from_flags(values)
     if values.list:
-      sweep_folder.SweepFolder(folder).check_same_sweep(
-        points, values.num_sequences, values.cpu_devices
-      )
-      _print_points(points, folder, is_chosen)
+      folder = sweep_folder.SweepFolder(path)
+      folder.check_same_sweep(points, values.num_sequences, values.cpu_devices)
+      _print_points(folder, [p for p in points if p.config.name in chosen])
       return
-    executor = values.executor.lower()
     jobs = values.jobs
-    if jobs is None and executor != 'slurm':
+    if jobs is None and executor == 'here':
       jobs = default_jobs()
-    with cli.saving(folder):
+    with cli.saving(path):
       outcome = run_sweep(
         points,
-        folder,
+        path,
         jobs,
         values.num_sequences,
-        is_chosen,
+        chosen,
         values.cpu_devices,
         () if values.compilation_cache else ('--nocompilation_cache',),
         use_tqdm=True,
@@ -569,15 +569,14 @@ def main(argv: list[str]) -> None:
     sys.exit(cli.EXIT_STOPPED)
   except ValueError as error:
     cli.end_with(error)
-  print(format_outcome(folder, outcome))
+  print(format_outcome(path, outcome))
   cli.flush()
   if outcome.cannot_save is not None:
     sys.exit(cli.EXIT_CANNOT_SAVE)
   if outcome.stopped_by is not None and outcome.left:
+    runs = 'the jobs go on' if executor == 'slurm' else 'all runs are saved'
     print(
-      f'stopped by {outcome.stopped_by}; '
-      + ('the jobs go on' if executor == 'slurm' else 'all runs are saved')
-      + ', and the same command goes on',
+      f'stopped by {outcome.stopped_by}; {runs}, and the same command goes on',
       file=sys.stderr,
     )
     sys.exit(cli.EXIT_STOPPED)

@@ -100,9 +100,9 @@ class SweepFolder:
       text = self.log_path(name).read_text(errors='replace')
     except OSError:
       text = ''
-    *_, of_start = text.split(_START)
+    newest = text.split(_START)[-1]
     # The rest of the line of the start is its time.
-    lines = of_start.strip().splitlines()[1:]
+    lines = newest.strip().splitlines()[1:]
     return '\n'.join(lines[-number:]) or 'it has printed nothing'
 
   def points(self) -> list[Point]:
@@ -135,7 +135,7 @@ class SweepFolder:
         raise ValueError(f'it is not of a sweep: {error!r}') from error
 
   def digest(self) -> str:
-    """Returns what tells the sweep from others: a hash of its configs.
+    """Returns a hash of the configs, which differs from that of other sweeps.
 
     Fields that have their defaults are left out, so that a sweep stays the same
     when the code gets new ones.
@@ -288,7 +288,7 @@ class SweepFolder:
     return run_folder.is_training(self.run_path(name))
 
   def last_step(self, name: str) -> int:
-    """Returns how many steps a point has done, as far as it has told."""
+    """Returns the newest step that a point has logged."""
     try:
       entries, _ = run_folder.read_metrics(
         self.run_path(name) / run_folder.METRICS
@@ -334,8 +334,15 @@ class SweepFolder:
         )
     return rows
 
+  def last_end(self, name: str) -> str | None:
+    """Returns the noted end of a point's newest start; None without one."""
+    try:
+      return run_folder.read_starts(self.run_path(name))[-1]['end']
+    except (ValueError, KeyError, IndexError):
+      return None
+
   def seconds(self, name: str) -> float:
-    """Returns how long a point has trained, over all of its starts."""
+    """Returns the seconds that a point has trained, over all its starts."""
     try:
       starts = run_folder.read_starts(self.run_path(name))
       return sum(start['seconds'] for start in starts)
@@ -413,31 +420,29 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       if name not in (*_MEASURED, *SEED_PATHS)
     )
     groups.setdefault(key, []).append(row)
-  return [
-    {
-      **dict(key),
-      'num_seeds': len(group),
-      'regret': mean_and_stderr([row['regret'] for row in group])[0],
-      'regret_stderr': mean_and_stderr([row['regret'] for row in group])[1],
-      'exact': group[0]['exact'],
-      # Equal for all rows, unless points of other seeds read other sequences.
-      'exact_regret': float(np.mean([row['exact_regret'] for row in group])),
-      **_above_exact(group),
-    }
-    for key, group in groups.items()
-  ]
-
-
-def _above_exact(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  above, stderr = mean_and_stderr([row['above_exact'] for row in group])
-  percent = [100 * row['above_exact'] / row['exact_regret'] for row in group]
-  mean, percent_stderr = mean_and_stderr(percent)
-  return {
-    'above_exact': above,
-    'above_exact_stderr': stderr,
-    'above_exact_percent': mean,
-    'above_exact_percent_stderr': percent_stderr,
-  }
+  summary = []
+  for key, group in groups.items():
+    regret, regret_stderr = mean_and_stderr([row['regret'] for row in group])
+    above, above_stderr = mean_and_stderr([row['above_exact'] for row in group])
+    percent, percent_stderr = mean_and_stderr(
+      [100 * row['above_exact'] / row['exact_regret'] for row in group]
+    )
+    summary.append(
+      {
+        **dict(key),
+        'num_seeds': len(group),
+        'regret': regret,
+        'regret_stderr': regret_stderr,
+        'exact': group[0]['exact'],
+        # Equal for all, unless points of other seeds read other sequences.
+        'exact_regret': float(np.mean([row['exact_regret'] for row in group])),
+        'above_exact': above,
+        'above_exact_stderr': above_stderr,
+        'above_exact_percent': percent,
+        'above_exact_percent_stderr': percent_stderr,
+      }
+    )
+  return summary
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:

@@ -1,12 +1,13 @@
-"""Sweeps as jobs of a cluster: submitit's local executor, and SLURM in small.
+"""Sweeps here and as jobs of SLURM.
 
 SLURM itself is not at hand; `slurm` has its commands, as far as they are used.
 """
 
-import collections
+import itertools
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 import types
 
 import pytest
+import submitit
 
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments.sweeps import executors
@@ -21,6 +23,7 @@ from nonstationary_mbml.experiments.sweeps import launch
 from nonstationary_mbml.experiments.sweeps import presets
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.runtime import preemption
 from tests.experiments.sweeps import slurm
 
 SCRIPT = pathlib.Path(launch.__file__)
@@ -52,7 +55,7 @@ def _start(folder, *flags, environment=None):
 def _finish(process):
   stdout, stderr = process.communicate(timeout=300)
   assert process.returncode == 0, stderr + stdout
-  assert '6 points finished, 0 left, 0 failed' in stdout
+  assert '3 points finished, 3 left, 0 failed' in stdout
   return stdout
 
 
@@ -76,52 +79,6 @@ def _starts(folder, name):
   return json.loads(path.read_text())['starts']
 
 
-def _assert_whole(folder, training_steps=200):
-  """Every point is there once, with all seeds."""
-  rows = atomic_files.read_csv(folder / 'sweeps' / 'tiny' / 'results.csv')
-  seeds = collections.defaultdict(list)
-  for row in rows:
-    seeds[row['data'], row['model']].append(row['seed'])
-  assert len(seeds) == 6
-  assert all(of_point == [0, 1] for of_point in seeds.values())
-  for path in _points(folder).glob('*/metrics.jsonl'):
-    steps = [json.loads(line)['step'] for line in path.open()]
-    assert steps == list(range(50, training_steps + 1, 50))
-
-
-@pytest.mark.slow
-def test_sweep_completes_through_the_local_executor(tmp_path):
-  process = _start(tmp_path, '--executor=local')
-  first = _wait_for_a_log(tmp_path, process)
-  process.terminate()
-  _, stderr = process.communicate(timeout=120)
-  assert process.returncode == cli.EXIT_STOPPED, stderr
-  assert 'all runs are saved' in stderr
-  # Nobody trains any more.
-  folder = sweep_folder.SweepFolder(tmp_path / 'sweeps' / 'tiny')
-  assert not folder.is_running(first)
-  assert _starts(tmp_path, first)[0]['end'] == 'stopped by SIGTERM'
-  _finish(_start(tmp_path, '--executor=local'))
-  assert _starts(tmp_path, first)[1]['first_step'] > 0
-  _assert_whole(tmp_path)
-
-
-@pytest.mark.slow
-def test_local_jobs_end_with_their_launcher_and_save(tmp_path):
-  process = _start(
-    tmp_path, '--executor=local', '--set=schedule.training_steps=20000'
-  )
-  first = _wait_for_a_log(tmp_path, process)
-  process.kill()
-  # Not yet `communicate`: the jobs hold its pipes.
-  process.wait()
-  folder = sweep_folder.SweepFolder(tmp_path / 'sweeps' / 'tiny')
-  while folder.is_running(first):
-    time.sleep(0.1)
-  assert _starts(tmp_path, first)[0]['end'] == 'stopped by SIGUSR1'
-  process.communicate(timeout=60)
-
-
 @pytest.mark.slow
 def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   tmp_path,
@@ -130,6 +87,7 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   environment = slurm.install(state)
   flags = (
     '--executor=slurm',
+    '--only=tiny,ptw,*',
     '--cluster=timeout_min=30',
     '--cluster=slurm_partition=gpu',
     # Long enough to be preempted in the middle.
@@ -142,12 +100,7 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   assert process.returncode == cli.EXIT_STOPPED, stderr
   assert 'the jobs go on' in stderr
   jobs = atomic_files.read_json(tmp_path / 'sweeps' / 'tiny' / executors.JOBS)
-  assert sorted(jobs.values()) == [f'100_{index}' for index in range(6)]
-
-  # Without the flag, the same points would run twice.
-  here = _start(tmp_path, flags[-1], environment=environment)
-  _, stderr = here.communicate(timeout=60)
-  assert 'SLURM has jobs of' in stderr and 'scancel 100' in stderr
+  assert sorted(jobs.values()) == [f'100_{index}' for index in range(3)]
 
   # The scheduler takes the node of another point.
   process = _start(tmp_path, *flags, environment=environment)
@@ -156,42 +109,36 @@ def test_job_array_outlives_its_launcher_and_requeues_what_is_preempted(
   subprocess.run(preempt, env=environment, check=True)
   _finish(process)
   ends = [start['end'] for start in _starts(tmp_path, second)]
-  assert ends == ['stopped by SIGUSR1', 'finished']
+  assert ends == ['stopped by SIGUSR2', 'finished']
   assert _starts(tmp_path, second)[1]['first_step'] > 0
   assert [start['end'] for start in _starts(tmp_path, first)] == ['finished']
-  _assert_whole(tmp_path, 1000)
+  # Every point is there once, with all seeds and steps.
+  rows = atomic_files.read_csv(tmp_path / 'sweeps' / 'tiny' / 'results.csv')
+  assert sorted((row['point'], row['seed']) for row in rows) == sorted(
+    itertools.product(jobs, (0, 1))
+  )
+  for path in _points(tmp_path).glob('*/metrics.jsonl'):
+    steps = [json.loads(line)['step'] for line in path.open()]
+    assert steps == list(range(50, 1001, 50))
   # One array of all points, two at a time; the second launcher only watched.
   (script,) = slurm.submitted(state)
-  for line in ('--array=0-5%2', '--partition=gpu', '--time=30'):
+  for line in ('--array=0-2%2', '--partition=gpu', '--time=30'):
     assert f'#SBATCH {line}\n' in script
-  # Nothing is left to do, and nothing is submitted.
-  _finish(_start(tmp_path, *flags, environment=environment))
-  assert len(slurm.submitted(state)) == 1
+  assert 'export GLIBC_TUNABLES=' in script
+  # They have ended, and are forgotten.
+  jobs = atomic_files.read_json(tmp_path / 'sweeps' / 'tiny' / executors.JOBS)
+  assert jobs == {}
 
 
 @pytest.mark.slow
-def test_point_that_fails_in_its_job_is_named_with_its_log(tmp_path):
-  state = tmp_path / 'slurm'
-  environment = slurm.install(state)
+def test_jobs_that_are_refused_or_fail_are_named(tmp_path):
+  environment = slurm.install(tmp_path / 'slurm')
   flags = (
     '--executor=slurm',
     '--only=tiny,ptw,rnn',
-    '--only=tiny,lin,rnn',
     '--set=train.learning_rate=1e38',
     '--set=train.clip_grad_norm=none',
   )
-  process = _start(tmp_path, *flags, environment=environment)
-  stdout, _ = process.communicate(timeout=300)
-  assert process.returncode == 1
-  for name in ('tiny,ptw,rnn', 'tiny,lin,rnn'):
-    assert f'FAILED {name}: exit status 1; the end of' in stdout
-  assert 'with train.learning_rate 1e+38' in stdout
-
-
-@pytest.mark.slow
-def test_refused_jobs_are_one_line_and_a_point_alone_is_a_job(tmp_path):
-  environment = slurm.install(tmp_path / 'slurm')
-  flags = ('--executor=slurm', '--only=tiny,ptw,rnn')
   process = _start(
     tmp_path,
     *flags,
@@ -203,15 +150,13 @@ def test_refused_jobs_are_one_line_and_a_point_alone_is_a_job(tmp_path):
   assert 'error: the jobs were not submitted: ' in stderr.splitlines()[-1]
   assert 'invalid partition specified: nowhere' in stderr.splitlines()[-1]
   process = _start(tmp_path, *flags, environment=environment)
-  stdout, stderr = process.communicate(timeout=300)
-  assert process.returncode == 0, stderr
-  assert '1 points finished' in stdout
+  stdout, _ = process.communicate(timeout=300)
+  assert process.returncode == 1
+  assert 'FAILED tiny,ptw,rnn: exit status 1; the end of' in stdout
+  assert 'with train.learning_rate 1e+38' in stdout
+  # A point alone is no array.
   (script,) = slurm.submitted(tmp_path / 'slurm')
   assert '--array' not in script
-  # It has ended, and is forgotten.
-  assert not atomic_files.read_json(
-    tmp_path / 'sweeps' / 'tiny' / executors.JOBS
-  )
 
 
 @pytest.mark.parametrize(
@@ -237,69 +182,133 @@ def test_job_has_ended_when_slurm_will_not_bring_it_back(
     state=state,
     watcher=types.SimpleNamespace(clear=lambda: asked_again.append(state)),
   )
-  folder = sweep_folder.SweepFolder(tmp_path)
-  of_point = executors._ClusterJob('point', job, folder)
-  assert of_point.is_done() == has_ended
-  assert of_point.ended() is None
+  of_point = executors._SlurmJob(job)
+  assert of_point.is_over() == has_ended
+  assert of_point.ended(lambda: False) is None
   # What it has left behind may be on its way, but not for ever.
   monkeypatch.setattr(executors, '_LATE_SECONDS', -1)
-  how = f'the job has ended: {state}' if has_ended else None
-  assert of_point.ended() == how
+  reason = f'the job has ended: {state}' if has_ended else None
+  assert of_point.ended(lambda: False) == reason
   assert bool(asked_again) == (state in ('SUSPENDED', 'REQUEUE_HOLD'))
 
 
-def _sweep_folder(path):
-  folder = sweep_folder.SweepFolder(path)
-  points = presets.SWEEPS['tiny']().points()[:1]
-  return folder, points
-
-
-def test_job_that_is_told_to_end_lets_its_run_save(tmp_path, monkeypatch):
-  """What submitit calls, in a signal handler, while the job waits."""
-  script = tmp_path / 'run.py'
-  script.write_text("""
-import pathlib, signal, sys, time
-def save(*args):
-  pathlib.Path('saved').touch()
-  sys.exit(75)
-signal.signal(signal.SIGUSR1, save)
-pathlib.Path('running').touch()
-time.sleep(60)
-""")
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(
-    executors, 'command', lambda *args: [sys.executable, str(script)]
-  )
-  folder, points = _sweep_folder(tmp_path / 'sweep')
-  name = points[0].config.name
-  job = executors.PointJob(str(folder.path), name, ['--x'])
-  told = []
-
-  class RequeuedError(Exception):
+@pytest.fixture
+def point(tmp_path):
+  """A folder of a sweep with one point, and a job that runs it."""
+  folder = sweep_folder.SweepFolder(tmp_path / 'sweep')
+  points = presets.tiny().points()[:1]
+  with folder.open(points, 16):
     pass
+  name = points[0].config.name
+  folder.run_path(name).mkdir()
+  return folder, name, executors.PointJob(str(folder.path), name, ['--x'])
+
+
+def _finish_point(folder, name):
+  row = {'predictor': 'lstm', 'cumulative_regret': 1.0}
+  atomic_files.write_json(
+    folder.run_path(name) / sweep_folder.TABLE, {'table': [row]}
+  )
+
+
+def test_job_runs_its_point_inside_itself(point, monkeypatch):
+  folder, name, job = point
+
+  def run(arguments):
+    assert f'--config={folder.config_path(name)}' in arguments
+    assert arguments[-1] == '--x'
+    os.write(1, b'printed by XLA\n')
+    _finish_point(folder, name)
+    sys.exit(0)
+
+  monkeypatch.setattr(executors, '_run_inside', run)
+  job()
+  assert folder.last_lines(name, 1) == 'printed by XLA'
+  # What is finished, by whatever process, is not run again.
+  monkeypatch.setattr(executors, '_run_inside', None)
+  job()
+
+
+class RequeuedError(Exception):
+  """Raised by the tests' handlers, in place of submitit's."""
+
+
+@pytest.mark.parametrize('number', [signal.SIGUSR2, signal.SIGTERM])
+def test_job_that_is_told_to_end_saves_and_is_queued_again(
+  point, monkeypatch, number
+):
+  folder, name, job = point
+  submitted, waits = [], []
+
+  def train(arguments):
+    with preemption.catch() as interrupts:
+      signal.raise_signal(number)
+      # The handler of submitit has to wait until the state is saved.
+      assert not submitted
+      start = {'end': f'stopped by {interrupts.received.name}'}
+    atomic_files.write_json(
+      folder.run_path(name) / 'environment.json', {'starts': [start]}
+    )
+    sys.exit(cli.EXIT_STOPPED)
 
   def on_signal(*args):
-    told.append(job.checkpoint())
-    assert (tmp_path / 'saved').exists()
+    submitted.append(job.checkpoint())
     raise RequeuedError
 
+  monkeypatch.setattr(executors, '_run_inside', train)
+  monkeypatch.setattr(executors.time, 'sleep', waits.append)
   before = signal.signal(signal.SIGUSR2, on_signal)
-  code = f"""
-import os, pathlib, time
-while not pathlib.Path('running').exists():
-  time.sleep(0.01)
-os.kill({os.getpid()}, {int(signal.SIGUSR2)})
-"""
-  with folder.open(points, 200):
-    killer = subprocess.Popen([sys.executable, '-c', code])
-    try:
-      with pytest.raises(RequeuedError):
-        job()
-    finally:
-      signal.signal(signal.SIGUSR2, before)
-      killer.wait()
-  (again,) = told
-  assert vars(again.function) == {**vars(job), '_process': None}
+  try:
+    with pytest.raises(RequeuedError):
+      job()
+  finally:
+    signal.signal(signal.SIGUSR2, before)
+  # A job that is cancelled is not queued again: it ends while it waits.
+  assert waits == [60.0] * (number == signal.SIGTERM)
+  (delayed,) = submitted
+  again = pickle.loads(pickle.dumps(delayed.function))
+  assert again._arguments == job._arguments and not again._is_requeued
+
+
+def test_job_that_is_told_to_end_before_it_trains_ends_at_once(
+  point, monkeypatch
+):
+  _, _, job = point
+
+  def start(arguments):
+    # As submitit's handler does.
+    job.checkpoint()
+    sys.exit(-1)
+
+  monkeypatch.setattr(executors, '_run_inside', start)
+  with pytest.raises(SystemExit):
+    job()
+
+
+@pytest.mark.parametrize(
+  ('code', 'reason'),
+  [
+    (1, 'exit status 1'),
+    (cli.EXIT_CANNOT_SAVE, executors.CANNOT_SAVE),
+    ('error: no such flag', 'exit status 1'),
+    (0, 'it has left no table'),
+  ],
+)
+def test_job_that_fails_says_why(point, monkeypatch, capsys, code, reason):
+  _, _, job = point
+  monkeypatch.setattr(executors, '_run_inside', lambda args: sys.exit(code))
+  with pytest.raises(RuntimeError, match=f'^{reason}$'):
+    job()
+  # To stderr, as a process would that ends so.
+  assert isinstance(code, int) or capsys.readouterr().err == f'{code}\n'
+
+
+def test_job_whose_point_another_process_has_says_so(point, monkeypatch):
+  folder, name, job = point
+  monkeypatch.setattr(executors, '_run_inside', lambda args: sys.exit(1))
+  with atomic_files.locked(folder.run_path(name) / '.lock', 0):
+    with pytest.raises(RuntimeError, match=executors.LOCKED):
+      job()
 
 
 @pytest.mark.parametrize(
@@ -324,60 +333,116 @@ def test_runs_share_the_gpus(monkeypatch, visible, limit, devices, fraction):
 def test_runs_at_the_same_time_are_given_other_gpus(tmp_path, monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
   code = "import os; print('on', os.environ['CUDA_VISIBLE_DEVICES'])"
-  monkeypatch.setattr(
-    executors, 'command', lambda *args: [sys.executable, '-c', code]
-  )
+  monkeypatch.setattr(executors, 'run_arguments', lambda *args: ['-c', code])
   folder = sweep_folder.SweepFolder(tmp_path)
-  points = presets.SWEEPS['tiny']().points()[:2]
+  points = presets.tiny().points()[:2]
   names = [point.config.name for point in points]
   with folder.open(points, 16) as lock:
-    launcher = executors.Here(folder, 2, (), lock.fileno())
-    for run in launcher.start(names):
-      assert run.process.wait() == 0
-      run.process.stdin.close()
+    launcher = executors.LocalLauncher(folder, 2, (), lock.fileno())
+    launcher.start(names)
+    ended = {}
+    while len(ended) < 2:
+      ended |= launcher.ended()
+      time.sleep(0.01)
+  assert ended == dict.fromkeys(names, 'exit status 0')
   assert [folder.last_lines(name, 1) for name in names] == ['on 3', 'on 5']
 
 
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
-    ({'executor': 'slum'}, "executor 'slum' is not one of here, local, slurm"),
+    ({'executor': 'slum'}, "executor 'slum' is not one of here, slurm"),
+    ({'executor': 'local'}, "executor 'local' is not one of here, slurm"),
     ({'executor': 'slurm'}, 'there is no srun here'),
-    (
-      {'executor': 'local', 'cluster': {'timeout_mins': 3}},
-      '--cluster: .*timeout_mins',
-    ),
     ({'cluster': {'mem_gb': 3}}, '--cluster is for --executor=slurm'),
-    (
-      {'executor': 'local', 'cluster': {'nodes': 2}},
-      '--cluster nodes=2: a point is one process',
-    ),
-    (
-      {'executor': 'local', 'cluster': {'slurm_ntasks_per_node': 8}},
-      'slurm_ntasks_per_node=8: a point is one process',
-    ),
-    (
-      {'executor': 'local', 'cluster': {'slurm_time': '1-0'}},
-      'slurm_time: say timeout_min',
-    ),
-    (
-      {'executor': 'local', 'cluster': {'mem_gb': '16G'}},
-      '--cluster: .*mem_gb',
-    ),
   ],
 )
 def test_wrong_executors_are_refused(tmp_path, monkeypatch, kwargs, message):
   monkeypatch.setenv('PATH', str(tmp_path))
-  _, points = _sweep_folder(tmp_path)
+  points = presets.tiny().points()[:1]
   with pytest.raises(ValueError, match=message):
     launch.run_sweep(points, tmp_path / 'sweep', **kwargs)
 
 
+@pytest.fixture
+def with_slurm(tmp_path, monkeypatch):
+  monkeypatch.setenv('PATH', slurm.install(tmp_path / 'slurm')['PATH'])
+
+
+@pytest.mark.parametrize(
+  ('parameters', 'message'),
+  [
+    ({'timeout_mins': 30}, '--cluster: .*timeout_mins'),
+    ({'nodes': 2}, '--cluster nodes=2: a point is one process'),
+    ({'slurm_ntasks_per_node': 8}, 'slurm_ntasks_per_node=8: a point is one'),
+    ({'slurm_time': '1-0'}, 'slurm_time: say timeout_min'),
+    ({'mem_gb': '16G'}, '--cluster: .*mem_gb'),
+    ({'slurm_setup': 'module load cuda'}, '--cluster: .*list'),
+    ({'timeout_min': 9}, 'timeout_min=9: it must be at least 10, 5 times the'),
+    ({'slurm_timeout_min': 9}, 'timeout_min=9: it must be at least 10'),
+    (
+      {'timeout_min': 30, 'slurm_signal_delay_s': 600},
+      'timeout_min=30: it must be at least 50, 5 times the 600 s',
+    ),
+  ],
+)
+def test_wrong_parameters_of_jobs_are_refused(
+  tmp_path, with_slurm, parameters, message
+):
+  folder = sweep_folder.SweepFolder(tmp_path)
+  with pytest.raises(ValueError, match=message) as error:
+    executors.SlurmLauncher(folder, 1, parameters, ())
+  assert '\n' not in str(error.value)
+  assert not slurm.submitted(tmp_path / 'slurm')
+
+
+def test_parameters_of_jobs_that_are_not_given_have_defaults(
+  tmp_path, with_slurm
+):
+  launcher = executors.SlurmLauncher(
+    sweep_folder.SweepFolder(tmp_path / 'tiny'),
+    None,
+    {'timeout_min': None, 'slurm_setup': ['module load cuda']},
+    (),
+  )
+  parameters = launcher._executor.parameters
+  assert parameters['job_name'] == 'tiny'
+  assert parameters['time'] == 24 * 60
+  assert parameters['signal_delay_s'] == 120
+  assert parameters['array_parallelism'] == sys.maxsize
+  assert parameters['setup'][-1] == 'module load cuda'
+
+
+def test_jobs_that_slurm_still_has_are_watched_and_then_forgotten(
+  tmp_path, with_slurm, monkeypatch, capsys
+):
+  monkeypatch.setattr(executors, '_LATE_SECONDS', -1)
+  folder = sweep_folder.SweepFolder(tmp_path)
+  states = {'a': 'RUNNING', 'b': 'CANCELLED by 7', 'c': 'PENDING'}
+  note = {}
+  for index, (name, state) in enumerate(states.items()):
+    note[name] = f'7_{index}'
+    (tmp_path / 'slurm' / f'7_{index}.state').write_text(state)
+  note['d'] = '8'  # SLURM has not heard of it.
+  atomic_files.write_json(tmp_path / executors.JOBS, note)
+  (tmp_path / executors.SUBMITIT).mkdir()
+  launcher = executors.SlurmLauncher(folder, None, {}, ())
+  assert launcher.resume(['a', 'b', 'd', 'e']) == ['a', 'd']
+  assert 'SLURM does not know job 8 of d (yet)' in capsys.readouterr().err
+  assert launcher.ended() == {}
+  (tmp_path / 'slurm' / '7_0.state').write_text('OUT_OF_MEMORY')
+  submitit.SlurmJob.watcher.clear()
+  assert launcher.ended() == {'a': 'the job has ended: OUT_OF_MEMORY'}
+  assert launcher.ended() == {}
+  left = atomic_files.read_json(tmp_path / executors.JOBS)
+  assert sorted(left) == ['b', 'c', 'd']
+
+
 def test_without_submitit_it_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'submitit', None)
-  folder, _ = _sweep_folder(tmp_path)
+  folder = sweep_folder.SweepFolder(tmp_path)
   with pytest.raises(ValueError, match='pip install submitit'):
-    executors.Cluster(folder, 'local', 1, {}, ())
+    executors.SlurmLauncher(folder, 1, {}, ())
 
 
 def test_parameters_of_jobs_are_numbers_or_names():

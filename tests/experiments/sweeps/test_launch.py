@@ -1,6 +1,11 @@
-"""Sweeps end as they should, whatever happens while they run."""
+"""Sweeps end as they should, whatever happens while they run.
 
-import collections
+A run takes seconds to start: where what it does is tested elsewhere, another
+script stands in for it.
+"""
+
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -32,6 +37,8 @@ FLAGS = (
   '--set=schedule.training_steps=200',
   '--set=schedule.ckpt_frequency=20',
 )
+# One more than run at a time.
+POINTS = ('tiny,ptw,rnn', 'tiny,ptw,lstm', 'tiny,ptw,stack_rnn')
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +46,9 @@ def _use_cache(monkeypatch):
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(CACHE))
 
 
-def _start(folder, *flags):
+def _start(folder):
   return subprocess.Popen(
-    [sys.executable, SCRIPT, *FLAGS, *flags],
+    [sys.executable, SCRIPT, *FLAGS, '--only=tiny,ptw,*'],
     cwd=folder,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -101,7 +108,7 @@ def test_sweep_that_is_killed_twice_has_every_point_once(tmp_path):
   process = _start(tmp_path)
   stdout, stderr = process.communicate()
   assert process.returncode == 0, stderr
-  assert '6 points finished, 0 left, 0 failed' in stdout
+  assert '3 points finished, 3 left, 0 failed' in stdout
   for path, modified in finished.items():
     assert path.stat().st_mtime_ns == modified
 
@@ -110,21 +117,20 @@ def test_sweep_that_is_killed_twice_has_every_point_once(tmp_path):
   for path in killed:
     _, second, *_ = json.loads(path.read_text())['starts']
     assert second['first_step'] > 0
-  # All six, with all seeds, and every step of them once.
+  # All of them, with all seeds, and every step once.
   ends = _starts(tmp_path)
-  assert [of_point[-1] for of_point in ends.values()] == ['finished'] * 6
+  assert sorted(ends) == sorted(POINTS)
+  assert {of_point[-1] for of_point in ends.values()} == {'finished'}
   rows = atomic_files.read_csv(tmp_path / 'sweeps' / 'tiny' / 'results.csv')
-  seeds = collections.defaultdict(list)
-  for row in rows:
-    seeds[row['data'], row['model']].append(row['seed'])
-  assert len(seeds) == 6
-  assert all(of_point == [0, 1] for of_point in seeds.values())
+  assert sorted((row['point'], row['seed']) for row in rows) == sorted(
+    itertools.product(POINTS, (0, 1))
+  )
   steps = [
     json.loads(line)['step']
     for path in _points(tmp_path).glob('*/metrics.jsonl')
     for line in path.read_text().splitlines()
   ]
-  assert sorted(steps) == sorted(6 * [50, 100, 150, 200])
+  assert sorted(steps) == sorted(3 * [50, 100, 150, 200])
   summary = atomic_files.read_csv(tmp_path / 'sweeps' / 'tiny' / 'summary.csv')
   for row in summary:
     values = [
@@ -168,24 +174,6 @@ def test_sweep_is_the_same_when_configs_get_new_fields(tmp_path):
   assert folder.digest() != digest
 
 
-def test_points_that_fail_are_named_and_leave_the_others_alone(tmp_path):
-  points = _tiny_points(3)
-  broken, diverges, _ = (point.config for point in points)
-  broken.model.architecture_kwargs['hidden_size'] = -1
-  diverges.train.learning_rate = 1e30
-  outcome = launch.run_sweep(points, tmp_path, 2, num_sequences=16)
-  assert outcome.finished == [points[2].config.name]
-  assert list(outcome.failed) == [broken.name, diverges.name]
-  assert 'hidden_size is -1' in outcome.failed[broken.name]
-  assert 'with train.learning_rate 1e+30' in outcome.failed[diverges.name]
-  report = launch.format_outcome(tmp_path, outcome)
-  # What failed comes last, with its log.
-  blocks = report.split('\n\n')
-  assert blocks[-2].startswith(f'FAILED {broken.name}')
-  assert blocks[-1].startswith(f'FAILED {diverges.name}')
-  assert f'{diverges.name}.txt' in blocks[-1]
-
-
 def _row(predictor, **values):
   return {
     'predictor': predictor,
@@ -204,52 +192,126 @@ _TABLE = {'table': [_row('lstm'), _row('LAD', is_optimum=True, is_exact=False)]}
 
 def _stand_in(monkeypatch, code, names=()):
   """Lets runs of all points, but for some, execute Python code instead."""
-  command = executors.command
+  run_arguments = executors.run_arguments
 
   def stand_in(folder, name, flags_of_runs):
     if name in names:
-      return command(folder, name, flags_of_runs)
-    return [sys.executable, '-c', code, folder.run_path(name)]
+      return run_arguments(folder, name, flags_of_runs)
+    return ['-c', code, folder.run_path(name)]
 
-  monkeypatch.setattr(executors, 'command', stand_in)
+  monkeypatch.setattr(executors, 'run_arguments', stand_in)
 
 
 _FINISH = f"""
 import pathlib, sys
 folder = pathlib.Path(sys.argv[1])
-folder.mkdir()
+folder.mkdir(exist_ok=True)
 (folder / 'table.json').write_text({json.dumps(_TABLE)!r})
 """
 
 
-def test_points_that_cannot_be_written_leave_the_others_alone(
+def test_points_that_fail_are_named_and_leave_the_others_alone(
   tmp_path, monkeypatch
 ):
-  points = _tiny_points(4)
+  points = _tiny_points(5)
+  broken, diverges, no_log, no_config, good = (p.config for p in points)
+  broken.model.architecture_kwargs['hidden_size'] = -1
+  diverges.train.learning_rate = 1e30
   folder = sweep_folder.SweepFolder(tmp_path)
-  no_folder, no_log, no_config, good = (point.config.name for point in points)
   with folder.open(points, 16):
     pass
-  folder.run_path(no_folder).write_text('a file where a folder shall be')
-  folder.log_path(no_log).mkdir()
-  folder.config_path(no_config).mkdir()
+  folder.log_path(no_log.name).mkdir()
+  folder.config_path(no_config.name).mkdir()
   (tmp_path / 'results.csv').mkdir()
-  _stand_in(monkeypatch, _FINISH, names=[no_folder])
-  outcome = launch.run_sweep(points, tmp_path, num_sequences=16)
-  assert outcome.finished == [good] and outcome.left == []
-  assert set(outcome.failed) == {no_folder, no_log, no_config}
-  assert 'cannot write to' in outcome.failed[no_folder]
-  assert 'Is a directory' in outcome.failed[no_log]
-  assert 'its config cannot be written' in outcome.failed[no_config]
+  _stand_in(monkeypatch, _FINISH, names=[diverges.name])
+  outcome = launch.run_sweep(points, tmp_path, 2, num_sequences=16)
+  assert outcome.finished == [good.name] and outcome.left == []
+  assert set(outcome.failed) == {
+    config.name for config in (broken, diverges, no_log, no_config)
+  }
+  assert 'hidden_size is -1' in outcome.failed[broken.name]
+  assert 'with train.learning_rate 1e+30' in outcome.failed[diverges.name]
+  assert 'Is a directory' in outcome.failed[no_log.name]
+  assert 'its config cannot be written' in outcome.failed[no_config.name]
   assert 'Is a directory' in outcome.cannot_save
   report = launch.format_outcome(tmp_path, outcome)
-  assert '1 points finished, 0 left, 3 failed' in report
+  assert '1 points finished, 0 left, 4 failed' in report
+  # What failed comes last, with its log.
+  *_, last = report.split('\n\n')
+  assert last.startswith(f'FAILED {diverges.name}: exit status 1; ')
+  assert f'{diverges.name}.txt' in last
   (tmp_path / 'results.csv').rmdir()
-  again = launch.run_sweep(points, tmp_path, 1, 16, good.__eq__)
+  again = launch.run_sweep(points, tmp_path, 1, 16, [good.name])
   assert again.cannot_save is None
   (row,) = atomic_files.read_csv(tmp_path / 'results.csv')
-  assert row['point'] == good
+  assert row['point'] == good.name
   assert row['exact'] == 'LAD (best reference)'
+
+
+def test_point_that_another_process_runs_is_waited_for(tmp_path, monkeypatch):
+  """It is neither started again, nor failed."""
+  points = _tiny_points(2)
+  folder = sweep_folder.SweepFolder(tmp_path)
+  elsewhere, fails_elsewhere = (point.config.name for point in points)
+  with folder.open(points, 16):
+    pass
+  _stand_in(monkeypatch, _FINISH)
+  started = []
+
+  class Launcher(executors.LocalLauncher):
+    def start(self, names):
+      started.extend(names)
+      super().start(names)
+
+    def ended(self):
+      # The runs elsewhere end, the first one with its table.
+      if len(held) == 2:
+        path = folder.run_path(elsewhere) / 'table.json'
+        path.write_text(json.dumps(_TABLE))
+        held.pop(elsewhere).close()
+      elif held:
+        held.pop(fails_elsewhere).close()
+      return super().ended()
+
+  monkeypatch.setattr(executors, 'LocalLauncher', Launcher)
+  held = {}
+  for name in (elsewhere, fails_elsewhere):
+    path = folder.run_path(name)
+    path.mkdir()
+    held[name] = stack = contextlib.ExitStack()
+    stack.enter_context(atomic_files.locked(path / '.lock', 0))
+  outcome = launch.run_sweep(points, tmp_path, num_sequences=16)
+  assert started == [fails_elsewhere]
+  assert sorted(outcome.finished) == sorted([elsewhere, fails_elsewhere])
+  assert outcome.failed == {}
+
+
+def test_run_that_finds_its_point_taken_has_not_failed(tmp_path, monkeypatch):
+  points = _tiny_points(1)
+  folder = sweep_folder.SweepFolder(tmp_path)
+  path = folder.run_path(points[0].config.name)
+  _stand_in(monkeypatch, 'exit(1)')
+  elsewhere, reasons = contextlib.ExitStack(), []
+
+  class Launcher(executors.LocalLauncher):
+    def start(self, names):
+      path.mkdir()
+      elsewhere.enter_context(atomic_files.locked(path / '.lock', 0))
+      super().start(names)
+
+    def ended(self):
+      if reasons:
+        (path / 'table.json').write_text(json.dumps(_TABLE))
+        elsewhere.close()
+      ended = super().ended()
+      reasons.extend(ended.values())
+      return ended
+
+  monkeypatch.setattr(executors, 'LocalLauncher', Launcher)
+  with elsewhere:
+    outcome = launch.run_sweep(points, tmp_path, num_sequences=16)
+  assert reasons == [executors.LOCKED]
+  assert outcome.finished and not outcome.failed
 
 
 def test_full_disk_stops_the_sweep(tmp_path, monkeypatch):
@@ -257,6 +319,7 @@ def test_full_disk_stops_the_sweep(tmp_path, monkeypatch):
   _stand_in(monkeypatch, f'exit({cli.EXIT_CANNOT_SAVE})')
   outcome = launch.run_sweep(points, tmp_path, num_sequences=16)
   assert outcome.failed == {} and len(outcome.left) == 3
+  assert len(os.listdir(tmp_path / 'logs')) == 1  # No other was started.
   assert f'{points[0].config.name} could not be written' in outcome.cannot_save
   report = launch.format_outcome(tmp_path, outcome)
   assert 'What is finished is kept' in report
@@ -392,6 +455,7 @@ def test_folder_of_a_run_is_no_folder_of_a_sweep(tmp_path):
   [
     ('--sweep=smal', "mean 'small'"),
     ('--jobs=0', '--jobs=0'),
+    ('--executor=local', "--executor 'local' is not one of here, slurm"),
     ('--only=*,lim,*', 'is the name of no point'),
     ('--set=train.lr=1', "'lr' is not one of"),
     ('--set=model.model_type=rnn', 'the sweep itself sets model'),
@@ -407,6 +471,15 @@ def test_wrong_flags_are_named(flag, message):
     launch.points_from_flags(values)
 
 
+def _main(monkeypatch, folder, *arguments):
+  """Runs the script inside this process."""
+  values = flags.FlagValues()
+  launch.define_flags(values)
+  monkeypatch.setattr(launch.flags, 'FLAGS', values)
+  monkeypatch.chdir(folder)
+  launch.main(values(['sweeps/launch.py', *FLAGS, *arguments]))
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
@@ -414,20 +487,22 @@ def test_wrong_flags_are_named(flag, message):
     ('--name=..', "--name is '..'; it must be the name of one folder"),
   ],
 )
-def test_folder_that_cannot_be_is_a_one_line_error(tmp_path, flag, message):
-  process = _start(tmp_path, flag)
-  _, stderr = process.communicate()
-  assert process.returncode == 1
-  (line,) = stderr.splitlines()
+def test_folder_that_cannot_be_is_a_one_line_error(
+  tmp_path, monkeypatch, capsys, flag, message
+):
+  with pytest.raises(SystemExit) as end:
+    _main(monkeypatch, tmp_path, flag)
+  assert end.value.code == 1
+  (line,) = capsys.readouterr().err.splitlines()
   assert message in line
   assert not os.listdir(tmp_path)
 
 
-def test_list_tells_where_points_stand_and_runs_nothing(tmp_path):
-  process = _start(tmp_path, '--list', '--only=*,lin,*')
-  stdout, stderr = process.communicate()
-  assert process.returncode == 0, stderr
-  assert stdout.splitlines() == [
+def test_list_tells_where_points_stand_and_runs_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  _main(monkeypatch, tmp_path, '--list', '--only=*,lin,*')
+  assert capsys.readouterr().out.splitlines() == [
     f'tiny,lin,{name}: waiting' for name in ('rnn', 'lstm', 'stack_rnn')
   ]
   assert not os.listdir(tmp_path)

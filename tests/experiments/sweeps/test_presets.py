@@ -48,7 +48,7 @@ def test_paper_has_the_sources_and_the_ten_seeds_of_the_paper():
   assert rates == {1e-4, 3e-4, 1e-3}
 
 
-def test_small_asks_the_same_and_of_a_law_that_is_the_same_at_any_length():
+def test_small_has_the_same_sources_and_one_that_ignores_the_length():
   points = presets.small().points()
   _check_grid(points, SOURCES | {'ptw_depth_8'}, per_cell=1)
   for point in points:
