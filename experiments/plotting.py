@@ -81,9 +81,13 @@ STYLES = {
   'Sliding-window Transformer': Style(ATTENTION, '#56B4E9', '-', 'v'),
   'CNN': Style(OTHER, '#661100', '-', 'P'),
 }
-# Markers of labels that are not in the table, which no style in it has.
-_FALLBACK_MARKERS = ('X', '*', 'p', 'h', '<', '>', 'd')
 _DASHES = ('-', '--', '-.', (0, (1, 1)))
+# Looks of labels that are not in the table: no style in it has these markers.
+_FALLBACKS = (
+  tuple(dict.fromkeys(s.colour for s in STYLES.values() if s.marker)),
+  ('X', '*', 'p', 'h', '<', '>', 'd'),
+  _DASHES,
+)
 # A label with this after it is of the same predictor.
 _SEEDS = re.compile(r', (1 of )?\d+ seeds$')
 # Distance of markers on a line, in diagonals of the panel, and how much later
@@ -92,6 +96,8 @@ _SEEDS = re.compile(r', (1 of )?\d+ seeds$')
 _MARKER_DISTANCE = 0.12
 _MARKER_SHIFT = 0.03
 
+# A dotted line at a position of interest.
+_MARK = {'color': '0.35', 'linestyle': ':', 'linewidth': 1.2}
 # More symbols than this are plotted only up to it.
 _MAX_SYMBOLS = 3
 # A less probable run length has the colour of 0 in the heat map.
@@ -129,7 +135,7 @@ def style(label: str) -> Style:
     return STYLES[label]
   rest = zlib.crc32(label.encode())
   chosen = []
-  for choices in (COLOURS, _FALLBACK_MARKERS, _DASHES):
+  for choices in _FALLBACKS:
     rest, index = divmod(rest, len(choices))
     chosen.append(choices[index])
   colour, marker, linestyle = chosen
@@ -238,17 +244,10 @@ def plot_sequence(
   parameters = _array('parameters', parameters, '[T, K]', shape)
   switch_points = _switches(switch_points, shape[:1])
   after = (shape[0] - 1, shape[1])
-  predictions = {
-    name: _array(f'predictions[{name!r}]', values, '[T - 1, K]', after)
-    for name, values in predictions.items()
-  }
-  regrets = {
-    name: _array(f'regrets[{name!r}]', values, '[T - 1]', after[:1])
-    for name, values in regrets.items()
-  }
-  seq_length, alphabet_size = shape
-  time = np.arange(1, seq_length + 1)
-  shown = range(1, min(alphabet_size, _MAX_SYMBOLS + 1))
+  predictions = _arrays('predictions', predictions, '[T - 1, K]', after)
+  regrets = _arrays('regrets', regrets, '[T - 1]', after[:1])
+  time = np.arange(1, shape[0] + 1)
+  shown = range(1, min(shape[1], _MAX_SYMBOLS + 1))
   with new_figure(9, 3.0 + 2.4 * len(shown), title) as figure:
     *panels, bottom = figure.subplots(
       len(shown) + 1,
@@ -413,14 +412,12 @@ def _finish_sequences(
   for panel, switches in zip(panels, switch_points, strict=False):
     # A segment starts with this symbol: the line runs just before it.
     for switch in np.flatnonzero(switches) + 0.5:
-      panel.axvline(
-        switch, color='0.35', linestyle=':', linewidth=1.2, zorder=0
-      )
+      mark(panel, switch)
   panels[-1].set_xlabel('time (symbols)')
   panels[-1].set_xlim(0, len(switch_points[0]) + 1)
   handles = [*panels[0].get_legend_handles_labels()[0], *handles]
   if np.any(switch_points[: len(panels)]):
-    handles.append(handle(switch_label, color='0.35', linestyle=':'))
+    handles.append(handle(switch_label, **_MARK))
   add_legend(figure, handles)
 
 
@@ -429,6 +426,13 @@ def handle(label: str, **looks: Any) -> matplotlib.lines.Line2D:
   return matplotlib.lines.Line2D(
     [], [], label=label, **{'linestyle': 'none', 'markersize': 6, **looks}
   )
+
+
+def mark(
+  panel: matplotlib.axes.Axes, x: float, label: str | None = None
+) -> None:
+  """Draws a dotted line under everything, at a position of interest."""
+  panel.axvline(x, zorder=0, label=label, **_MARK)
 
 
 def predictor_handles(labels: Iterable[str]) -> list[matplotlib.lines.Line2D]:
@@ -470,16 +474,9 @@ def plot_regret_over_time(
   }
   num_symbols = next(iter(regrets.values())).shape[1]
   for name, values in regrets.items():
-    _check_shape(
-      f'regrets[{name!r}]',
-      values,
-      '[N, T - 1]',
-      (len(values), num_symbols),
-    )
-  bounds = {
-    name: _array(f'bounds[{name!r}]', values, '[T - 1]', (num_symbols,))
-    for name, values in (bounds or {}).items()
-  }
+    shape = (len(values), num_symbols)
+    _check_shape(f'regrets[{name!r}]', values, '[N, T - 1]', shape)
+  bounds = _arrays('bounds', bounds or {}, '[T - 1]', (num_symbols,))
   time = np.arange(2, num_symbols + 2)
   with new_figure(9, 6, title) as figure:
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -594,14 +591,7 @@ def plot_length_generalisation(
     for name, curve in curves.items():
       _draw_mean(panel, *curve, name)
     if training_length is not None:
-      panel.axvline(
-        training_length,
-        color='0.35',
-        linestyle=':',
-        linewidth=1.4,
-        zorder=0,
-        label='training length',
-      )
+      mark(panel, training_length, 'training length')
     panel.set_xscale('log', base=2)
     panel.set_xticks(ticks, [f'{length:,}' for length in ticks])
     panel.minorticks_off()
@@ -681,7 +671,7 @@ def plot_matrix(
     image = draw_heat_map(
       panel,
       means,
-      np.vectorize(_number)(means, stderrs),
+      [list(map(_number, *row)) for row in zip(means, stderrs, strict=True)],
       framed,
       scale(np.nanmin(means), np.nanmax(means)),
       fontsize=9,
@@ -689,16 +679,15 @@ def plot_matrix(
     width = max(8, 80 // len(columns))
     panel.set_xticks(
       range(len(columns)),
-      [textwrap.fill(name, width) for name in columns],
+      [textwrap.fill(x, width, break_long_words=False) for x in columns],
       fontsize=9,
     )
     panel.set_yticks(range(len(regrets)), list(regrets))
     panel.set_xlabel('predictor')
     panel.set_ylabel('source')
-    bar = figure.colorbar(image, ax=panel, pad=0.02)
-    bar.set_label(f'{unit}{", log scale" if log_scale else ""}')
-    if log_scale:
-      set_plain_ticks(bar.ax.yaxis)
+    add_colour_bar(
+      figure, image, panel, f'{unit}{", log scale" if log_scale else ""}'
+    )
     add_legend(figure, [frame((0, 0), 1, 1, label=mark_label)])
   return figure
 
@@ -706,7 +695,7 @@ def plot_matrix(
 def draw_heat_map(
   panel: matplotlib.axes.Axes,
   values: np.ndarray,
-  texts: np.ndarray,
+  texts: Sequence[Sequence[str]],
   framed: Iterable[tuple[int, int]],
   norm: matplotlib.colors.Normalize,
   fontsize: float = 8,
@@ -716,7 +705,7 @@ def draw_heat_map(
   Args:
     panel: Panel to draw in.
     values: Numbers that are coloured; NaN where a cell is missing.
-    texts: Texts of the cells.
+    texts: Texts of the cells, row by row.
     framed: Row and column of the cells that have a frame.
     norm: Scale of the colours.
     fontsize: Size of the texts.
@@ -730,7 +719,7 @@ def draw_heat_map(
     panel.text(
       j,
       i,
-      '–' if np.isnan(value) else texts[i, j],
+      '–' if np.isnan(value) else texts[i][j],
       ha='center',
       va='center',
       fontsize=fontsize,
@@ -783,6 +772,20 @@ def _learning_curve(
       f'{_ABOVE}_stderr/{optimum}', np.full_like(mean, np.nan)
     )
   return _LearningCurve(values['step'], mean, stderr, optimum, spread)
+
+
+def add_colour_bar(
+  figure: figure_lib.Figure,
+  image: matplotlib.cm.ScalarMappable,
+  panels: matplotlib.axes.Axes | Sequence[matplotlib.axes.Axes],
+  unit: str,
+  **kwargs: Any,
+) -> None:
+  """Adds the scale of a heat map, beside its panel or panels."""
+  bar = figure.colorbar(image, ax=panels, pad=0.01, **kwargs)
+  bar.set_label(unit)
+  if isinstance(image.norm, matplotlib.colors.LogNorm):
+    set_plain_ticks(bar.ax.yaxis)
 
 
 def _set_nearly_log(
@@ -858,7 +861,7 @@ def add_legend(
   figure: figure_lib.Figure, handles: Sequence[matplotlib.artist.Artist]
 ) -> None:
   """Adds a legend below the panels, in as few rows as fit the width."""
-  widths = [_HANDLE_WIDTH + len(handle.get_label()) for handle in handles]
+  widths = [_HANDLE_WIDTH + len(artist.get_label()) for artist in handles]
   for num_rows in range(-(-len(handles) // 4), len(handles) + 1):
     # Columns are filled one after another.
     begins = range(0, len(handles), num_rows)
@@ -921,6 +924,15 @@ def _array(
   values = np.asarray(values, np.float64)
   _check_shape(field, values, axes, shape or values.shape)
   return values
+
+
+def _arrays(
+  field: str, arrays: Mapping[str, Any], axes: str, shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+  return {
+    name: _array(f'{field}[{name!r}]', values, axes, shape)
+    for name, values in arrays.items()
+  }
 
 
 def _check_shape(
@@ -1074,9 +1086,8 @@ def plot_switch_posteriors(
     # Run lengths that are never probable are left out.
     longest = np.flatnonzero((run_lengths > _LEAST_PROBABILITY).any(axis=0))[-1]
     bottom.set_ylim(0, max(longest, (time - starts).max()) + 1)
-    bar = figure.colorbar(mesh, ax=bottom, pad=0.01, extend='min')
-    bar.set_label(f'{run_length_label}:\nP(run length | past)')
-    set_plain_ticks(bar.ax.yaxis)
+    unit = f'{run_length_label}:\nP(run length | past)'
+    add_colour_bar(figure, mesh, bottom, unit, extend='min')
     more, _ = bottom.get_legend_handles_labels()
     _finish_sequences(
       figure,

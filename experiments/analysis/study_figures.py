@@ -189,9 +189,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
             f'{source}\nregret of {label(name)}: {regret:.3f} nats'
           )
           for share in _SHARES:
-            panel.axvline(
-              share * regret, color='0.6', linestyle=':', linewidth=1.3
-            )
+            plotting.mark(panel, share * regret)
         elif of_name[0]['seed'] is None:
           colour = plotting.style(label(name)).colour
           panel.plot(
@@ -216,7 +214,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
         plotting.handle('another exact predictor', marker='D', color='0.4'),
         plotting.handle(
           f"{shares} of the exact predictor's regret",
-          color='0.6',
+          color='0.35',
           linestyle=':',
         ),
       ],
@@ -280,7 +278,7 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
       image = plotting.draw_heat_map(
         panel,
         np.maximum(matrix, 0.01),
-        np.vectorize('{:.2f}'.format)(matrix),
+        [[f'{value:.2f}' for value in row] for row in matrix],
         [cell for cell in own if not np.isnan(matrix[cell])],
         norm,
       )
@@ -290,11 +288,12 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
       _name_cells(panel, trained, tested)
     figure.supxlabel('tested on')
     figure.supylabel('trained on, or the exact predictor of')
-    _add_colour_bar(
+    plotting.add_colour_bar(
       figure,
       image,
       panels,
       'regret above the exact predictor (nats, log scale)',
+      aspect=40,
     )
   return figure
 
@@ -335,18 +334,19 @@ def draw_resemblance(
       image = plotting.draw_heat_map(
         panel,
         matrix,
-        np.vectorize('{:.1f}'.format)(matrix),
+        [[f'{value:.1f}' for value in row] for row in matrix],
         enumerate(matrix.argmin(axis=1)),
         norm,
       )
       panel.set_title(f'trained on {trained_on}')
       _name_cells(panel, tested, [exact_label(name) for name in exact])
     figure.supylabel('tested on')
-    _add_colour_bar(
+    plotting.add_colour_bar(
       figure,
       image,
       panels,
       'KL(exact || network), 1/1000 nats per symbol, log scale',
+      aspect=40,
     )
     plotting.add_legend(
       figure, [plotting.frame((0, 0), 1, 1, label='the nearest of the row')]
@@ -380,17 +380,6 @@ def _name_cells(
     range(len(columns)), columns, rotation=35, ha='right', fontsize=8
   )
   panel.set_yticks(range(len(rows)), rows, fontsize=8)
-
-
-def _add_colour_bar(
-  figure: figure_lib.Figure,
-  image: matplotlib.image.AxesImage,
-  panels: Sequence[matplotlib.axes.Axes],
-  unit: str,
-) -> None:
-  bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=40)
-  bar.set_label(unit)
-  plotting.set_plain_ticks(bar.ax.yaxis)
 
 
 def draw_length(
@@ -487,7 +476,7 @@ def _draw_curves(
           of_name = [row for row in of_source if row['predictor'] == name]
           _draw_curve(panel, of_name, x[0], y[0], label(name), band)
       if marked is not None:
-        panel.axvline(marked, color='0.6', linestyle=':', linewidth=1.3)
+        plotting.mark(panel, marked)
       if x[0] == 'step':
         panel.set_xscale('log')
         plotting.set_plain_ticks(panel.xaxis)

@@ -156,7 +156,7 @@ def test_no_two_predictors_of_the_table_look_the_same():
   # Nor does any other label look like one of them.
   others = {plotting.style(f'run {i}')._replace(family='') for i in range(500)}
   assert not others & set(looks)
-  assert len(others) > 100
+  assert len(others) > 200
 
 
 def test_ensembles_look_like_their_networks():
