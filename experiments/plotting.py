@@ -142,12 +142,8 @@ def style(label: str) -> Style:
   return Style(OTHER, colour, linestyle, marker)
 
 
-def in_order(labels: Iterable[str]) -> list[str]:
-  """Returns labels in the order of `STYLES`; those that it lacks come last."""
-  return sorted(labels, key=_rank)
-
-
-def _rank(label: str) -> int:
+def rank(label: str) -> int:
+  """Returns the place of a label in `STYLES`; what it lacks comes last."""
   label = _SEEDS.sub('', label)
   return list(STYLES).index(label) if label in STYLES else len(STYLES)
 
@@ -183,7 +179,7 @@ def draw_line(
     label: Label of the predictor.
     band: Lower and upper edge of a band around the line, `[P]` each.
   """
-  first = _MARKER_SHIFT * (_rank(label) % 4)
+  first = _MARKER_SHIFT * (rank(label) % 4)
   panel.plot(
     x,
     y,

@@ -95,8 +95,7 @@ def _architectures(rows: Iterable[Row]) -> list[str]:
 
 
 def _in_order(predictors: Sequence[str]) -> list[str]:
-  by_label = {label(name): name for name in predictors}
-  return [by_label[shown] for shown in plotting.in_order(by_label)]
+  return sorted(predictors, key=lambda name: plotting.rank(label(name)))
 
 
 def _panels(
@@ -489,7 +488,7 @@ def _draw_curves(
       panel.set_xlabel(x[1])
     figure.supylabel(y[1])
     handles = plotting.predictor_handles(
-      [*map(label, names), *plotting.in_order(shown)]
+      [*map(label, names), *sorted(shown, key=plotting.rank)]
     )
     if band:
       handles.append(plotting.band_handle(_STDERR))
