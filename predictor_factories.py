@@ -228,6 +228,54 @@ PREDICTOR_FACTORIES = base_config.Registry(
 )
 
 
+# Names in tables and figures.
+_LABELS = {
+  'cnn': 'CNN',
+  'gru': 'GRU',
+  'lstm': 'LSTM',
+  'sliding_window_transformer': 'Sliding-window Transformer',
+  'transformer': 'Transformer',
+  'vanilla_rnn': 'Vanilla RNN',
+}
+
+
+def label(config: base_config.ModelConfig) -> str:
+  """Returns what a network is called in tables and figures.
+
+    Vanilla RNN; Stack-LSTM; Transformer, SIN_COS; Transformer, no encoding
+
+  A network or core of the user's own goes by its name in the registry, a Haiku
+  class by its name.
+
+  Args:
+    config: Model type and architecture, as `build_predictor` takes them.
+  """
+  name, kwargs = config.model_type.lower(), config.architecture_kwargs
+  if name == 'rnn':
+    name = _core_name(kwargs.get('core') or _RNN_DEFAULTS['core'])
+  if name == 'stack_rnn':
+    inner = kwargs.get('inner_core') or _STACK_DEFAULTS['inner_core']
+    inner = _core_name(inner)
+    return f'Stack-{_LABELS.get(inner, inner).removeprefix("Vanilla ")}'
+  shown = _LABELS.get(name, name)
+  default = transformer.TransformerConfig.positional_encodings
+  if name in ('transformer', 'sliding_window_transformer'):
+    encodings = transformer.PositionalEncodings.parse(
+      kwargs.get('positional_encodings', default)
+    ).name
+    if name == 'transformer' or encodings != default:
+      shown += f', {"no encoding" if encodings == "NONE" else encodings}'
+  return shown
+
+
+def _core_name(core: str | type[hk.RNNCore]) -> str:
+  """Name of a core in `CORES`, or else of its class."""
+  if isinstance(core, str):
+    return core.lower()
+  names = {entry: name for name, entry in CORES.items()}
+  return names.get(core, core.__name__)
+
+
 def build_predictor(
   config: base_config.ModelConfig, output_size: int
 ) -> predictors.Predictor:

@@ -7,14 +7,21 @@ analysis/regret_curves.py:
 
   run = saved_runs.load_run('runs/lstm_ptw_seed0')
   plot_regret_over_time(regret_curves.over_time(run))
+
+A predictor looks the same in every figure: its label decides (`STYLES`).
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import math
+import re
 import textwrap
 from typing import Any
 from typing import NamedTuple
+import zlib
 
 import matplotlib
 from matplotlib import figure as figure_lib
@@ -34,11 +41,67 @@ COLOURS = (
   '#56B4E9',
   '#D55E00',
 )
+
+
+class Style(NamedTuple):
+  """Looks of a predictor; `family` is the facet that it is drawn in."""
+
+  family: str
+  colour: str
+  linestyle: Any
+  marker: str = ''
+
+
+RECURRENT, ATTENTION, OTHER = 'recurrent', 'attention', 'other networks'
+_EXACT = 'exact'
+SOURCES_OWN = "the source's exact predictor"
+# Colours of Okabe & Ito, and of Tol's muted palette. Exact predictors are
+# dashed; networks are solid and have markers.
+STYLES = {
+  'true parameter': Style('truth', '0.25', '-'),
+  # A wide line, under the others, which often coincide with it.
+  SOURCES_OWN: Style(_EXACT, '0.75', '-'),
+  'PTW': Style(_EXACT, '#D55E00', '--'),
+  'LAD': Style(_EXACT, '#AA3377', '-.'),
+  'KT': Style(_EXACT, 'black', ':'),
+  'Forget-Me-Not': Style(_EXACT, '#661100', (0, (4, 1, 1, 1, 1, 1))),
+  'known period': Style(_EXACT, '0.45', '--'),
+  'known length distribution': Style(_EXACT, '0.45', '-.'),
+  'run-length mixture': Style(_EXACT, '0.45', ':'),
+  'Vanilla RNN': Style(RECURRENT, '#009E73', '-', 'o'),
+  'GRU': Style(RECURRENT, '#56B4E9', '-', 'v'),
+  'LSTM': Style(RECURRENT, '#0072B2', '-', 's'),
+  'Stack-RNN': Style(RECURRENT, '#E69F00', '-', '^'),
+  'Stack-GRU': Style(RECURRENT, '#882255', '-', 'P'),
+  'Stack-LSTM': Style(RECURRENT, '#CC79A7', '-', 'D'),
+  'Transformer, no encoding': Style(ATTENTION, '#999933', '-', 'o'),
+  'Transformer, SIN_COS': Style(ATTENTION, '#332288', '-', 's'),
+  'Transformer, ALIBI': Style(ATTENTION, '#44AA99', '-', '^'),
+  'Transformer, RELATIVE': Style(ATTENTION, '#CC6677', '-', 'D'),
+  'Sliding-window Transformer': Style(ATTENTION, '#117733', '-', 'v'),
+  'CNN': Style(OTHER, '#AA4499', '-', 'P'),
+}
+_DASHES = ('-', '--', '-.', (0, (1, 1)))
+# Looks of labels that are not in the table: no style in it has these markers.
+_FALLBACKS = (
+  tuple(dict.fromkeys(s.colour for s in STYLES.values() if s.marker)),
+  ('X', '*', 'p', 'h', '<', '>', 'd'),
+  _DASHES,
+)
+# A label with this after it is of the same predictor.
+_SEEDS = re.compile(r', (1 of )?\d+ seeds$')
+# Distance of markers on a line, in diagonals of the panel, and how much later
+# the first one is from one predictor to the next: lines that coincide show the
+# markers of each other.
+_MARKER_DISTANCE = 0.12
+_MARKER_SHIFT = 0.03
+
+# A dotted line at a position of interest.
+_MARK = {'color': '0.35', 'linestyle': ':', 'linewidth': 1.2}
 # More symbols than this are plotted only up to it.
 _MAX_SYMBOLS = 3
 # A less probable run length has the colour of 0 in the heat map.
 _LEAST_PROBABILITY = 1e-3
-_DASHES = ('-', '--', '-.', (0, (1, 1)))
 # Widths in letters of a legend: the figure, and a handle with its margins.
 _LEGEND_WIDTH = 118
 _HANDLE_WIDTH = 7
@@ -48,11 +111,103 @@ _ABOVE = 'cumulative_regret_above_optimal'
 STYLE = {
   'axes.spines.top': False,
   'axes.spines.right': False,
-  'font.size': 10,
+  'axes.titlesize': 10,
   'figure.dpi': 100,
+  'figure.labelsize': 10,
+  'figure.titlesize': 11,
+  'font.size': 10,
+  'legend.fontsize': 9,
   'legend.frameon': False,
-  'savefig.dpi': 150,
 }
+
+
+def style(label: str) -> Style:
+  """Returns the looks of a predictor.
+
+  They depend on its label alone, so that they are the same in every figure.
+  Those of a label that `STYLES` lacks are made from its letters.
+
+  Args:
+    label: Label of the predictor, with or without `, 3 seeds` after it.
+  """
+  label = _SEEDS.sub('', label)
+  if label in STYLES:
+    return STYLES[label]
+  rest = zlib.crc32(label.encode())
+  chosen = []
+  for choices in _FALLBACKS:
+    rest, index = divmod(rest, len(choices))
+    chosen.append(choices[index])
+  colour, marker, linestyle = chosen
+  return Style(OTHER, colour, linestyle, marker)
+
+
+def rank(label: str) -> int:
+  """Returns the place of a label in `STYLES`; what it lacks comes last."""
+  label = _SEEDS.sub('', label)
+  return list(STYLES).index(label) if label in STYLES else len(STYLES)
+
+
+def line_style(label: str) -> dict[str, Any]:
+  """Returns the looks of a predictor's line, for `Axes.plot`."""
+  _, colour, linestyle, marker = style(label)
+  kwargs = {
+    'color': colour,
+    'linestyle': linestyle,
+    'linewidth': 1.6,
+    'marker': marker,
+    'markersize': 4.5,
+  }
+  if label == SOURCES_OWN:
+    kwargs |= {'linewidth': 5.0, 'zorder': 1}
+  return kwargs
+
+
+def draw_line(
+  panel: matplotlib.axes.Axes,
+  x: np.ndarray,
+  y: np.ndarray,
+  label: str,
+  band: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:
+  """Draws the line of a predictor.
+
+  Args:
+    panel: Panel to draw in.
+    x: Positions `[P]`.
+    y: Values `[P]`.
+    label: Label of the predictor.
+    band: Lower and upper edge of a band around the line, `[P]` each.
+  """
+  first = _MARKER_SHIFT * (rank(label) % 4)
+  panel.plot(
+    x,
+    y,
+    label=label,
+    markevery=(first, _MARKER_DISTANCE) if len(x) > 1 else None,
+    **line_style(label),
+  )
+  if band is not None:
+    panel.fill_between(
+      x, *band, color=style(label).colour, alpha=0.2, linewidth=0
+    )
+
+
+@contextlib.contextmanager
+def new_figure(
+  width: float, height: float, title: str
+) -> Iterator[figure_lib.Figure]:
+  """Makes a figure of the given size in inches, to be drawn in a `with`."""
+  with matplotlib.rc_context(STYLE):
+    figure = figure_lib.Figure(figsize=(width, height), layout='constrained')
+    yield figure
+    figure.suptitle(title)
+
+
+def add_grid(panel: matplotlib.axes.Axes, axis: str = 'both') -> None:
+  """Adds a light grid under everything."""
+  panel.grid(axis=axis, color='0.9', linewidth=0.8)
+  panel.set_axisbelow(True)
 
 
 def plot_sequence(
@@ -85,21 +240,11 @@ def plot_sequence(
   parameters = _array('parameters', parameters, '[T, K]', shape)
   switch_points = _switches(switch_points, shape[:1])
   after = (shape[0] - 1, shape[1])
-  predictions = {
-    name: _array(f'predictions[{name!r}]', values, '[T - 1, K]', after)
-    for name, values in predictions.items()
-  }
-  regrets = {
-    name: _array(f'regrets[{name!r}]', values, '[T - 1]', after[:1])
-    for name, values in regrets.items()
-  }
-  seq_length, alphabet_size = symbols.shape
-  time = np.arange(1, seq_length + 1)
-  shown = range(1, min(alphabet_size, _MAX_SYMBOLS + 1))
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(
-      figsize=(9, 3.0 + 2.4 * len(shown)), layout='constrained'
-    )
+  predictions = _arrays('predictions', predictions, '[T - 1, K]', after)
+  regrets = _arrays('regrets', regrets, '[T - 1]', after[:1])
+  time = np.arange(1, shape[0] + 1)
+  shown = range(1, min(shape[1], _MAX_SYMBOLS + 1))
+  with new_figure(9, 3.0 + 2.4 * len(shown), title) as figure:
     *panels, bottom = figure.subplots(
       len(shown) + 1,
       1,
@@ -109,24 +254,13 @@ def plot_sequence(
     )[:, 0]
     for panel, symbol in zip(panels, shown, strict=True):
       _draw_probabilities(panel, time, symbol, symbols, parameters, predictions)
-    for index, (name, regret) in enumerate(regrets.items()):
-      bottom.plot(
-        time[1:],
-        np.cumsum(regret),
-        label=name,
-        **line_style(index),
-      )
+    for name, regret in regrets.items():
+      draw_line(bottom, time[1:], np.cumsum(regret), name)
     bottom.set_ylabel('cumulative\nregret (nats)')
-    bottom.set_xlabel('time (symbols)')
-    bottom.set_xlim(0, seq_length + 1)
     bottom.set_ylim(bottom=0)
-    for panel in (*panels, bottom):
-      _draw_switches(panel, switch_points)
-    handles, _ = panels[0].get_legend_handles_labels()
-    if np.any(switch_points):
-      handles.append(_switch_marker('switching point'))
-    add_legend(figure, handles)
-    figure.suptitle(title, fontsize=11)
+    _finish_sequences(
+      figure, [*panels, bottom], [switch_points] * (1 + len(panels))
+    )
   return figure
 
 
@@ -161,30 +295,20 @@ def plot_source(
   num_sequences = min(num_sequences, len(batch))
   height = 1.5 if alphabet_size == 2 else 2.0
   time = np.arange(1, seq_length + 1)
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(
-      figsize=(9, 1.3 + height * num_sequences), layout='constrained'
-    )
+  handles = []
+  with new_figure(9, 1.3 + height * num_sequences, title) as figure:
     panels = figure.subplots(num_sequences, 1, sharex=True, squeeze=False)[:, 0]
     for index, panel in enumerate(panels):
       if alphabet_size == 2:
         _draw_probabilities(panel, time, 1, batch[index], parameters[index], {})
-        panel.set_ylabel('probability\nof symbol 1')
       else:
         _draw_all_probabilities(panel, time, batch[index], parameters[index])
-      _draw_switches(panel, switch_points[index])
-    panels[-1].set_xlabel('time (symbols)')
-    panels[-1].set_xlim(0, seq_length + 1)
-    handles, _ = panels[0].get_legend_handles_labels()
     if alphabet_size > 2:
-      handles += [
-        line_handle('-', '0.25', 'its true probability'),
-        marker_handle('o', '0.25', 'its occurrences'),
+      handles = [
+        handle('its true probability', color='0.25', linestyle='-'),
+        handle('its occurrences', color='0.25', marker='o', markersize=3.5),
       ]
-    if np.any(switch_points[:num_sequences]):
-      handles.append(_switch_marker('switching point'))
-    add_legend(figure, handles)
-    figure.suptitle(title, fontsize=11)
+    _finish_sequences(figure, panels, switch_points, handles)
   return figure
 
 
@@ -201,27 +325,26 @@ def _draw_probabilities(
     time,
     parameters[:, symbol],
     where='mid',
-    color='black',
+    color=style('true parameter').colour,
     linewidth=2.5,
     alpha=0.75,
     label='true parameter',
   )
-  for index, (name, probabilities) in enumerate(predictions.items()):
-    panel.plot(
-      time[1:], probabilities[:, symbol], label=name, **line_style(index)
-    )
+  for name, probabilities in predictions.items():
+    draw_line(panel, time[1:], probabilities[:, symbol], name)
   # Dots above for the symbol itself, below for any other. All panels share the
   # legend.
-  which = 'symbol 1' if symbols.shape[1] == 2 else "the panel's symbol"
-  occurs = symbols[:, symbol] > 0
-  panel.plot(
+  which = (
+    'symbol: 1 (top) or 0 (bottom)'
+    if symbols.shape[1] == 2
+    else "the panel's symbol (top) or another (bottom)"
+  )
+  _draw_occurrences(
+    panel,
     time,
-    np.where(occurs, 1.08, -0.08),
-    linestyle='none',
-    marker='o',
-    markersize=3.5,
-    color='0.25',
-    label=f'{which} (top) or another (bottom)',
+    np.where(symbols[:, symbol] > 0, 1.08, -0.08),
+    '0.25',
+    label=which,
   )
   panel.set_ylim(-0.14, 1.14)
   panel.set_yticks((0, 0.5, 1))
@@ -242,50 +365,82 @@ def _draw_all_probabilities(
       parameters[:, symbol],
       where='mid',
       label=f'symbol {symbol}',
-      **line_style(symbol),
+      color=COLOURS[symbol],
+      linestyle=_DASHES[symbol % len(_DASHES)],
+      linewidth=1.8,
     )
     occurs = time[symbols[:, symbol] > 0]
-    panel.plot(
-      occurs,
-      np.full(len(occurs), 1.1 + 0.1 * symbol),
-      linestyle='none',
-      marker='o',
-      markersize=3.5,
-      color=line_style(symbol)['color'],
+    _draw_occurrences(
+      panel, occurs, np.full(len(occurs), 1.1 + 0.1 * symbol), COLOURS[symbol]
     )
   panel.set_ylim(-0.05, 1.1 + 0.1 * shown)
   panel.set_yticks((0, 0.5, 1))
   panel.set_ylabel('probability\nof a symbol')
 
 
-def _draw_switches(
-  panel: matplotlib.axes.Axes, switch_points: np.ndarray
+def _draw_occurrences(
+  panel: matplotlib.axes.Axes,
+  time: np.ndarray,
+  height: np.ndarray,
+  colour: str,
+  **kwargs: Any,
 ) -> None:
-  # A segment starts with this symbol: the line runs just before it.
-  for switch in np.flatnonzero(switch_points) + 0.5:
-    panel.axvline(switch, color='0.35', linestyle=':', linewidth=1.2, zorder=0)
-
-
-def _switch_marker(label: str) -> matplotlib.lines.Line2D:
-  return line_handle(':', '0.35', label)
-
-
-def line_handle(
-  linestyle: Any, colour: str, label: str
-) -> matplotlib.lines.Line2D:
-  """Returns a line for a legend."""
-  return matplotlib.lines.Line2D(
-    [], [], linestyle=linestyle, color=colour, label=label
+  """A dot for every symbol; smaller where there are many."""
+  panel.plot(
+    time,
+    height,
+    linestyle='none',
+    marker='o',
+    markersize=3.5 if len(time) <= 64 else 2,
+    color=colour,
+    **kwargs,
   )
 
 
-def line_style(index: int) -> dict[str, object]:
-  """Colour and dashes, so that lines also differ in black and white."""
-  return {
-    'color': COLOURS[index % len(COLOURS)],
-    'linestyle': _DASHES[index % len(_DASHES)],
-    'linewidth': 1.8,
-  }
+def _finish_sequences(
+  figure: figure_lib.Figure,
+  panels: Sequence[matplotlib.axes.Axes],
+  switch_points: Sequence[np.ndarray],
+  handles: Sequence[matplotlib.artist.Artist] = (),
+  switch_label: str = 'switching point',
+) -> None:
+  """Switching points, time axis and legend of panels over time."""
+  for panel, switches in zip(panels, switch_points, strict=False):
+    # A segment starts with this symbol: the line runs just before it.
+    for switch in np.flatnonzero(switches) + 0.5:
+      mark(panel, switch)
+  panels[-1].set_xlabel('time (symbols)')
+  panels[-1].set_xlim(0, len(switch_points[0]) + 1)
+  handles = [*panels[0].get_legend_handles_labels()[0], *handles]
+  if np.any(switch_points[: len(panels)]):
+    handles.append(handle(switch_label, **_MARK))
+  add_legend(figure, handles)
+
+
+def handle(label: str, **looks: Any) -> matplotlib.lines.Line2D:
+  """Returns a line or a marker for a legend."""
+  return matplotlib.lines.Line2D(
+    [], [], label=label, **{'linestyle': 'none', 'markersize': 6, **looks}
+  )
+
+
+def mark(
+  panel: matplotlib.axes.Axes, x: float, label: str | None = None
+) -> None:
+  """Draws a dotted line under everything, at a position of interest."""
+  panel.axvline(x, zorder=0, label=label, **_MARK)
+
+
+def predictor_handles(labels: Iterable[str]) -> list[matplotlib.lines.Line2D]:
+  """Returns the lines of predictors for a legend."""
+  return [handle(label, **line_style(label)) for label in labels]
+
+
+def band_handle(label: str) -> matplotlib.patches.Patch:
+  """Returns the band around a line for a legend."""
+  return matplotlib.patches.Patch(
+    color='0.5', alpha=0.35, linewidth=0, label=label
+  )
 
 
 def plot_regret_over_time(
@@ -315,24 +470,16 @@ def plot_regret_over_time(
   }
   num_symbols = next(iter(regrets.values())).shape[1]
   for name, values in regrets.items():
-    _check_shape(
-      f'regrets[{name!r}]',
-      values,
-      '[N, T - 1]',
-      (len(values), num_symbols),
-    )
-  bounds = {
-    name: _array(f'bounds[{name!r}]', values, '[T - 1]', (num_symbols,))
-    for name, values in (bounds or {}).items()
-  }
+    shape = (len(values), num_symbols)
+    _check_shape(f'regrets[{name!r}]', values, '[N, T - 1]', shape)
+  bounds = _arrays('bounds', bounds or {}, '[T - 1]', (num_symbols,))
   time = np.arange(2, num_symbols + 2)
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(figsize=(9, 6), layout='constrained')
+  with new_figure(9, 6, title) as figure:
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for index, (name, values) in enumerate(regrets.items()):
+    for name, values in regrets.items():
       cumulative = np.cumsum(values, axis=1)
-      _draw_mean(top, time, *_mean_and_stderr(values), name, index)
-      _draw_mean(bottom, time, *_mean_and_stderr(cumulative), name, index)
+      _draw_mean(top, time, *_mean_and_stderr(values), name)
+      _draw_mean(bottom, time, *_mean_and_stderr(cumulative), name)
     for index, (name, bound) in enumerate(bounds.items()):
       bottom.plot(
         time,
@@ -348,9 +495,8 @@ def plot_regret_over_time(
     bottom.set_xlim(1, num_symbols + 2)
     for panel in (top, bottom):
       panel.set_ylim(bottom=0)
-      panel.grid(axis='y', color='0.9', linewidth=0.8)
+      add_grid(panel, 'y')
     _add_legend_of_means(figure, bottom, 'sequences')
-    figure.suptitle(title, fontsize=11)
   return figure
 
 
@@ -384,15 +530,10 @@ def plot_learning_curve(
     name: _learning_curve(f'histories[{name!r}]', history, optimal_predictor)
     for name, history in histories.items()
   }
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(figsize=(9, 4.5), layout='constrained')
+  with new_figure(9, 4.5, title) as figure:
     panel = figure.subplots()
-    for index, (name, curve) in enumerate(curves.items()):
-      # A line of one point would not be seen.
-      marker = 'o' if len(curve.steps) == 1 else None
-      _draw_mean(
-        panel, curve.steps, curve.mean, curve.stderr, name, index, marker=marker
-      )
+    for name, curve in curves.items():
+      _draw_mean(panel, curve.steps, curve.mean, curve.stderr, name)
     panel.set_xscale('log')
     set_plain_ticks(panel.xaxis)
     scale = _set_nearly_log(panel, list(curves.values()))
@@ -403,10 +544,9 @@ def plot_learning_curve(
     optimum = optima.pop() if len(optima) == 1 else 'the best exact predictor'
     panel.set_xlabel('training step (log scale)')
     panel.set_ylabel(f'cumulative regret above\n{optimum} (nats, {scale})')
-    panel.grid(color='0.9', linewidth=0.8)
+    add_grid(panel)
     spreads = dict.fromkeys(curve.spread for curve in curves.values())
     _add_legend_of_means(figure, panel, ' or '.join(spreads))
-    figure.suptitle(title, fontsize=11)
   return figure
 
 
@@ -442,29 +582,20 @@ def plot_length_generalisation(
       points.append((length, *_mean_and_stderr(values / (length - 1))))
     curves[name] = np.array(points).T
   ticks = sorted({length for values in regrets.values() for length in values})
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(figsize=(9, 4.5), layout='constrained')
+  with new_figure(9, 4.5, title) as figure:
     panel = figure.subplots()
-    for index, (name, curve) in enumerate(curves.items()):
-      _draw_mean(panel, *curve, name, index, marker='o', markersize=4)
+    for name, curve in curves.items():
+      _draw_mean(panel, *curve, name)
     if training_length is not None:
-      panel.axvline(
-        training_length,
-        color='0.35',
-        linestyle=':',
-        linewidth=1.4,
-        zorder=0,
-        label='training length',
-      )
+      mark(panel, training_length, 'training length')
     panel.set_xscale('log', base=2)
     panel.set_xticks(ticks, [f'{length:,}' for length in ticks])
     panel.minorticks_off()
     panel.set_ylim(bottom=0)
     panel.set_xlabel('sequence length (symbols, log scale)')
     panel.set_ylabel('regret per symbol (nats)')
-    panel.grid(color='0.9', linewidth=0.8)
+    add_grid(panel)
     _add_legend_of_means(figure, panel, 'sequences')
-    figure.suptitle(title, fontsize=11)
   return figure
 
 
@@ -519,60 +650,83 @@ def plot_matrix(
           f'{field} is {means[i, j]:g}; log_scale=True takes positive numbers'
         )
   if marked is None:
-    frames = np.where(np.isnan(means), np.inf, means).argmin(axis=1)
+    framed = enumerate(np.where(np.isnan(means), np.inf, means).argmin(axis=1))
     mark_label = mark_label or 'least of the row'
   else:
-    frames = np.full(len(means), -1)
+    framed = []
     for source, name in marked.items():
       base_config.check_choice('source of marked', source, regrets)
       base_config.check_choice(f'marked[{source!r}]', name, regrets[source])
-      frames[list(regrets).index(source)] = columns.index(name)
+      framed.append((list(regrets).index(source), columns.index(name)))
     mark_label = mark_label or "the source's exact Bayes predictor"
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(
-      figsize=(9, max(3.6, 1.9 + 0.55 * len(regrets))), layout='constrained'
-    )
+  scale = (
+    matplotlib.colors.LogNorm if log_scale else matplotlib.colors.Normalize
+  )
+  with new_figure(9, max(3.6, 1.9 + 0.55 * len(regrets)), title) as figure:
     panel = figure.subplots()
-    low, high = np.nanmin(means), np.nanmax(means)
-    norm = (
-      matplotlib.colors.LogNorm(low, high)
-      if log_scale
-      else matplotlib.colors.Normalize(low, high)
+    image = draw_heat_map(
+      panel,
+      means,
+      [list(map(_number, *row)) for row in zip(means, stderrs, strict=True)],
+      framed,
+      scale(np.nanmin(means), np.nanmax(means)),
+      fontsize=9,
     )
-    panel.set_facecolor('0.93')  # Shows where a cell is missing.
-    image = panel.imshow(means, norm=norm, cmap='Blues', aspect='auto')
-    cell_colours = np.where(np.isnan(means)[..., None], 1, image.to_rgba(means))
-    for (i, j), mean in np.ndenumerate(means):
-      is_marked = frames[i] == j
-      panel.text(
-        j,
-        i,
-        _number(mean, stderrs[i, j]) if np.isfinite(mean) else '–',
-        ha='center',
-        va='center',
-        fontsize=9,
-        fontweight='bold' if is_marked else 'normal',
-        color=readable_on(cell_colours[i, j]),
-      )
-      if is_marked:
-        panel.add_patch(frame((j - 0.47, i - 0.45), 0.94, 0.9))
+    width = max(8, 80 // len(columns))
     panel.set_xticks(
       range(len(columns)),
-      [textwrap.fill(name, max(8, 80 // len(columns))) for name in columns],
+      [textwrap.fill(x, width, break_long_words=False) for x in columns],
       fontsize=9,
     )
     panel.set_yticks(range(len(regrets)), list(regrets))
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
     panel.set_xlabel('predictor')
     panel.set_ylabel('source')
-    bar = figure.colorbar(image, ax=panel, pad=0.02)
-    bar.set_label(f'{unit}{", log scale" if log_scale else ""}')
-    if log_scale:
-      set_plain_ticks(bar.ax.yaxis)
+    add_colour_bar(
+      figure, image, panel, f'{unit}{", log scale" if log_scale else ""}'
+    )
     add_legend(figure, [frame((0, 0), 1, 1, label=mark_label)])
-    figure.suptitle(title, fontsize=11)
   return figure
+
+
+def draw_heat_map(
+  panel: matplotlib.axes.Axes,
+  values: np.ndarray,
+  texts: Sequence[Sequence[str]],
+  framed: Iterable[tuple[int, int]],
+  norm: matplotlib.colors.Normalize,
+  fontsize: float = 8,
+) -> matplotlib.image.AxesImage:
+  """Draws a matrix with a text in every cell.
+
+  Args:
+    panel: Panel to draw in.
+    values: Numbers that are coloured; NaN where a cell is missing.
+    texts: Texts of the cells, row by row.
+    framed: Row and column of the cells that have a frame.
+    norm: Scale of the colours.
+    fontsize: Size of the texts.
+  """
+  panel.set_facecolor('0.93')  # Shows where a cell is missing.
+  image = panel.imshow(values, norm=norm, cmap='Blues', aspect='auto')
+  colours = np.where(np.isnan(values)[..., None], 1, image.to_rgba(values))
+  framed = set(framed)
+  for (i, j), value in np.ndenumerate(values):
+    is_framed = (i, j) in framed
+    panel.text(
+      j,
+      i,
+      '–' if np.isnan(value) else texts[i][j],
+      ha='center',
+      va='center',
+      fontsize=fontsize,
+      fontweight='bold' if is_framed else 'normal',
+      color=readable_on(colours[i, j]),
+    )
+    if is_framed:
+      panel.add_patch(frame((j - 0.47, i - 0.45), 0.94, 0.9))
+  panel.tick_params(length=0)
+  panel.spines[:].set_visible(False)
+  return image
 
 
 class _LearningCurve(NamedTuple):
@@ -616,6 +770,20 @@ def _learning_curve(
   return _LearningCurve(values['step'], mean, stderr, optimum, spread)
 
 
+def add_colour_bar(
+  figure: figure_lib.Figure,
+  image: matplotlib.cm.ScalarMappable,
+  panels: matplotlib.axes.Axes | Sequence[matplotlib.axes.Axes],
+  unit: str,
+  **kwargs: Any,
+) -> None:
+  """Adds the scale of a heat map, beside its panel or panels."""
+  bar = figure.colorbar(image, ax=panels, pad=0.01, **kwargs)
+  bar.set_label(unit)
+  if isinstance(image.norm, matplotlib.colors.LogNorm):
+    set_plain_ticks(bar.ax.yaxis)
+
+
 def _set_nearly_log(
   panel: matplotlib.axes.Axes, curves: Sequence[_LearningCurve]
 ) -> str:
@@ -648,7 +816,9 @@ def set_plain_ticks(axis: matplotlib.axis.Axis) -> None:
   if high / low < 10:
     axis.set_major_locator(matplotlib.ticker.AutoLocator())
   else:
-    subs = (1, 2, 5) if high / low < 1e3 else (1,)
+    # Labels take more room on a horizontal axis.
+    most = 1e2 if axis.axis_name == 'x' else 1e3
+    subs = (1, 2, 5) if high / low < most else (1,)
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
   axis.set_major_formatter(plain_number)
   axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -666,21 +836,10 @@ def _draw_mean(
   mean: np.ndarray,
   stderr: np.ndarray,
   label: str,
-  index: int,
-  **kwargs: Any,
 ) -> None:
   """A line with its 95% confidence band."""
-  style = line_style(index)
-  panel.plot(x, mean, label=label, **style, **kwargs)
   half = _HALF_WIDTH * stderr
-  panel.fill_between(
-    x,
-    mean - half,
-    mean + half,
-    color=style['color'],
-    alpha=0.25,
-    linewidth=0,
-  )
+  draw_line(panel, x, mean, label, (mean - half, mean + half))
 
 
 def _add_legend_of_means(
@@ -688,11 +847,8 @@ def _add_legend_of_means(
 ) -> None:
   """Adds a legend of the lines and of the confidence bands."""
   handles, _ = panel.get_legend_handles_labels()
-  band = matplotlib.patches.Patch(
-    color='0.5',
-    alpha=0.35,
-    linewidth=0,
-    label=f'95% confidence: mean ± {_HALF_WIDTH} standard errors over {spread}',
+  band = band_handle(
+    f'95% confidence: mean ± {_HALF_WIDTH} standard errors over {spread}'
   )
   add_legend(figure, [*handles, band])
 
@@ -701,7 +857,7 @@ def add_legend(
   figure: figure_lib.Figure, handles: Sequence[matplotlib.artist.Artist]
 ) -> None:
   """Adds a legend below the panels, in as few rows as fit the width."""
-  widths = [_HANDLE_WIDTH + len(handle.get_label()) for handle in handles]
+  widths = [_HANDLE_WIDTH + len(artist.get_label()) for artist in handles]
   for num_rows in range(-(-len(handles) // 4), len(handles) + 1):
     # Columns are filled one after another.
     begins = range(0, len(handles), num_rows)
@@ -712,7 +868,6 @@ def add_legend(
     handles=list(handles),
     loc='outside lower center',
     ncols=len(columns),
-    fontsize=9,
   )
 
 
@@ -767,6 +922,15 @@ def _array(
   return values
 
 
+def _arrays(
+  field: str, arrays: Mapping[str, Any], axes: str, shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+  return {
+    name: _array(f'{field}[{name!r}]', values, axes, shape)
+    for name, values in arrays.items()
+  }
+
+
 def _check_shape(
   field: str, values: np.ndarray, axes: str, shape: tuple[int, ...]
 ) -> None:
@@ -809,41 +973,44 @@ def plot_bayes_table(
   """
   sources = list(dict.fromkeys(cell['source'] for cell in cells))
   rows = {name: row for row, name in enumerate(labels)}
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(
-      figsize=(9, 1.2 + 2.3 * -(-len(sources) // 3)), layout='constrained'
-    )
+  num_rows = -(-len(sources) // 3)
+  own = {'marker': 'o', 'markersize': 7, 'color': 'black'}
+  other = {'marker': 'o', 'markersize': 5, 'color': '0.4', 'mfc': 'white'}
+  bound = {'marker': '|', 'markersize': 12, 'color': '0.4', 'mew': 2}
+  title = 'Every exact predictor on every source: mean ± standard error'
+  with new_figure(9, 1.5 + 2.3 * num_rows, title) as figure:
     panels = figure.subplots(
-      -(-len(sources) // 3), 3, sharex=True, sharey=True, squeeze=False
+      num_rows, 3, sharex=True, sharey=True, squeeze=False
     ).ravel()
+    for panel in panels[len(sources) :]:
+      panel.set_visible(False)
     for panel, source in zip(panels, sources, strict=False):
       for cell in cells:
         if cell['source'] == source:
-          _draw_cell(panel, rows[cell['predictor']], cell)
-      panel.set_title(source, fontsize=10)
+          row = rows[cell['predictor']]
+          if cell['bound'] is not None:
+            panel.plot(cell['bound'], row, **bound)
+          panel.errorbar(
+            cell['cumulative_regret'],
+            row,
+            xerr=cell['stderr'],
+            **(own if cell['is_own'] else other),
+          )
+      panel.set_title(source)
       panel.set_xscale('log')
-      panel.grid(axis='x', which='both', color='0.9', linewidth=0.8)
-      panel.set_axisbelow(True)
-    for panel in panels[len(sources) :]:
-      panel.set_visible(False)
-    panel = panels[0]
-    panel.set_xticks((3, 10, 30, 100))
-    panel.minorticks_off()
-    panel.set_yticks(list(rows.values()), list(labels.values()))
-    panel.invert_yaxis()
-    panel.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
-    figure.supxlabel(
-      'cumulative regret (nats, log scale), mean ± standard error', fontsize=10
-    )
-    figure.legend(
-      handles=[
-        marker_handle('o', COLOURS[5], "the source's exact Bayes predictor"),
-        marker_handle('o', COLOURS[0], 'other predictor'),
-        marker_handle('|', '0.3', 'known bound'),
+      add_grid(panel)
+    panels[0].set_yticks(list(rows.values()), list(labels.values()))
+    panels[0].invert_yaxis()
+    set_plain_ticks(panels[0].xaxis)
+    for panel in panels[-3:]:
+      panel.set_xlabel('cumulative regret\n(nats, log scale)')
+    add_legend(
+      figure,
+      [
+        handle("the source's exact Bayes predictor", **own),
+        handle('another exact predictor', **other),
+        handle('known upper bound', **bound),
       ],
-      loc='outside upper center',
-      ncols=3,
-      fontsize=9,
     )
   return figure
 
@@ -875,8 +1042,7 @@ def plot_switch_posteriors(
   """
   seq_length = len(symbols)
   time = np.arange(1, seq_length + 1)
-  with matplotlib.rc_context(STYLE):
-    figure = figure_lib.Figure(figsize=(9, 7), layout='constrained')
+  with new_figure(9, 7, title) as figure:
     top, *middle, bottom = figure.subplots(
       2 + len(posteriors),
       1,
@@ -884,12 +1050,12 @@ def plot_switch_posteriors(
       height_ratios=[1.1] + [0.8] * len(posteriors) + [2],
     )
     _draw_probabilities(top, time, 1, symbols, parameters, {})
-    for index, (panel, (name, posterior)) in enumerate(
-      zip(middle, posteriors.items(), strict=True)
+    for panel, (name, posterior) in zip(
+      middle, posteriors.items(), strict=True
     ):
       # A segment starts just before its first symbol, as the dotted lines.
       panel.vlines(
-        time - 0.5, 0, posterior, color=COLOURS[index], linewidth=1.6
+        time - 0.5, 0, posterior, color=style(name).colour, linewidth=1.6
       )
       panel.set_ylim(0, 1.05)
       panel.set_yticks((0, 0.5, 1))
@@ -908,55 +1074,22 @@ def plot_switch_posteriors(
       time,
       time - starts,
       where='mid',
-      color=COLOURS[5],
-      linewidth=1.4,
+      color=COLOURS[1],
+      linewidth=1.6,
       label='true run length',
     )
     bottom.set_ylabel('symbols in the\ncurrent segment')
-    bottom.set_xlabel('time (symbols)')
-    bottom.set_xlim(0, seq_length + 1)
     # Run lengths that are never probable are left out.
     longest = np.flatnonzero((run_lengths > _LEAST_PROBABILITY).any(axis=0))[-1]
     bottom.set_ylim(0, max(longest, (time - starts).max()) + 1)
-    bar = figure.colorbar(mesh, ax=bottom, pad=0.01, extend='min')
-    bar.set_label(f'{run_length_label}:\nP(run length | past)')
-    for panel in (top, *middle):
-      _draw_switches(panel, switch_points)
-    handles, _ = top.get_legend_handles_labels()
+    unit = f'{run_length_label}:\nP(run length | past)'
+    add_colour_bar(figure, mesh, bottom, unit, extend='min')
     more, _ = bottom.get_legend_handles_labels()
-    add_legend(
-      figure, [*handles, _switch_marker('true switching point'), *more]
+    _finish_sequences(
+      figure,
+      (top, *middle, bottom),
+      [switch_points] * (1 + len(middle)),
+      more,
+      'true switching point',
     )
-    figure.suptitle(title, fontsize=11)
   return figure
-
-
-def _draw_cell(
-  panel: matplotlib.axes.Axes, row: int, cell: Mapping[str, Any]
-) -> None:
-  """One predictor on one source."""
-  panel.errorbar(
-    cell['cumulative_regret'],
-    row,
-    xerr=cell['stderr'],
-    marker='o',
-    markersize=7 if cell['is_own'] else 5,
-    color=COLOURS[5] if cell['is_own'] else COLOURS[0],
-  )
-  if cell['bound'] is not None:
-    panel.plot(cell['bound'], row, marker='|', markersize=12, color='0.3')
-
-
-def marker_handle(
-  marker: str, colour: str, label: str, **style: Any
-) -> matplotlib.lines.Line2D:
-  """Returns a marker for a legend."""
-  return matplotlib.lines.Line2D(
-    [],
-    [],
-    linestyle='none',
-    marker=marker,
-    color=colour,
-    label=label,
-    **style,
-  )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
@@ -58,7 +59,7 @@ def make_table(
     for member in range(len(seeds))
   ]
   regrets = by_member[0]
-  network = config.model.model_type
+  network = predictor_factories.label(config.model)
   if len(seeds) > 1:
     network += f', {len(seeds)} seeds'
     regrets[evaluator_lib.NETWORK] = np.stack(

@@ -15,6 +15,8 @@ from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.models import basic
+from nonstationary_mbml.models import recurrent
+from nonstationary_mbml.models import transformer
 
 SMALL_TRANSFORMER = {'embedding_dim': 8, 'num_layers': 2, 'num_heads': 2}
 STATEFUL = {
@@ -365,3 +367,52 @@ def test_sizes_of_a_network_may_be_of_8_bits():
   )
   shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
   assert shapes == {(102, 400), (400,), (100, 2), (2,)}
+
+
+@pytest.mark.parametrize(
+  ('model_type', 'kwargs', 'label'),
+  [
+    ('lstm', {}, 'LSTM'),
+    ('RNN', {}, 'LSTM'),
+    ('rnn', {'core': None}, 'LSTM'),
+    ('rnn', {'core': 'vanilla_rnn'}, 'Vanilla RNN'),
+    ('rnn', {'core': 'GRU'}, 'GRU'),
+    ('rnn', {'core': recurrent.VanillaRNN}, 'Vanilla RNN'),
+    ('rnn', {'core': _OwnCore}, '_OwnCore'),
+    ('gru', {}, 'GRU'),
+    ('stack_rnn', {}, 'Stack-RNN'),
+    ('rnn', {'core': 'stack_rnn'}, 'Stack-RNN'),
+    ('stack_rnn', {'inner_core': 'lstm'}, 'Stack-LSTM'),
+    ('stack_rnn', {'inner_core': hk.IdentityCore}, 'Stack-IdentityCore'),
+    ('cnn', {}, 'CNN'),
+    ('transformer', {}, 'Transformer, SIN_COS'),
+    (
+      'transformer',
+      {'positional_encodings': 'alibi'},
+      'Transformer, ALIBI',
+    ),
+    (
+      'transformer',
+      {'positional_encodings': transformer.PositionalEncodings.NONE},
+      'Transformer, no encoding',
+    ),
+    (
+      'sliding_window_transformer',
+      {'context_length': 4, 'positional_encodings': 'SIN_COS'},
+      'Sliding-window Transformer',
+    ),
+    (
+      'sliding_window_transformer',
+      {'positional_encodings': 'RELATIVE'},
+      'Sliding-window Transformer, RELATIVE',
+    ),
+    ('my_network', {'positional_encodings': 3}, 'my_network'),
+  ],
+)
+def test_networks_have_one_label_in_tables_and_figures(
+  model_type, kwargs, label
+):
+  config = base_config.ModelConfig(
+    model_type=model_type, architecture_kwargs=kwargs
+  )
+  assert predictor_factories.label(config) == label

@@ -1,9 +1,9 @@
 """Regrets of a trained run on fresh sequences, for figures.
 
   run = saved_runs.load_run('runs/lstm_ptw_seed0')
-  over_time(run)            # {'lstm': [N, T - 1], 'PTW': ..., 'LAD': ...}
-  by_length(run)            # {'lstm': {8: [N], 16: [N], ...}, 'PTW': ...}
-  by_source(run)            # {'ptw': {'lstm': [N], 'PTW': [N], ...}, ...}
+  over_time(run)            # {'LSTM': [N, T - 1], 'PTW': ..., 'LAD': ...}
+  by_length(run)            # {'LSTM': {8: [N], 16: [N], ...}, 'PTW': ...}
+  by_source(run)            # {'ptw': {'LSTM': [N], 'PTW': [N], ...}, ...}
   plotting.plot_sequence(*sequence(run))
 
 The network comes first, then the exact predictors of the source. Runs that are
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -36,7 +37,7 @@ def labels(
   run: saved_runs.Run, evaluator: evaluator_lib.MetaLearningEvaluator
 ) -> dict[str, str]:
   """Returns the labels of predictors in figures, by name in the evaluator."""
-  network = run.config.model.model_type
+  network = predictor_factories.label(run.config.model)
   seeds = train.member_seeds(run.config.train)
   if len(seeds) > 1:
     network += f', 1 of {len(seeds)} seeds'

@@ -7,7 +7,6 @@ Every function takes the rows of a table, as they were measured or as
 `atomic_files.read_csv` gives them, and nothing else is computed anew.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from typing import Any
 import matplotlib
 from matplotlib import figure as figure_lib
 import numpy as np
-from scipy import stats
 
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments.analysis import studies
@@ -24,8 +22,9 @@ from nonstationary_mbml.experiments.sweeps import sweep_folder
 
 Row = Mapping[str, Any]
 
+# As `predictor_factories.label` has them.
 LABELS = {
-  'rnn': 'RNN',
+  'rnn': 'Vanilla RNN',
   'lstm': 'LSTM',
   'stack_rnn': 'Stack-RNN',
   'stack_lstm': 'Stack-LSTM',
@@ -33,15 +32,17 @@ LABELS = {
   'transformer_sin_cos': 'Transformer, SIN_COS',
   'transformer_alibi': 'Transformer, ALIBI',
   'transformer_relative': 'Transformer, RELATIVE',
-  'sliding_window': 'Transformer in windows',
+  'sliding_window': 'Sliding-window Transformer',
 }
 EXACT_LABELS = {
   'ptw': 'PTW',
   'lin': 'LAD',
   'regular_shift': 'known period',
-  'random_shift': 'known length law',
+  'random_shift': 'known length distribution',
   'static': 'KT',
 }
+# Labels in tables of earlier versions.
+_EARLIER_LABELS = {'known length law': 'known length distribution'}
 TARGETS = {
   'run_length': 'expected run length',
   'recent_switch': 'probability of a recent switch',
@@ -49,17 +50,12 @@ TARGETS = {
 # Shares of the exact predictor's regret within which a network is called near
 # it, and not far from it.
 _SHARES = (0.02, 0.15)
-# The own predictor lies under the networks, which often coincide with it.
-_EXACT_STYLES = (
-  {'color': '0.72', 'linestyle': '-', 'linewidth': 5.0, 'zorder': 1},
-  {'color': 'black', 'linestyle': '--', 'linewidth': 1.6},
-  {'color': 'black', 'linestyle': ':', 'linewidth': 1.6},
-)
+_STDERR = 'mean ± standard error over seeds'
 
 
 def label(predictor: str) -> str:
-  """Returns the label of a network's architecture in figures."""
-  return LABELS.get(predictor, predictor)
+  """Returns the label of a predictor in figures, by its name in a table."""
+  return LABELS.get(predictor, _EARLIER_LABELS.get(predictor, predictor))
 
 
 def exact_label(source: str) -> str:
@@ -85,14 +81,6 @@ def over_seeds(rows: Sequence[Row], column: str) -> tuple[float, float]:
   return mean, np.nan if stderr is None else stderr
 
 
-def _half_width(rows: Sequence[Row]) -> float:
-  """Half a 95% confidence interval of a mean over seeds, in standard errors.
-
-  By Student's t: of three seeds it is 4.3.
-  """
-  return float(stats.t.ppf(0.975, len(rows) - 1)) if len(rows) > 1 else 0.0
-
-
 def _unique(rows: Iterable[Row], column: str) -> list[Any]:
   return list(dict.fromkeys(row[column] for row in rows))
 
@@ -101,49 +89,67 @@ def _are_networks(rows: Iterable[Row]) -> list[Row]:
   return [row for row in rows if row['seed'] is not None]
 
 
-def _styles(rows: Iterable[Row]) -> dict[str, dict[str, object]]:
-  """Colour and dashes of every architecture, the same in all figures."""
-  found = _unique(_are_networks(rows), 'predictor')
-  names = [name for name in LABELS if name in found]
-  names += [name for name in found if name not in LABELS]
-  order = [*LABELS, *(name for name in names if name not in LABELS)]
-  return {
-    name: plotting.line_style(order.index(name)) | {'linewidth': 1.5}
-    for name in names
-  }
+def _architectures(rows: Iterable[Row]) -> list[str]:
+  """The architectures of some rows, in the order of all figures."""
+  return _in_order(_unique(_are_networks(rows), 'predictor'))
+
+
+def _in_order(predictors: Sequence[str]) -> list[str]:
+  return sorted(predictors, key=lambda name: plotting.rank(label(name)))
 
 
 def _panels(
-  number: int,
-  height: float,
-  columns: int = 3,
-  width: float = 3.5,
-  **kwargs: Any,
-) -> tuple[figure_lib.Figure, list[matplotlib.axes.Axes]]:
-  """A figure with panels of the given number and size, in rows."""
-  columns = min(columns, number)
-  num_rows = -(-number // columns)
-  figure = figure_lib.Figure(
-    figsize=(max(10.5, width * columns), 1.2 + height * num_rows),
-    layout='constrained',
-  )
-  panels = figure.subplots(num_rows, columns, squeeze=False, **kwargs).ravel()
+  figure: figure_lib.Figure, number: int, columns: int, **kwargs: Any
+) -> list[matplotlib.axes.Axes]:
+  """The given number of panels, in rows."""
+  panels = figure.subplots(
+    -(-number // columns), columns, squeeze=False, **kwargs
+  ).ravel()
   for index, panel in enumerate(panels):
     panel.set_visible(index < number)
-    if kwargs.get('sharex'):  # Also where the row below has no panel.
-      panel.tick_params(labelbottom=index + columns >= number)
-  return figure, list(panels[:number])
+    if number % columns:  # Also where the row below has no panel.
+      panel.tick_params(labelbottom=True)
+  return list(panels[:number])
 
 
-def _set_log_ticks(
-  axis: matplotlib.axis.Axis, subs: Sequence[int] = (1, 2, 5)
+def _draw_seeds(
+  panel: matplotlib.axes.Axes,
+  y: int,
+  rows: Sequence[Row],
+  column: str,
+  is_filled: bool = True,
 ) -> None:
-  """Puts plain numbers at some multiples of the powers of ten."""
-  low, high = axis.get_view_interval()
-  subs = subs if high / low < 500 else (1,)
-  axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-  axis.set_major_formatter(plotting.plain_number)
-  axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+  """Dots of all seeds, and over them their mean and its standard error."""
+  name = label(rows[0]['predictor'])
+  looks = plotting.style(name)
+  values = [row[column] for row in rows]
+  panel.plot(
+    values,
+    np.full(len(values), y),
+    looks.marker,
+    color=looks.colour,
+    markersize=3.5,
+    alpha=0.45,
+    markeredgewidth=0,
+  )
+  mean, stderr = over_seeds(rows, column)
+  panel.errorbar(
+    mean,
+    y,
+    xerr=np.nan_to_num(stderr),
+    fmt=looks.marker,
+    color=looks.colour,
+    markerfacecolor=looks.colour if is_filled else 'white',
+    markersize=5.5,
+    capsize=3,
+  )
+
+
+def _finish_rows(panel: matplotlib.axes.Axes, names: Sequence[str]) -> None:
+  """Names of the predictors at the rows of a panel, from top to bottom."""
+  panel.set_yticks(range(len(names)), [label(name) for name in names])
+  panel.set_ylim(len(names) - 0.5, -0.5)
+  plotting.add_grid(panel, 'y')
 
 
 def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
@@ -154,77 +160,64 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
 
   Returns:
     The figure: a panel for every source; a dot for every seed, and means with
-    95% confidence intervals over seeds; the other exact predictors as diamonds.
+    standard errors over seeds; the other exact predictors as diamonds.
   """
   sources = _unique(rows, 'source')
-  networks = list(_styles(rows))
   # A predictor that is only ever the source's own has no distance to itself.
-  references = _unique(
-    [row for row in rows if row['seed'] is None and not row['is_own']],
-    'predictor',
+  names = _architectures(rows) + _in_order(
+    _unique(
+      [row for row in rows if row['seed'] is None and not row['is_own']],
+      'predictor',
+    )
   )
-  names = networks + references
-  with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(len(sources), 3.6, 3, 4.0, sharey=True)
+  by_source = groups(rows, 'source')
+  title = 'What networks lose on the source they were trained on'
+  with plotting.new_figure(
+    12, 1.2 + 3.6 * -(-len(sources) // 3), title
+  ) as figure:
+    panels = _panels(figure, len(sources), 3, sharey=True)
     for panel, source in zip(panels, sources, strict=True):
-      of_source = groups(
-        [row for row in rows if row['source'] == source], 'predictor'
-      )
-      own = [r for r in rows if r['source'] == source and r.get('is_own')]
-      for (name,), of_name in of_source.items():
-        if of_name[0].get('is_own'):
-          continue
-        y = names.index(name)
-        values = [row['above_exact'] for row in of_name]
-        if of_name[0]['seed'] is None:
-          panel.plot(values, [y], 'D', color='0.4', markersize=5)
-          continue
-        panel.plot(
-          values,
-          np.full(len(values), y),
-          'o',
-          color=plotting.COLOURS[4],
-          markersize=4,
-        )
-        mean, stderr = over_seeds(of_name, 'above_exact')
-        panel.errorbar(
-          mean,
-          y,
-          xerr=_half_width(of_name) * np.nan_to_num(stderr),
-          fmt='|',
-          color=plotting.COLOURS[0],
-          markersize=11,
-          markeredgewidth=2,
-          capsize=2.5,
-        )
-      title = source
-      for exact in own:
-        title += f': {exact["predictor"]} loses {exact["regret"]:.3f}'
-        for share in _SHARES:
-          panel.axvline(
-            share * exact['regret'], color='0.6', linestyle=':', linewidth=1.3
+      for (name, is_own), of_name in groups(
+        [{'is_own': None, **row} for row in by_source[source,]],
+        'predictor',
+        'is_own',
+      ).items():
+        if is_own:
+          regret = of_name[0]['regret']
+          panel.set_title(
+            f'{source}\nregret of {label(name)}: {regret:.3f} nats'
           )
+          for share in _SHARES:
+            plotting.mark(panel, share * regret)
+        elif of_name[0]['seed'] is None:
+          colour = plotting.style(label(name)).colour
+          panel.plot(
+            of_name[0]['above_exact'],
+            names.index(name),
+            'D',
+            color=colour,
+            markersize=5,
+          )
+        else:
+          _draw_seeds(panel, names.index(name), of_name, 'above_exact')
       panel.set_xscale('log')
-      _set_log_ticks(panel.xaxis)
-      panel.set_yticks(range(len(names)), [label(name) for name in names])
-      panel.set_ylim(len(names) - 0.5, -0.5)
-      panel.grid(axis='y', color='0.92', linewidth=0.8)
-      panel.set_title(title, fontsize=10)
-      panel.set_xlabel('regret above it (nats, log scale)')
+      plotting.set_plain_ticks(panel.xaxis)
+      _finish_rows(panel, names)
+      panel.set_xlabel('regret above the exact predictor\n(nats, log scale)')
+    shares = ' and '.join(f'{share:.0%}' for share in _SHARES)
     plotting.add_legend(
       figure,
       [
-        _marker('o', plotting.COLOURS[4], 'network of one seed'),
-        _marker('|', plotting.COLOURS[0], 'mean over seeds, 95% confidence'),
-        _marker('D', '0.4', 'another exact predictor'),
-        plotting.line_handle(
-          ':',
-          '0.6',
-          ' and '.join(f'{share:.0%}' for share in _SHARES) + ' above',
+        plotting.handle('one seed', marker='o', color='0.4', markersize=3.5),
+        plotting.handle(_STDERR, marker='o', color='0.4', linestyle='-'),
+        plotting.handle('another exact predictor', marker='D', color='0.4'),
+        plotting.handle(
+          f"{shares} of the exact predictor's regret",
+          color='0.35',
+          linestyle=':',
         ),
       ],
     )
-    figure.suptitle('What networks lose on the source they were trained on')
   return figure
 
 
@@ -235,35 +228,18 @@ def draw_learning(rows: Sequence[Row]) -> figure_lib.Figure:
     rows: Rows of the table learning.
 
   Returns:
-    The figure: a panel for every source, means over seeds.
+    The figure: panels for every source and family of networks, means over
+    seeds.
   """
-  sources = _unique(rows, 'source')
-  styles = _styles(rows)
-  with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(len(sources), 3.0)
-    for panel, source in zip(panels, sources, strict=True):
-      for name, style in styles.items():
-        of_name = [
-          row
-          for row in rows
-          if row['source'] == source and row['predictor'] == name
-        ]
-        # Bands would hide each other.
-        _draw_curve(panel, of_name, 'step', 'above_exact', style, band=False)
-      panel.set_xscale('log')
-      panel.set_yscale('log')
-      _set_log_ticks(panel.xaxis, (1, 3))
-      _set_log_ticks(panel.yaxis)
-      panel.grid(color='0.92', linewidth=0.8)
-      panel.set_title(source, fontsize=10)
-      panel.set_xlabel('training step (log scale)')
-      panel.set_ylabel('regret above the exact\npredictor (nats, log scale)')
-    _add_legend(figure, styles, {}, band=False)
-    figure.suptitle(
-      'How networks come near the Bayes predictor of their source '
-      '(means over seeds)'
-    )
-  return figure
+  return _draw_curves(
+    rows,
+    'source',
+    ('step', 'training step (log scale)'),
+    ('above_exact', 'regret above the exact predictor (nats, log scale)'),
+    'How networks come near the Bayes predictor of their source (means over '
+    'seeds)',
+    band=False,  # They would hide each other.
+  )
 
 
 def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
@@ -278,58 +254,46 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   """
   trained = _unique(_are_networks(rows), 'trained_on')
   tested = _unique(rows, 'tested_on')
-  architectures = [studies.EXACT, *_styles(rows)]
-  matrices = {}
-  for name in architectures:
-    matrices[name] = np.full((len(trained), len(tested)), np.nan)
-    by_cell = groups(
+  matrices = {
+    name: _matrix(
       [row for row in rows if row['predictor'] == name],
-      'trained_on',
-      'tested_on',
+      trained,
+      tested,
+      'above_exact',
     )
-    for (trained_on, tested_on), of_cell in by_cell.items():
-      if trained_on in trained:
-        cell = trained.index(trained_on), tested.index(tested_on)
-        matrices[name][cell], _ = over_seeds(of_cell, 'above_exact')
-  # On a common scale; less than the least shown has its colour.
+    for name in (studies.EXACT, *_architectures(rows))
+  }
   high = max(np.nanmax(matrix) for matrix in matrices.values())
+  own = [(i, tested.index(x)) for i, x in enumerate(trained) if x in tested]
+  # On a common scale; less than the least shown has its colour.
   norm = matplotlib.colors.LogNorm(0.01, max(high, 0.1), clip=True)
-  with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(
-      len(architectures), 2.7, 5, 2.7, sharex=True, sharey=True
-    )
+  columns = min(5, len(matrices))
+  title = 'What networks and exact predictors lose on other sources'
+  with plotting.new_figure(
+    2.7 * columns, 1.2 + 2.7 * -(-len(matrices) // columns), title
+  ) as figure:
+    panels = _panels(figure, len(matrices), columns, sharex=True, sharey=True)
     for panel, (name, matrix) in zip(panels, matrices.items(), strict=True):
-      shown = np.maximum(np.nan_to_num(matrix, nan=0.01), 0.01)
-      image = panel.imshow(shown, norm=norm, cmap='Blues', aspect='auto')
-      colours = image.to_rgba(shown)
-      for (i, j), value in np.ndenumerate(matrix):
-        panel.text(
-          j,
-          i,
-          '–' if np.isnan(value) else f'{value:.2f}',
-          ha='center',
-          va='center',
-          fontsize=8,
-          color=plotting.readable_on(colours[i, j]),
-        )
-        if trained[i] == tested[j] and not np.isnan(value):
-          panel.add_patch(plotting.frame((j - 0.48, i - 0.47), 0.96, 0.94))
+      image = plotting.draw_heat_map(
+        panel,
+        np.maximum(matrix, 0.01),
+        [[f'{value:.2f}' for value in row] for row in matrix],
+        [cell for cell in own if not np.isnan(matrix[cell])],
+        norm,
+      )
       panel.set_title(
-        'the exact predictors' if name == studies.EXACT else label(name),
-        fontsize=10,
+        'the exact predictors' if name == studies.EXACT else label(name)
       )
-      panel.set_xticks(
-        range(len(tested)), tested, rotation=35, ha='right', fontsize=8
-      )
-      panel.set_yticks(range(len(trained)), trained, fontsize=8)
-      panel.tick_params(length=0)
-      panel.spines[:].set_visible(False)
-    figure.supxlabel('tested on', fontsize=10)
-    figure.supylabel('trained on, or the exact predictor of', fontsize=10)
-    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=40)
-    bar.set_label('regret above the exact predictor (nats, log scale)')
-    plotting.set_plain_ticks(bar.ax.yaxis)
-    figure.suptitle('What networks and exact predictors lose on other sources')
+      _name_cells(panel, trained, tested)
+    figure.supxlabel('tested on')
+    figure.supylabel('trained on, or the exact predictor of')
+    plotting.add_colour_bar(
+      figure,
+      image,
+      panels,
+      'regret above the exact predictor (nats, log scale)',
+      aspect=40,
+    )
   return figure
 
 
@@ -352,63 +316,69 @@ def draw_resemblance(
   exact = [
     column.removeprefix('kl/') for column in rows[0] if column[:3] == 'kl/'
   ]
+  # [trained on, tested on, exact predictor]
+  matrices = 1e3 * np.stack(
+    [_matrix(rows, trained, tested, f'kl/{name}') for name in exact], axis=-1
+  )
+  norm = matplotlib.colors.LogNorm(max(matrices.min(), 0.1), matrices.max())
+  columns = min(3, len(trained))
+  title = f'{label(architecture)}: KL from every exact predictor to it'
+  with plotting.new_figure(
+    max(7.0, 3.9 * columns), 1.5 + 3.0 * -(-len(trained) // columns), title
+  ) as figure:
+    panels = _panels(figure, len(trained), columns, sharex=True, sharey=True)
+    for panel, trained_on, matrix in zip(
+      panels, trained, matrices, strict=True
+    ):
+      image = plotting.draw_heat_map(
+        panel,
+        matrix,
+        [[f'{value:.1f}' for value in row] for row in matrix],
+        enumerate(matrix.argmin(axis=1)),
+        norm,
+      )
+      panel.set_title(f'trained on {trained_on}')
+      _name_cells(panel, tested, [exact_label(name) for name in exact])
+    figure.supylabel('tested on')
+    plotting.add_colour_bar(
+      figure,
+      image,
+      panels,
+      'KL(exact || network), 1/1000 nats per symbol, log scale',
+      aspect=40,
+    )
+    plotting.add_legend(
+      figure, [plotting.frame((0, 0), 1, 1, label='the nearest of the row')]
+    )
+  return figure
+
+
+def _matrix(
+  rows: Sequence[Row],
+  trained: Sequence[str],
+  tested: Sequence[str],
+  column: str,
+) -> np.ndarray:
+  """Means over seeds, by source of training and of testing; NaN if missing."""
   by_cell = groups(rows, 'trained_on', 'tested_on')
-  matrices = np.array(
+  return np.array(
     [
       [
-        [
-          1e3 * over_seeds(by_cell[trained_on, tested_on], f'kl/{name}')[0]
-          for name in exact
-        ]
-        for tested_on in tested
+        over_seeds(by_cell[cell], column)[0] if cell in by_cell else np.nan
+        for cell in ((trained_on, tested_on) for tested_on in tested)
       ]
       for trained_on in trained
     ]
   )
-  norm = matplotlib.colors.LogNorm(max(matrices.min(), 0.1), matrices.max())
-  with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(
-      len(trained), 3.0, 3, 3.9, sharex=True, sharey=True
-    )
-    for panel, trained_on, matrix in zip(
-      panels, trained, matrices, strict=True
-    ):
-      image = panel.imshow(matrix, norm=norm, cmap='Blues', aspect='auto')
-      colours = image.to_rgba(matrix)
-      for (i, j), value in np.ndenumerate(matrix):
-        panel.text(
-          j,
-          i,
-          f'{value:.1f}',
-          ha='center',
-          va='center',
-          fontsize=8,
-          color=plotting.readable_on(colours[i, j]),
-        )
-        if j == matrix[i].argmin():
-          panel.add_patch(plotting.frame((j - 0.48, i - 0.47), 0.96, 0.94))
-      panel.set_title(f'trained on {trained_on}', fontsize=10)
-      panel.set_xticks(
-        range(len(exact)),
-        [exact_label(name) for name in exact],
-        rotation=35,
-        ha='right',
-        fontsize=8,
-      )
-      panel.set_yticks(range(len(tested)), tested, fontsize=8)
-      panel.tick_params(length=0)
-      panel.spines[:].set_visible(False)
-    figure.supylabel('tested on', fontsize=10)
-    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=40)
-    bar.set_label('KL(exact || network), 1/1000 nats per symbol, log scale')
-    plotting.set_plain_ticks(bar.ax.yaxis)
-    plotting.add_legend(
-      figure, [plotting.frame((0, 0), 1, 1, label='the nearest of the row')]
-    )
-    figure.suptitle(
-      f'{label(architecture)}: KL from every exact predictor to it'
-    )
-  return figure
+
+
+def _name_cells(
+  panel: matplotlib.axes.Axes, rows: Sequence[str], columns: Sequence[str]
+) -> None:
+  panel.set_xticks(
+    range(len(columns)), columns, rotation=35, ha='right', fontsize=8
+  )
+  panel.set_yticks(range(len(rows)), rows, fontsize=8)
 
 
 def draw_length(
@@ -418,31 +388,22 @@ def draw_length(
 
   Args:
     rows: Rows of the table length.
-    training_length: Is marked.
+    training_length: Length that is marked; None marks none.
 
   Returns:
-    The figure: a panel for every source; means over seeds with 95% confidence
-    bands, the exact predictor under them.
+    The figure: panels for every source and family of networks; means over seeds
+    with standard errors, the exact predictor under them.
   """
-  rows = [
-    {**row, 'position': (row['first_position'] + row['last_position']) / 2}
-    for row in rows
-  ]
-
-  def draw(panel: matplotlib.axes.Axes, source: str) -> None:
-    if training_length is not None:
-      panel.axvline(training_length, color='0.6', linestyle=':', linewidth=1.3)
-    panel.set_yscale('log')
-    _set_log_ticks(panel.yaxis)
-    panel.set_xlabel('position (symbols)')
-    panel.set_ylabel('regret per symbol\n(nats, log scale)')
-
   return _draw_curves(
-    rows,
+    [
+      {**row, 'position': (row['first_position'] + row['last_position']) / 2}
+      for row in rows
+    ],
     'trained_on',
-    'position',
-    draw,
+    ('position', 'position (symbols)'),
+    ('regret_per_symbol', 'regret per symbol (nats, log scale)'),
     'What networks lose beyond the length of their training (dotted line)',
+    marked=training_length,
   )
 
 
@@ -453,27 +414,14 @@ def draw_after_switch(rows: Sequence[Row]) -> figure_lib.Figure:
     rows: Rows of the table after_switch.
 
   Returns:
-    The figure: a panel for every source; networks that were trained on it,
-    its own exact predictor, PTW and LAD.
+    The figure: panels for every source and family of networks that were trained
+    on it, with its own exact predictor, PTW and LAD.
   """
-
-  def draw(panel: matplotlib.axes.Axes, source: str) -> None:
-    panel.set_yscale('log')
-    _set_log_ticks(panel.yaxis)
-    panel.set_xlabel('symbols since a switch')
-    panel.set_ylabel('regret of the symbol\n(nats, log scale)')
-
-  kept = [
-    row
-    for row in rows
-    if row['seed'] is not None
-    or row['trained_on'] in (row['tested_on'], *studies.REFERENCES)
-  ]
   return _draw_curves(
-    kept,
+    rows,
     'tested_on',
-    'symbols_since',
-    draw,
+    ('symbols_since', 'symbols since a switch'),
+    ('regret_per_symbol', 'regret of the symbol (nats, log scale)'),
     'What a switch costs, on the source of training',
   )
 
@@ -481,51 +429,96 @@ def draw_after_switch(rows: Sequence[Row]) -> figure_lib.Figure:
 def _draw_curves(
   rows: Sequence[Row],
   by: str,
-  x: str,
-  finish: Callable[[matplotlib.axes.Axes, str], None],
+  x: tuple[str, str],
+  y: tuple[str, str],
   title: str,
+  band: bool = True,
+  marked: float | None = None,
 ) -> figure_lib.Figure:
-  """Regret per symbol of networks and exact predictors, a panel per source."""
+  """Draws curves of networks, and of exact predictors where rows have them.
+
+  Args:
+    rows: Rows of a table.
+    by: Column of the sources, which have a row of panels each.
+    x: Column of the horizontal axis, and its label.
+    y: Column of the vertical axis, which is logarithmic, and its label.
+    title: Title of the figure.
+    band: Whether networks have a band of standard errors.
+    marked: Position that is marked.
+
+  Returns:
+    The figure: a panel for every source and family of networks.
+  """
   sources = _unique(rows, by)
-  styles = _styles(rows)
-  exact = _unique([row for row in rows if row['seed'] is None], 'trained_on')
-  others = [name for name in studies.REFERENCES if name in exact]
-  with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(len(sources), 3.0, 2, 5.0)
-    for panel, source in zip(panels, sources, strict=True):
+  names = _architectures(rows)
+  families = dict.fromkeys(plotting.style(label(name)).family for name in names)
+  shown = {}
+  with plotting.new_figure(10.5, 1.5 + 2.2 * len(sources), title) as figure:
+    panels = figure.subplots(
+      len(sources), len(families), sharey='row', squeeze=False
+    )
+    for (i, j), panel in np.ndenumerate(panels):
+      source, family = sources[i], list(families)[j]
       of_source = [row for row in rows if row[by] == source]
-      for name, style in styles.items():
-        _draw_curve(
-          panel,
-          [row for row in of_source if row['predictor'] == name],
-          x,
-          'regret_per_symbol',
-          style,
-        )
-      for name in dict.fromkeys((source, *others)):
-        style = _EXACT_STYLES[0]
-        if name != source:
-          style = _EXACT_STYLES[1 + others.index(name)]
-        points = sorted(
-          (row[x], row['regret_per_symbol'])
+      for name in dict.fromkeys((source, *studies.REFERENCES)):
+        of_exact = [
+          row
           for row in of_source
           if row['seed'] is None and row['trained_on'] == name
-        )
-        if points:
-          panel.plot(*zip(*points, strict=True), **style)
-      panel.grid(color='0.92', linewidth=0.8)
-      panel.set_axisbelow(True)
-      panel.set_title(source, fontsize=10)
-      finish(panel, source)
-    references = {"the source's exact predictor": _EXACT_STYLES[0]}
-    if by == 'tested_on':
-      references |= {
-        exact_label(name): _EXACT_STYLES[1 + index]
-        for index, name in enumerate(others)
-      }
-    _add_legend(figure, styles, references)
-    figure.suptitle(title)
+        ]
+        if of_exact:
+          exact = plotting.SOURCES_OWN if name == source else exact_label(name)
+          shown[exact] = None
+          _draw_curve(panel, of_exact, x[0], y[0], exact, False)
+      for name in names:
+        if plotting.style(label(name)).family == family:
+          of_name = [row for row in of_source if row['predictor'] == name]
+          _draw_curve(panel, of_name, x[0], y[0], label(name), band)
+      if marked is not None:
+        plotting.mark(panel, marked)
+      if x[0] == 'step':
+        panel.set_xscale('log')
+        plotting.set_plain_ticks(panel.xaxis)
+      plotting.add_grid(panel)
+      panel.set_title(f'{source}: {family}')
+    for panel in panels[:, 0]:  # When all of the row are drawn.
+      panel.set_yscale('log')
+      plotting.set_plain_ticks(panel.yaxis)
+    for panel in panels[-1]:
+      panel.set_xlabel(x[1])
+    figure.supylabel(y[1])
+    handles = plotting.predictor_handles(
+      [*map(label, names), *sorted(shown, key=plotting.rank)]
+    )
+    if band:
+      handles.append(plotting.band_handle(_STDERR))
+    plotting.add_legend(figure, handles)
   return figure
+
+
+def _draw_curve(
+  panel: matplotlib.axes.Axes,
+  rows: Sequence[Row],
+  x: str,
+  y: str,
+  name: str,
+  band: bool,
+) -> None:
+  """Mean over seeds on a logarithmic axis, and a band of standard errors."""
+  points = sorted(
+    (key, *over_seeds(of_x, y)) for (key,), of_x in groups(rows, x).items()
+  )
+  # A value that is not positive has no logarithm: noise at the optimum.
+  positive = [mean for _, mean, _ in points if mean > 0]
+  if not positive:
+    return
+  xs, means, stderrs = np.array(points).T
+  stderrs = np.nan_to_num(stderrs)
+  low = np.maximum(means - stderrs, min(positive) / 3)
+  means = np.where(means > 0, means, np.nan)
+  plotting.draw_line(
+    panel, xs, means, name, (low, means + stderrs) if band else None
+  )
 
 
 def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
@@ -536,133 +529,44 @@ def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
 
   Returns:
     The figure: a panel for every target and source; the share of variance
-    around the mean of every time, means over seeds, before and after training.
+    around the mean of every time, before and after training: a dot for every
+    seed, and means with standard errors over seeds.
   """
   rows = [row for row in rows if row['r2_given_time'] is not None]
   if not rows:
     raise ValueError('no posterior has variance to explain')
-  cells = _unique(
-    [{**row, 'cell': (row['target'], row['source'])} for row in rows], 'cell'
+  sources, names = _unique(rows, 'source'), _architectures(rows)
+  targets = [name for name in TARGETS if name in _unique(rows, 'target')]
+  by_cell = groups(rows, 'target', 'source', 'predictor', 'is_trained')
+  title = (
+    'What the state of a network tells of the exact posterior: share of its '
+    'variance\naround the mean of every time that a linear map explains'
   )
-  cells.sort(key=lambda cell: list(TARGETS).index(cell[0]))
-  sources = _unique(rows, 'source')
-  names = list(_styles(rows))
-  with matplotlib.rc_context(plotting.STYLE):
-    figure, panels = _panels(
-      len(cells), 3.0, len(sources), 2.8, sharey=True, sharex=True
+  with plotting.new_figure(
+    max(7.0, 2.8 * len(sources)), 1.5 + 3.0 * len(targets), title
+  ) as figure:
+    panels = figure.subplots(
+      len(targets), len(sources), sharex='col', sharey=True, squeeze=False
     )
-    for panel, (target, source) in zip(panels, cells, strict=True):
-      of_cell = groups(
-        [
-          row
-          for row in rows
-          if row['target'] == target and row['source'] == source
-        ],
-        'predictor',
-        'is_trained',
-      )
-      for (name, is_trained), of_name in of_cell.items():
-        mean, stderr = over_seeds(of_name, 'r2_given_time')
-        # Values below 0, worse than the mean of every time, are drawn at 0.
-        panel.errorbar(
-          max(mean, 0),
-          names.index(name),
-          xerr=_half_width(of_name) * np.nan_to_num(stderr),
-          fmt='o',
-          color=plotting.COLOURS[0] if is_trained else plotting.COLOURS[1],
-          markerfacecolor=plotting.COLOURS[0] if is_trained else 'white',
-          markersize=6,
-          capsize=2.5,
-        )
-      panel.set_yticks(range(len(names)), [label(name) for name in names])
-      panel.set_ylim(len(names) - 0.5, -0.5)
-      panel.set_xlim(-0.04, 1.04)
-      panel.grid(axis='y', color='0.92', linewidth=0.8)
-      panel.set_title(f'{TARGETS.get(target, target)}\n{source}', fontsize=9)
+    for (i, j), panel in np.ndenumerate(panels):
+      for (target, source, name, is_trained), of_cell in by_cell.items():
+        if (target, source) == (targets[i], sources[j]):
+          _draw_seeds(
+            panel, names.index(name), of_cell, 'r2_given_time', is_trained
+          )
+      _finish_rows(panel, names)
+      panel.update_datalim([(0, 0), (1, 0)])
+      panel.autoscale_view()
+      panel.set_title(f'{TARGETS[targets[i]]}\n{sources[j]}', fontsize=9)
+      if i == len(panels) - 1:
+        panel.set_xlabel('share explained')
+    looks = {'marker': 'o', 'color': '0.4'}
     plotting.add_legend(
       figure,
       [
-        _marker('o', plotting.COLOURS[0], 'after training'),
-        matplotlib.lines.Line2D(
-          [],
-          [],
-          linestyle='none',
-          marker='o',
-          color=plotting.COLOURS[1],
-          markerfacecolor='white',
-          label='before training',
-        ),
+        plotting.handle(f'after training, {_STDERR}', **looks),
+        plotting.handle('before training', markerfacecolor='white', **looks),
+        plotting.handle('one seed', markersize=3.5, **looks),
       ],
     )
-    figure.suptitle(
-      'What the state of a network tells of the exact posterior: share of '
-      'its variance\naround the mean of every time that a linear map explains'
-    )
   return figure
-
-
-def _draw_curve(
-  panel: matplotlib.axes.Axes,
-  rows: Sequence[Row],
-  x: str,
-  y: str,
-  style: Mapping[str, object],
-  band: bool = True,
-) -> None:
-  """Mean over seeds on a logarithmic axis, and a 95% confidence band."""
-  points = [
-    (key, *over_seeds(of_x, y), _half_width(of_x))
-    for (key,), of_x in groups(rows, x).items()
-  ]
-  if not points:
-    return
-  xs, means, stderrs, widths = np.array(sorted(points)).T
-  half = widths * np.nan_to_num(stderrs)
-  # A value that is not positive has no logarithm: noise at the optimum.
-  positive = means[means > 0]
-  if not len(positive):
-    return
-  panel.plot(xs, np.where(means > 0, means, np.nan), **style)
-  if band:
-    panel.fill_between(
-      xs,
-      np.maximum(means - half, positive.min() / 3),
-      means + half,
-      color=style['color'],
-      alpha=0.18,
-      linewidth=0,
-    )
-
-
-def _add_legend(
-  figure: figure_lib.Figure,
-  styles: Mapping[str, Mapping[str, Any]],
-  references: Mapping[str, Mapping[str, Any]],
-  band: bool = True,
-) -> None:
-  handles = [
-    matplotlib.lines.Line2D([], [], label=label(name), **style)
-    for name, style in styles.items()
-  ]
-  handles += [
-    matplotlib.lines.Line2D([], [], label=name, **style)
-    for name, style in references.items()
-  ]
-  if band:
-    handles.append(
-      matplotlib.patches.Patch(
-        color='0.5', alpha=0.35, linewidth=0, label='95% confidence over seeds'
-      )
-    )
-  plotting.add_legend(figure, handles)
-
-
-def _marker(marker: str, colour: str, name: str) -> matplotlib.lines.Line2D:
-  is_bar = marker == '|'
-  return plotting.marker_handle(
-    marker,
-    colour,
-    name,
-    markersize=9 if is_bar else 5,
-    markeredgewidth=2 if is_bar else 1,
-  )

@@ -63,7 +63,7 @@ def test_run_writes_config_metrics_and_figure(tmp_path):
   assert config.schedule.training_steps == 20
   table = json.loads((folder / 'table.json').read_text())
   assert [row['predictor'] for row in table['table']] == [
-    'lstm',
+    'LSTM',
     'PTW',
     'LAD',
     'KT',
@@ -159,7 +159,7 @@ def test_second_start_compiles_nothing(tmp_path):
   args = (*SHORT, '--overwrite', '--num_seeds=2', '--num_sequences=100')
   first = _launch(tmp_path, *args, env=env)
   assert first.returncode == 0, first.stderr
-  assert 'lstm, 2 seeds' in first.stdout
+  assert 'LSTM, 2 seeds' in first.stdout
   kept = sorted(path.name for path in cache.rglob('*-cache'))
   assert kept
   second = _launch(tmp_path, *args, env=env)

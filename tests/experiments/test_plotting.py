@@ -1,3 +1,5 @@
+import collections
+
 from matplotlib import colors
 import numpy as np
 import pytest
@@ -96,7 +98,6 @@ def test_bayes_table_has_a_panel_per_source_and_marks_the_own_predictor():
     'lin',
     'static',
   ]
-  own = plotting.COLOURS[5]
   for panel, expected in zip(panels, (0, 1, None, None), strict=True):
     regrets = {
       int(line.get_ydata()[0]): line
@@ -104,10 +105,73 @@ def test_bayes_table_has_a_panel_per_source_and_marks_the_own_predictor():
       if line.get_marker() == 'o'
     }
     assert [line.get_xdata()[0] for line in regrets.values()] == [2.0, 3.0]
-    marked = [row for row, line in regrets.items() if line.get_color() == own]
+    marked = [
+      row
+      for row, line in regrets.items()
+      if line.get_markerfacecolor() == 'black'
+    ]
     assert marked == ([] if expected is None else [expected])
     bounds = [line for line in panel.get_lines() if line.get_marker() == '|']
     assert [line.get_xdata()[0] for line in bounds] == [20.0]
+
+
+def test_predictor_looks_the_same_in_every_figure_and_company():
+  looks = collections.defaultdict(set)
+  rng = np.random.default_rng(0)
+  mean = lambda: rng.gamma(1.0, size=(3, 9))
+  batch, parameters, switches = _source(2)
+  names = ('LAD', 'my network', 'LSTM', 'another', 'PTW')
+  for order in (names, names[::-1], names[2:]):
+    for figure in (
+      plotting.plot_regret_over_time({name: mean() for name in order}),
+      plotting.plot_learning_curve(
+        {name: _history([2.0, 1.0]) for name in order}
+      ),
+      plotting.plot_length_generalisation(
+        {name: {4: np.ones(3), 8: np.ones(3)} for name in order}
+      ),
+      plotting.plot_sequence(
+        batch[0],
+        parameters[0],
+        switches[0],
+        {name: parameters[0, 1:] for name in order},
+        {name: np.ones(9) for name in order},
+      ),
+    ):
+      for panel in figure.axes:
+        for line in panel.get_lines():
+          if line.get_label() in names:
+            looks[line.get_label()].add(
+              (line.get_color(), line.get_linestyle(), line.get_marker())
+            )
+  assert {name: len(styles) for name, styles in looks.items()} == dict.fromkeys(
+    names, 1
+  )
+  assert len(set.union(*looks.values())) == len(names)
+
+
+def test_no_two_predictors_of_the_table_look_the_same():
+  looks = [style._replace(family='') for style in plotting.STYLES.values()]
+  assert len(set(looks)) == len(looks)
+  # Nor does any other label look like one of them.
+  others = {plotting.style(f'run {i}')._replace(family='') for i in range(500)}
+  assert not others & set(looks)
+  assert len(others) > 200
+
+
+def test_ensembles_look_like_their_networks():
+  for label in ('LSTM, 3 seeds', 'LSTM, 1 of 3 seeds'):
+    assert plotting.style(label) == plotting.style('LSTM')
+  assert plotting.style('LSTM, wide') != plotting.style('LSTM')
+
+
+def test_symbols_of_two_are_called_0_and_1():
+  batch, parameters, switches = _source(2)
+  assert _legend(plotting.plot_source(batch, parameters, switches)) == [
+    'true parameter',
+    'symbol: 1 (top) or 0 (bottom)',
+    'switching point',
+  ]
 
 
 def _lines(panel):
@@ -318,7 +382,9 @@ def test_learning_curve_above_a_chosen_predictor_is_linear_near_zero():
 
 def test_learning_curve_of_a_single_log_is_seen():
   figure = plotting.plot_learning_curve({'LSTM': _history([3.0])})
-  assert _lines(figure.axes[0])['LSTM'].get_marker() == 'o'
+  line = _lines(figure.axes[0])['LSTM']
+  assert line.get_marker() == plotting.style('LSTM').marker
+  assert line.get_markevery() is None
 
 
 def test_learning_curve_of_an_ensemble_has_the_spread_over_its_seeds():

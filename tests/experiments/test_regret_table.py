@@ -6,7 +6,7 @@ from nonstationary_mbml.experiments import regret_table
 
 def test_ensembles_are_measured_over_their_members():
   regrets = {'network': np.array([[1.0, 3.0], [2.0, 6.0]]), 'kt': np.ones(2)}
-  names = {'network': 'lstm, 2 seeds', 'kt': 'KT'}
+  names = {'network': 'LSTM, 2 seeds', 'kt': 'KT'}
   network, kt = regret_table.results_table(regrets, names, 'kt')
   assert network['cumulative_regret'] == 3.0
   assert network['stderr_over'] == 'seeds' and kt['stderr_over'] == 'sequences'
@@ -25,10 +25,10 @@ def test_ensembles_are_measured_over_their_members():
 def test_table_measures_from_the_exact_predictor():
   ptw = np.array([2.0, 3.0, 4.0, 3.0])
   regrets = {'network': ptw + [0.0, 1.0, 0.0, 1.0], 'ptw': ptw, 'kt': ptw - 1}
-  names = {'network': 'lstm', 'ptw': 'PTW', 'kt': 'KT'}
+  names = {'network': 'LSTM', 'ptw': 'PTW', 'kt': 'KT'}
   rows = regret_table.results_table(regrets, names, 'ptw')
   above = {row['predictor']: row['above_optimum'] for row in rows}
-  assert above == {'lstm': 0.5, 'PTW': 0.0, 'KT': -1.0}
+  assert above == {'LSTM': 0.5, 'PTW': 0.0, 'KT': -1.0}
   # Paired: the spread of the sequences themselves does not count.
   assert rows[2]['above_optimum_stderr'] == 0
   assert rows[0]['above_optimum_stderr'] == pytest.approx(np.sqrt(1 / 12))
@@ -38,7 +38,7 @@ def test_table_measures_from_the_exact_predictor():
 
 def test_table_without_exact_predictors_has_the_network():
   (row,) = regret_table.results_table(
-    {'network': np.arange(3.0)}, {'network': 'lstm'}, None
+    {'network': np.arange(3.0)}, {'network': 'LSTM'}, None
   )
   assert row['cumulative_regret'] == 1.0
 
@@ -70,7 +70,7 @@ def test_table_without_an_exact_predictor_claims_no_optimum():
     'lad': np.array([2.0, 2.5]),
     'kt': np.array([3.0, 3.0]),
   }
-  names = {'network': 'lstm', 'lad': 'LAD', 'kt': 'KT'}
+  names = {'network': 'LSTM', 'lad': 'LAD', 'kt': 'KT'}
   rows = regret_table.results_table(regrets, names, None)
   text = regret_table.format_table(rows, is_exact=False)
   head, network, lad, _ = text.splitlines()

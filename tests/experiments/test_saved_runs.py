@@ -224,7 +224,7 @@ def test_evaluation_of_all_steps_is_a_table_of_each(folder, trained):
   assert [by['step'] for by in content['steps']] == [1, 6]
   assert content['exact_predictor'] == 'regular_shift'
   first, last = (by['table'] for by in content['steps'])
-  assert first[0]['predictor'] == 'stack_rnn, 2 seeds'
+  assert first[0]['predictor'] == 'Stack-RNN, 2 seeds'
   assert first[0]['cumulative_regret'] != last[0]['cumulative_regret']
   # The exact predictors read the same sequences.
   assert first[1]['cumulative_regret'] == last[1]['cumulative_regret']

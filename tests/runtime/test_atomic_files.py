@@ -1,6 +1,10 @@
+import io
 import math
 import os
 
+from matplotlib import figure as figure_lib
+from matplotlib import image as plt_image
+import numpy as np
 import pytest
 
 from nonstationary_mbml.runtime import atomic_files
@@ -56,3 +60,19 @@ def test_table_has_the_columns_of_all_rows(tmp_path):
 def test_table_that_is_not_there_is_named(tmp_path):
   with pytest.raises(ValueError, match='cannot read .*none.csv'):
     atomic_files.read_csv(tmp_path / 'none.csv')
+
+
+def test_figure_keeps_its_colours_in_a_palette():
+  figure = figure_lib.Figure(figsize=(3, 2))
+  panel = figure.subplots()
+  panel.imshow(np.linspace(0, 1, 400).reshape(20, 20), cmap='viridis')
+  whole = io.BytesIO()
+  figure.savefig(whole, format='png')
+  png = atomic_files.to_png(figure)
+  assert len(png) < 0.7 * len(whole.getvalue())
+  whole.seek(0)
+  np.testing.assert_allclose(
+    plt_image.imread(io.BytesIO(png))[..., :3],
+    plt_image.imread(whole)[..., :3],
+    atol=12 / 255,
+  )

@@ -46,10 +46,10 @@ def test_curves_over_time_are_those_of_the_seed_with_the_network_first(
   evaluators,
 ):
   curves = regret_curves.over_time(_run(), num_sequences=5, seed=3)
-  assert list(curves) == ['lstm', 'PTW']
+  assert list(curves) == ['LSTM', 'PTW']
   (evaluator,) = evaluators
   expected = evaluator.regrets_over_time({}, jax.random.key(3), 5)
-  np.testing.assert_array_equal(curves['lstm'], expected['network'])
+  np.testing.assert_array_equal(curves['LSTM'], expected['network'])
   np.testing.assert_array_equal(curves['PTW'], expected['ptw'])
 
 
@@ -57,11 +57,11 @@ def test_curves_by_length_are_those_of_an_evaluation_at_every_length(
   evaluators,
 ):
   curves = regret_curves.by_length(_run(), (6, 3), num_sequences=5, seed=3)
-  assert list(curves['lstm']) == [3, 6]
+  assert list(curves['LSTM']) == [3, 6]
   for evaluator in evaluators:
     expected = evaluator.evaluate({}, jax.random.key(3), 5)
     np.testing.assert_array_equal(
-      curves['lstm'][evaluator.seq_length], expected['network']
+      curves['LSTM'][evaluator.seq_length], expected['network']
     )
 
 
@@ -94,7 +94,7 @@ def test_curves_by_source_are_beside_the_exact_predictors_of_each():
   )
   assert list(curves) == ['every second']
   assert list(curves['every second']) == [
-    'lstm',
+    'LSTM',
     'known period',
     'PTW',
     'LAD',
@@ -102,7 +102,7 @@ def test_curves_by_source_are_beside_the_exact_predictors_of_each():
   ]
   # The network is KT itself.
   np.testing.assert_array_equal(
-    curves['every second']['lstm'], curves['every second']['KT']
+    curves['every second']['LSTM'], curves['every second']['KT']
   )
 
 
@@ -130,7 +130,7 @@ def test_labels_tell_ensembles_and_predictors_of_one_kind():
   evaluator = saved_runs.evaluator_of(run)
   evaluator.optimal_predictors = dict.fromkeys(('lad', 'lin', 'kt'))
   assert regret_curves.labels(run, evaluator) == {
-    'network': 'lstm, 1 of 2 seeds',
+    'network': 'LSTM, 1 of 2 seeds',
     'lad': 'lad',
     'lin': 'lin',
     'kt': 'KT',
@@ -158,7 +158,7 @@ def test_sequence_of_a_run_has_the_predictors_of_its_source(monkeypatch):
   monkeypatch.setattr(evaluator_lib, 'draw_sequence', draw_sequence)
   sequence = regret_curves.sequence(run, seed=3)
   # What is of no use on this source would only crowd the figure.
-  assert sequence.regrets == {'lstm': 0, 'PTW': 1, 'LAD': 2}
-  for index, label in enumerate(('lstm', 'PTW', 'LAD')):
+  assert sequence.regrets == {'LSTM': 0, 'PTW': 1, 'LAD': 2}
+  for index, label in enumerate(('LSTM', 'PTW', 'LAD')):
     np.testing.assert_array_equal(sequence.probabilities[label], index)
   assert keys == [jax.random.key(3)]

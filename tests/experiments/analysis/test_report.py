@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from nonstationary_mbml import predictor_factories
 from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments.analysis import report
 from nonstationary_mbml.experiments.analysis import study_figures
 from nonstationary_mbml.experiments.analysis import study_tables
@@ -166,17 +168,79 @@ def test_curves_are_means_over_seeds_beside_exact_predictors():
   ]
   panel, static = study_figures.draw_after_switch(rows).axes
   curves = [line.get_ydata().tolist() for line in panel.get_lines()]
-  np.testing.assert_allclose(curves[0], [0.6, 0.3])
-  assert curves[1:] == [[0.4, 0.2], [0.5, 0.3]]
+  np.testing.assert_allclose(curves[-1], [0.6, 0.3])
+  assert curves[:-1] == [[0.4, 0.2], [0.5, 0.3]]
   assert panel.get_yscale() == 'log'
   curves = [line.get_ydata().tolist() for line in static.get_lines()]
   assert curves == [[0.9, 0.9], [0.8, 0.8]]
-  # Of two seeds, a 95% interval is 12.7 standard errors to either side; what
-  # would be below 0 is cut.
   (band,) = panel.collections
-  assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(
-    0.6 + 12.706 * 0.1, rel=1e-4
-  )
+  np.testing.assert_allclose(_edges(band, 1), [0.5, 0.7])
+  np.testing.assert_allclose(_edges(band, 2), [0.2, 0.4])
+
+
+def _edges(band, x):
+  """Lower and upper edge of a band."""
+  (path,) = band.get_paths()
+  ys = path.vertices[path.vertices[:, 0] == x, 1]
+  return ys.min(), ys.max()
+
+
+def test_families_of_networks_have_panels_beside_the_exact_predictors():
+  rows = [
+    *_curve(None, [0.4, 0.2], 'exact', 'lin'),
+    *_curve(0, [0.5, 0.2], 'transformer_alibi'),
+    *_curve(0, [0.5, 0.3], 'lstm'),
+    *_curve(0, [0.5, 0.4], 'my_network'),
+  ]
+  figure = study_figures.draw_after_switch(rows)
+  shown = {
+    panel.get_title(): [line.get_label() for line in panel.get_lines()]
+    for panel in figure.axes
+  }
+  own = plotting.SOURCES_OWN
+  assert shown == {
+    'lin: recurrent': [own, 'LSTM'],
+    'lin: attention': [own, 'Transformer, ALIBI'],
+    'lin: other networks': [own, 'my_network'],
+  }
+  assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+    'LSTM',
+    'Transformer, ALIBI',
+    'my_network',
+    own,
+    'mean ± standard error over seeds',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('table', 'draw'),
+  [
+    ('on_distribution', study_figures.draw_on_distribution),
+    ('read_out', study_figures.draw_read_out),
+  ],
+)
+def test_no_dot_and_no_error_bar_is_cut(table, draw):
+  num_bars = 0
+  for panel in draw(_rows(table)).axes:
+    low, high = panel.get_xlim()
+    for line in panel.get_lines():
+      if line.get_linestyle() != ':':
+        assert low < np.min(line.get_xdata())
+        assert np.max(line.get_xdata()) < high
+    for bars in panel.collections:
+      num_bars += 1
+      for segment in bars.get_segments():
+        assert low < segment[0, 0] <= segment[1, 0] < high
+  assert num_bars >= 45
+
+
+def test_names_of_the_sweep_are_labelled_as_their_networks_are():
+  assert study_figures.LABELS == {
+    point.settings['model']: predictor_factories.label(point.config.model)
+    for point in presets.small().points()
+  }
+  assert set(study_figures.LABELS.values()) <= plotting.STYLES.keys()
+  assert set(study_figures.EXACT_LABELS.values()) <= plotting.STYLES.keys()
 
 
 def test_matrix_shows_what_is_missing_and_frames_the_own_source():
