@@ -800,7 +800,7 @@ def plot_bayes_table(
 
   Args:
     cells: Cells of `bayes_table`, one for each source and predictor: `source`,
-      `predictor`, `is_own`, `cumulative_regret`, `stderr` and `bound`.
+      `predictor`, `is_exact`, `cumulative_regret`, `stderr` and `bound`.
     labels: Labels of the predictors, from top to bottom.
 
   Returns:
@@ -940,8 +940,8 @@ def _draw_cell(
     row,
     xerr=cell['stderr'],
     marker='o',
-    markersize=7 if cell['is_own'] else 5,
-    color=COLOURS[5] if cell['is_own'] else COLOURS[0],
+    markersize=7 if cell['is_exact'] else 5,
+    color=COLOURS[5] if cell['is_exact'] else COLOURS[0],
   )
   if cell['bound'] is not None:
     panel.plot(cell['bound'], row, marker='|', markersize=12, color='0.3')

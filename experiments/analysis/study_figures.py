@@ -1,7 +1,7 @@
 """Figures of the tables that `studies` measures.
 
-  rows = files.read_csv(pathlib.Path('results/small/length.csv'))
-  draw_length(rows, training_length=32).savefig('length.png')
+  rows = files.read_csv(pathlib.Path('results/small/length_generalization.csv'))
+  draw_length_generalization(rows, training_length=32).savefig('length.png')
 
 Every function takes the rows of a table, as they were measured or as
 `atomic_files.read_csv` gives them, and nothing else is computed anew.
@@ -39,7 +39,7 @@ EXACT_LABELS = {
   'ptw': 'PTW',
   'lin': 'LAD',
   'regular_shift': 'known period',
-  'random_shift': 'known length law',
+  'random_shift': 'known length distribution',
   'static': 'KT',
 }
 TARGETS = {
@@ -160,7 +160,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   networks = list(_styles(rows))
   # A predictor that is only ever the source's own has no distance to itself.
   references = _unique(
-    [row for row in rows if row['seed'] is None and not row['is_own']],
+    [row for row in rows if row['seed'] is None and not row['is_exact']],
     'predictor',
   )
   names = networks + references
@@ -170,9 +170,9 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
       of_source = groups(
         [row for row in rows if row['source'] == source], 'predictor'
       )
-      own = [r for r in rows if r['source'] == source and r.get('is_own')]
+      own = [r for r in rows if r['source'] == source and r.get('is_exact')]
       for (name,), of_name in of_source.items():
-        if of_name[0].get('is_own'):
+        if of_name[0].get('is_exact'):
           continue
         y = names.index(name)
         values = [row['above_exact'] for row in of_name]
@@ -411,13 +411,13 @@ def draw_resemblance(
   return figure
 
 
-def draw_length(
+def draw_length_generalization(
   rows: Sequence[Row], training_length: int | None = None
 ) -> figure_lib.Figure:
   """Draws regret per symbol over position, beyond the length of training.
 
   Args:
-    rows: Rows of the table length.
+    rows: Rows of the table length_generalization.
     training_length: Is marked.
 
   Returns:
@@ -446,11 +446,11 @@ def draw_length(
   )
 
 
-def draw_after_switch(rows: Sequence[Row]) -> figure_lib.Figure:
+def draw_post_switch_regret(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws regret per symbol against the time since a true switch.
 
   Args:
-    rows: Rows of the table after_switch.
+    rows: Rows of the table post_switch_regret.
 
   Returns:
     The figure: a panel for every source; networks that were trained on it,
@@ -528,11 +528,11 @@ def _draw_curves(
   return figure
 
 
-def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
+def draw_linear_probe(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws how well the exact posterior can be read from a network's state.
 
   Args:
-    rows: Rows of the table read_out.
+    rows: Rows of the table linear_probe.
 
   Returns:
     The figure: a panel for every target and source; the share of variance

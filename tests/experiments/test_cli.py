@@ -158,7 +158,7 @@ def test_table_of_exact_predictors_is_printed_before_it_is_written(
     bayes_table.Cell(
       source='ptw',
       predictor=name,
-      is_own=name == 'ptw',
+      is_exact=name == 'ptw',
       cumulative_regret=1.25,
       stderr=0.5,
       above_own=0.0,
