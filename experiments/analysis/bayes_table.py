@@ -57,8 +57,8 @@ class Cell:
   """One predictor on one source; a line of the CSV file.
 
   Attributes:
-    source: One of `SOURCES`.
-    predictor: A key of `PREDICTORS`.
+    source: Name of the source, one of `SOURCES`.
+    predictor: Name of the predictor, a key of `PREDICTORS`.
     is_exact: Whether it is the source's exact Bayes predictor.
     cumulative_regret: Sum over symbols 2, ..., T, mean over sequences, in nats.
     stderr: Standard error of that mean.
@@ -67,9 +67,9 @@ class Cell:
     above_exact_stderr: Standard error of that mean.
     bound: Upper bound on the regret (redundancy_bounds.py), on average over the
       partitions of these sequences, in nats; None if none is known.
-    num_sequences: N.
-    seq_length: T.
-    alphabet_size: K; parameters are from a Dirichlet(1/2).
+    num_sequences: Number of sequences, N.
+    seq_length: Length of the sequences, T.
+    alphabet_size: Number of symbols, K; parameters are from a Dirichlet(1/2).
     seed: Seed of the sequences.
   """
 
@@ -98,12 +98,12 @@ def make_row(
   """Returns the cells of one source.
 
   Args:
-    source: One of `SOURCES`.
-    num_sequences: N.
-    seq_length: T.
+    source: Name of the source, one of `SOURCES`.
+    num_sequences: Number of sequences, N.
+    seq_length: Length of the sequences, T.
     batch_size: Sequences at a time.
     seed: Seed of all sources.
-    alphabet_size: K.
+    alphabet_size: Number of symbols, K.
   """
   config = config_lib.post_process_config(
     config_lib.ExperimentConfig(
@@ -235,7 +235,7 @@ def define_flags() -> None:
   cli.define_integer(
     'seq_length',
     256,
-    'Symbols per sequence; time grows with its square.',
+    'Symbols per sequence; the time grows with the square.',
     lower_bound=2,
     upper_bound=65_536,
   )

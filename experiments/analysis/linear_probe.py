@@ -30,7 +30,7 @@ def posteriors(
 
   Args:
     exact: Predictor with `unroll_run_lengths`.
-    symbols: One-hot `[N, T, K]`.
+    symbols: One-hot symbols `[N, T, K]`.
   """
   size = max(1, _CHUNK_SIZE // symbols.shape[1] ** 2)
   run_lengths, recent = [], []

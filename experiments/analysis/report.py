@@ -64,13 +64,14 @@ def describe_runs(networks: studies.Networks) -> list[dict[str, Any]]:
     }
     starts = run_folder.read_starts(network.folder)
     with _naming(network.folder / run_folder.ENVIRONMENT):
+      last = starts[-1]
       row |= {
         'seconds': sum(start['seconds'] for start in starts),
         'starts': len(starts),
-        'device': ' '.join(starts[-1]['devices']),
-        'python': starts[-1]['python'],
-        'jax': starts[-1]['packages']['jax'],
-        'commit': starts[-1]['commit'],
+        'device': ' '.join(last['devices']),
+        'python': last['python'],
+        'jax': last['packages']['jax'],
+        'commit': last['commit'],
       }
     rows.append(row)
   return rows
@@ -105,8 +106,7 @@ def measure(
   networks: studies.Networks,
   chosen: Sequence[str],
   folder: pathlib.Path,
-  num_sequences: int,
-  seed: int,
+  options: studies.Options,
   command: str,
   sweep: str = '',
 ) -> None:
@@ -116,8 +116,7 @@ def measure(
     networks: Networks of a sweep.
     chosen: Keys of `STUDIES`.
     folder: Folder to write to.
-    num_sequences: N, of every measurement on fresh sequences.
-    seed: Seed of the sequences.
+    options: Options of the studies.
     command: Command line of the script, for the record.
     sweep: Digest of the sweep, as from `SweepFolder.digest`. A folder has
       tables of one sweep only.
@@ -152,7 +151,7 @@ def measure(
   write(RUNS, describe_runs(networks))
   for name in chosen:
     print(f'{name} ...', file=sys.stderr, flush=True)
-    write(name, studies.STUDIES[name](networks, num_sequences, seed, True))
+    write(name, studies.STUDIES[name](networks, options))
 
 
 def _figures(table: str, rows: Rows) -> Iterator[tuple[str, figure_lib.Figure]]:
@@ -201,7 +200,8 @@ def draw(folder: pathlib.Path) -> list[str]:
     with _naming(path):
       blocks += [
         f'## {title}\n\nFrom `{path.name}`{made_by}.\n\n{to_text(rows)}'
-        for title, to_text in study_tables.TABLES.get(name, ())
+        for table, title, to_text in study_tables.TABLES
+        if table == name
       ]
       pngs = {
         f'{drawn}.png': atomic_files.to_png(figure)
@@ -291,8 +291,7 @@ def main(argv: list[str]) -> None:
         trained_networks.networks(sweep.path),
         chosen,
         folder,
-        values.num_sequences,
-        values.seed,
+        studies.Options(values.num_sequences, values.seed, use_tqdm=True),
         f'python experiments/analysis/report.py --sweep_dir={sweep.path} '
         f'--output_dir={folder} --num_sequences={values.num_sequences} '
         f'--seed={values.seed}',

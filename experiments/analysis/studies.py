@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -43,6 +44,22 @@ from nonstationary_mbml.runtime import run_folder
 EXACT = 'exact'
 Row = dict[str, Any]
 Networks = Sequence[trained_networks.Network]
+
+
+class Options(NamedTuple):
+  """Options of the studies.
+
+  Attributes:
+    num_sequences: Sequences of every source, N; a linear probe has a number of
+      its own.
+    seed: Seed of the sequences.
+    use_tqdm: Whether to show progress.
+  """
+
+  num_sequences: int = 2_048
+  seed: int = 0
+  use_tqdm: bool = False
+
 
 # Points of a learning curve, in equal factors.
 _CURVE_STEPS = 14
@@ -101,7 +118,7 @@ def evaluate_grid(
     networks: Networks of a sweep.
     sources: N sequences of every source by its name, with the predictions of
       exact predictors.
-    use_tqdm: Show progress.
+    use_tqdm: Whether to show progress.
   """
   for tested_on, sequences in sources.items():
     for name, log_probs in sequences.log_probs.items():
@@ -127,7 +144,7 @@ def evaluate_grid(
       bar.update()
 
 
-def on_distribution(networks: Networks) -> list[Row]:
+def on_distribution(networks: Networks, options: Options) -> list[Row]:
   """Returns the final regret of every network on its source of training.
 
   Beside it are the exact predictors of the run's evaluation, by their labels;
@@ -168,7 +185,7 @@ def _final_row(source: str, predictor: str, row: Mapping[str, Any]) -> Row:
   }
 
 
-def learning(networks: Networks) -> list[Row]:
+def learning(networks: Networks, options: Options) -> list[Row]:
   """Returns regret above the exact predictor at some steps of training.
 
   It is read from the logs of the runs, which are of fresh sequences at every
@@ -205,27 +222,17 @@ def learning(networks: Networks) -> list[Row]:
   return rows
 
 
-def off_distribution(
-  networks: Networks, num_sequences: int, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
+def off_distribution(networks: Networks, options: Options) -> list[Row]:
   """Returns the regret of every network on every source.
 
   `kl/<source>` is the mean of KL(exact || network) in nats per symbol, from the
   predictions of that source's Bayes predictor to those of the network.
-
-  Args:
-    networks: Networks of a sweep.
-    num_sequences: N, the same for all networks.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
   """
   exact = (*trained_networks.sources(networks), trained_networks.STATIC)
-  sampled = _sample(
-    networks, _training_length(networks), num_sequences, seed, 0, exact
-  )
+  sampled = _sample(networks, _training_length(networks), options, 0, exact)
   return [
     _off_distribution_row(evaluation)
-    for evaluation in evaluate_grid(networks, dict(sampled), use_tqdm)
+    for evaluation in evaluate_grid(networks, dict(sampled), options.use_tqdm)
   ]
 
 
@@ -247,21 +254,13 @@ def _off_distribution_row(evaluation: Evaluation) -> Row:
   return row
 
 
-def length_generalization(
-  networks: Networks, num_sequences: int, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
+def length_generalization(networks: Networks, options: Options) -> list[Row]:
   """Returns the regret per symbol over position, beyond the training length.
 
   The source is that of training, and its segment-length distribution must not
   depend on the length of the sequence: all sources but PTW of a depth that
   follows from it. Positions are those of predicted symbols, the first symbol
   being 1, in bins.
-
-  Args:
-    networks: Networks of a sweep.
-    num_sequences: N, the same for all networks of a source.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
   """
   training_length = _training_length(networks)
   seq_length = LENGTH_FACTOR * training_length
@@ -273,10 +272,9 @@ def length_generalization(
   # The length of training is an edge, also if it is odd.
   edges = np.arange(1, LENGTH_FACTOR * _BINS_PER_LENGTH + 1) * training_length
   edges = np.unique(np.maximum(edges // _BINS_PER_LENGTH, 2))
-  sampled = _sample(networks, seq_length, num_sequences, seed, 1, ())
   return [
     row
-    for evaluation in _evaluate_where_trained(networks, sampled, use_tqdm)
+    for evaluation in _diagonal(networks, seq_length, options, 1, ())
     for row in _position_rows(evaluation, edges)
   ]
 
@@ -319,26 +317,17 @@ def length_of_training(rows: Sequence[Mapping[str, Any]]) -> int:
   return max(row['last_position'] for row in rows) // LENGTH_FACTOR
 
 
-def post_switch_regret(
-  networks: Networks, num_sequences: int, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
+def post_switch_regret(networks: Networks, options: Options) -> list[Row]:
   """Returns the regret per symbol against the time since a true switch.
 
   `symbols_since` is 1 for the first symbol of a segment; segments that no
   switch began do not count. The source is that of training; beside the networks
   are its Bayes predictor, PTW and LAD.
-
-  Args:
-    networks: Networks of a sweep.
-    num_sequences: N, the same for all networks of a source.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
   """
   seq_length = _training_length(networks)
-  sampled = _sample(networks, seq_length, num_sequences, seed, 2, REFERENCES)
   return [
     row
-    for evaluation in _evaluate_where_trained(networks, sampled, use_tqdm)
+    for evaluation in _diagonal(networks, seq_length, options, 2, REFERENCES)
     for row in _age_rows(evaluation, range(1, seq_length // 2 + 1))
   ]
 
@@ -350,7 +339,7 @@ def symbols_since_switch(switches: np.ndarray) -> np.ndarray:
   symbols since 0 0 1 2 3 1 2
 
   Args:
-    switches: bool `[N, T]`, True where a new segment starts.
+    switches: Switches, bool `[N, T]`, True where a new segment starts.
 
   Returns:
     `[N, T]`; 0 before the first switch.
@@ -388,30 +377,24 @@ def _age_rows(evaluation: Evaluation, ages: Sequence[int]) -> list[Row]:
   return rows
 
 
-def linear_probe(
-  networks: Networks, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
+def linear_probe(networks: Networks, options: Options) -> list[Row]:
   """Returns how well a linear map of the state gives the exact posterior.
 
   Targets are the posteriors of the source's Bayes predictor after every symbol,
   and scores those of `linear_probe.r2_scores`: a ridge regression, the same at
   all times, from all that the network keeps (of a Transformer: what its last
   linear layer reads). `is_trained` is 0 for the same networks before training.
-
-  Args:
-    networks: Networks of a sweep.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
   """
   seq_length = _training_length(networks)
-  num_sequences = max(4, _PROBE_SYMBOLS // seq_length)
+  options = options._replace(num_sequences=max(4, _PROBE_SYMBOLS // seq_length))
   exact = trained_networks.exact_predictors(
     trained_networks.sources(networks), seq_length
   )
-  sampled = _sample(networks, seq_length, num_sequences, seed, 3, None)
   rows = []
-  with progress.bar(len(networks), 'probing', 'network', use_tqdm) as bar:
-    for name, sequences in sampled:
+  with progress.bar(
+    len(networks), 'probing', 'network', options.use_tqdm
+  ) as bar:
+    for name, sequences in _sample(networks, seq_length, options, 3, None):
       if not hasattr(exact.get(name), 'unroll_run_lengths'):
         continue
       targets = probe_lib.posteriors(exact[name], sequences.symbols)
@@ -450,8 +433,7 @@ def _probe_rows(
 def _sample(
   networks: Networks,
   seq_length: int,
-  num_sequences: int,
-  seed: int,
+  options: Options,
   stream: int,
   references: Sequence[str] | None,
 ) -> Iterator[tuple[str, trained_networks.Sequences]]:
@@ -459,14 +441,13 @@ def _sample(
 
   Args:
     networks: Networks of a sweep.
-    seq_length: T.
-    num_sequences: N.
-    seed: Seed of the sequences.
+    seq_length: Length of the sequences, T.
+    options: Options of the study.
     stream: Number of the study, so that each has sequences of its own.
     references: Sources whose exact predictors read the sequences, besides that
       of the source itself; None if none is to read them.
   """
-  base_config.check_seed('seed', seed)
+  seed = base_config.check_seed('seed', options.seed)
   key = jax.random.fold_in(jax.random.key(seed), stream)
   sources = trained_networks.sources(networks)
   exact = trained_networks.exact_predictors(sources, seq_length)
@@ -476,22 +457,31 @@ def _sample(
       for other, predictor in exact.items()
       if references is not None and other in (name, *references)
     }
-    rng = jax.random.fold_in(key, index)
     yield (
       name,
-      trained_networks.sample(source, readers, seq_length, num_sequences, rng),
+      trained_networks.sample(
+        source,
+        readers,
+        seq_length,
+        options.num_sequences,
+        jax.random.fold_in(key, index),
+      ),
     )
 
 
-def _evaluate_where_trained(
+def _diagonal(
   networks: Networks,
-  sampled: Iterator[tuple[str, trained_networks.Sequences]],
-  use_tqdm: bool,
+  seq_length: int,
+  options: Options,
+  stream: int,
+  references: Sequence[str],
 ) -> Iterator[Evaluation]:
-  """The diagonal of the grid: networks on their source of training."""
-  for name, sequences in sampled:
+  """Yields the networks on their source of training; see `_sample`."""
+  for name, sequences in _sample(
+    networks, seq_length, options, stream, references
+  ):
     yield from evaluate_grid(
-      _trained_on(networks, name), {name: sequences}, use_tqdm
+      _trained_on(networks, name), {name: sequences}, options.use_tqdm
     )
 
 
@@ -515,15 +505,12 @@ def _mean_and_stderr(name: str, values: np.ndarray) -> dict[str, float]:
   return {name: float(mean), f'{name}_stderr': float(stderr)}
 
 
-# By name: rows from networks, a number of sequences, a seed, and whether to
-# show progress.
-STUDIES: dict[str, Callable[[Networks, int, int, bool], list[Row]]] = {
-  'on_distribution': lambda networks, n, seed, bar: on_distribution(networks),
-  'learning': lambda networks, n, seed, bar: learning(networks),
+# By the name of the table.
+STUDIES: dict[str, Callable[[Networks, Options], list[Row]]] = {
+  'on_distribution': on_distribution,
+  'learning': learning,
   'off_distribution': off_distribution,
   'length_generalization': length_generalization,
   'post_switch_regret': post_switch_regret,
-  'linear_probe': lambda networks, n, seed, bar: linear_probe(
-    networks, seed, bar
-  ),
+  'linear_probe': linear_probe,
 }

@@ -198,20 +198,17 @@ def linear_probe(rows: Sequence[Row], column: str = 'r2_given_time') -> str:
 
 def runs(rows: Sequence[Row]) -> str:
   """Returns where and how long every point was trained."""
+  columns = {
+    'source': lambda row: row['source'],
+    'predictor': _label,
+    'seeds': lambda row: str(row['num_seeds']),
+    'steps': lambda row: str(row['steps']),
+    'minutes': lambda row: f'{row["seconds"] / 60:.1f}',
+    'device': lambda row: str(row['device']),
+    'jax': lambda row: str(row['jax']),
+  }
   return markdown(
-    ['source', 'predictor', 'seeds', 'steps', 'minutes', 'device', 'jax'],
-    [
-      [
-        row['source'],
-        figures.label(row['predictor']),
-        str(row['num_seeds']),
-        str(row['steps']),
-        f'{row["seconds"] / 60:.1f}',
-        str(row['device']),
-        str(row['jax']),
-      ]
-      for row in rows
-    ],
+    list(columns), [[text(row) for text in columns.values()] for row in rows]
   )
 
 
@@ -245,57 +242,55 @@ def _mean(
   return text
 
 
-# Title and text of every table, by the name of its rows.
-TABLES: dict[str, tuple[tuple[str, Callable[[Sequence[Row]], str]], ...]] = {
-  'runs': (('What was trained, and for how long', runs),),
-  'on_distribution': (
-    (
-      'On the source of training: regret in nats, in brackets above the exact '
-      'predictor, which is in bold',
-      on_distribution,
-    ),
-    (
-      'The same: regret above the exact predictor in percent of its own',
-      percent_above,
-    ),
+# Rows, title and text of every table, in the order of tables.md.
+TABLES: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
+  ('runs', 'What was trained, and for how long', runs),
+  (
+    'on_distribution',
+    'On the source of training: regret in nats, in brackets above the exact '
+    'predictor, which is in bold',
+    on_distribution,
   ),
-  'off_distribution': (
-    (
-      'On other sources: regret in nats above the exact predictor of the '
-      'source that the column names',
-      off_distribution,
-    ),
-    (
-      'The exact predictor that is nearest on the source of the column, and '
-      'KL(exact || network) in 1/1000 nats per symbol; in bold where it is '
-      'that of the source of training',
-      resemblance,
-    ),
+  (
+    'on_distribution',
+    'The same: regret above the exact predictor in percent of its own',
+    percent_above,
   ),
-  'length_generalization': (
-    (
-      'Beyond the length of training: regret per symbol in 1/1000 nats, in the '
-      'bin of positions that ends where the column says',
-      length_generalization,
-    ),
+  (
+    'off_distribution',
+    'On other sources: regret in nats above the exact predictor of the source '
+    'that the column names',
+    off_distribution,
   ),
-  'post_switch_regret': (
-    (
-      'After a true switch: regret in nats of the 1st, 2nd, ... symbol of a '
-      'new segment',
-      post_switch_regret,
-    ),
+  (
+    'off_distribution',
+    'The exact predictor that is nearest on the source of the column, and '
+    'KL(exact || network) in 1/1000 nats per symbol; in bold where it is that '
+    'of the source of training',
+    resemblance,
   ),
-  'linear_probe': (
-    (
-      'Linear probe: share of the variance of the exact posterior, around its '
-      'mean at every time, that a linear map of the state explains',
-      linear_probe,
-    ),
-    (
-      'The same with the variance of the means: where all depends on time, it '
-      'says whether the state has a clock',
-      lambda rows: linear_probe(rows, 'r2'),
-    ),
+  (
+    'length_generalization',
+    'Beyond the length of training: regret per symbol in 1/1000 nats, in the '
+    'bin of positions that ends where the column says',
+    length_generalization,
   ),
-}
+  (
+    'post_switch_regret',
+    'After a true switch: regret in nats of the 1st, 2nd, ... symbol of a new '
+    'segment',
+    post_switch_regret,
+  ),
+  (
+    'linear_probe',
+    'Linear probe: share of the variance of the exact posterior, around its '
+    'mean at every time, that a linear map of the state explains',
+    linear_probe,
+  ),
+  (
+    'linear_probe',
+    'The same with the variance of the means: where all depends on time, it '
+    'says whether the state has a clock',
+    lambda rows: linear_probe(rows, 'r2'),
+  ),
+)

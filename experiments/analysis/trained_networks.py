@@ -123,9 +123,9 @@ class Sequences(NamedTuple):
   """Sequences of a source, with the predictions of exact predictors.
 
   Attributes:
-    symbols: `[N, T, K]`.
+    symbols: One-hot symbols `[N, T, K]`.
     parameters: True probabilities `[N, T, K]`.
-    switches: bool `[N, T]`, True where a new segment starts.
+    switches: Switches, bool `[N, T]`, True where a new segment starts.
     log_probs: Log probabilities of exact predictors, `[N, T, K]`, by name.
   """
 
@@ -142,7 +142,7 @@ def exact_predictors(
 
   Args:
     data: Configs of the sources by name.
-    seq_length: T.
+    seq_length: Length of the sequences, T.
 
   Raises:
     ValueError: If the sources have several priors, or one that is no Dirichlet:
@@ -181,8 +181,8 @@ def sample(
   Args:
     source: Source of the sequences.
     exact: Exact predictors, by name.
-    seq_length: T.
-    num_sequences: N.
+    seq_length: Length of the sequences, T.
+    num_sequences: Number of sequences, N.
     rng: Key of the sequences.
   """
   generator = constants.build_data_generator(source)
@@ -212,7 +212,7 @@ def predict(network: Network, symbols: np.ndarray) -> np.ndarray:
 
   Args:
     network: Network of a sweep, as from `networks`.
-    symbols: One-hot `[N, T, K]`.
+    symbols: One-hot symbols `[N, T, K]`.
   """
   run = saved_runs.load_run(network.folder)
 
@@ -232,7 +232,7 @@ def read_states(
 
   Args:
     network: Network of a sweep, as from `networks`.
-    symbols: One-hot `[N, T, K]`.
+    symbols: One-hot symbols `[N, T, K]`.
     untrained: Whether to take the parameters that training started from.
   """
   run = saved_runs.load_run(network.folder)
@@ -269,13 +269,9 @@ def _by_member(
   num_sequences, seq_length, _ = symbols.shape
   batch_size = _batch_size(seq_length, num_sequences)
   compiled = jax.jit(function)
-  batches = [
-    symbols[begin : begin + batch_size]
-    for begin in range(0, num_sequences, batch_size)
-  ]
-  # The last one as large as the others, so that nothing is compiled for it.
-  missing = batch_size - len(batches[-1])
-  batches[-1] = np.concatenate([batches[-1], symbols[:missing]])
+  # The last batch as large as the others, so that nothing is compiled for it.
+  padded = np.concatenate([symbols, symbols[: -num_sequences % batch_size]])
+  batches = padded.reshape(-1, batch_size, *symbols.shape[1:])
   members = []
   for member in range(len(train.member_seeds(run.config.train))):
     params = saved_runs.member_params(run, member)

@@ -13,6 +13,7 @@ import pytest
 
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments.analysis import report
+from nonstationary_mbml.experiments.analysis import studies
 from nonstationary_mbml.experiments.analysis import study_figures
 from nonstationary_mbml.experiments.analysis import study_tables
 from nonstationary_mbml.experiments.analysis import trained_networks
@@ -194,9 +195,9 @@ def test_matrix_shows_what_is_missing_and_frames_the_own_source():
 
 
 def test_tables_of_two_sweeps_are_not_mixed(tmp_path):
-  report.measure([], [], tmp_path, 2, 0, 'command', 'one')
+  report.measure([], [], tmp_path, studies.Options(), 'command', 'one')
   with pytest.raises(ValueError, match='tables of another sweep'):
-    report.measure([], [], tmp_path, 2, 0, 'command', 'another')
+    report.measure([], [], tmp_path, studies.Options(), 'command', 'another')
 
 
 @pytest.mark.parametrize(
@@ -278,5 +279,5 @@ def test_table_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(report, 'describe_runs', lambda networks: [row])
   (tmp_path / 'runs.csv').mkdir()
   with pytest.raises(OSError, match=f'cannot write to {tmp_path}'):
-    report.measure([], [], tmp_path, 16, 0, 'python report.py')
+    report.measure([], [], tmp_path, studies.Options(), 'python report.py')
   assert 'source,seed,regret\nptw,0,0.25\n' in capsys.readouterr().out

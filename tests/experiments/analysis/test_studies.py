@@ -111,7 +111,7 @@ def test_grid_has_every_predictor_on_every_source(monkeypatch):
 def test_trained_model_loses_off_distribution_what_it_lost_in_its_sweep():
   """On its own source and fresh sequences; false alarms beyond 4 errors."""
   network = committed_models.network('lstm_ptw')
-  rows = studies.off_distribution([network], 1024, seed=1)
+  rows = studies.off_distribution([network], studies.Options(1024, seed=1))
   by_seed = {row['seed']: row for row in rows if row['predictor'] == 'lstm'}
   for committed in network.table[0]['seeds']:
     row = by_seed[committed['seed']]
@@ -140,7 +140,9 @@ def _sample(stream, references):
     )
     for name in ('a', 'b')
   ]
-  return dict(studies._sample(networks, 16, 8, 0, stream, references))
+  return dict(
+    studies._sample(networks, 16, studies.Options(8), stream, references)
+  )
 
 
 def test_every_study_and_source_has_sequences_of_its_own():
@@ -186,6 +188,6 @@ def test_exact_predictor_is_told_from_a_best_reference(row, is_exact):
   network = trained_networks.Network(
     'lin', 'lstm', None, None, [measured, exact], (5,)
   )
-  lstm, kt = studies.on_distribution([network])
+  lstm, kt = studies.on_distribution([network], studies.Options())
   assert (lstm['seed'], kt['seed']) == (5, None)
   assert 'is_exact' not in lstm and kt['is_exact'] == is_exact
