@@ -228,11 +228,18 @@ def off_distribution(networks: Networks, options: Options) -> list[Row]:
   `kl/<source>` is the mean of KL(exact || network) in nats per symbol, from the
   predictions of that source's Bayes predictor to those of the network.
   """
-  exact = (*trained_networks.sources(networks), trained_networks.STATIC)
-  sampled = _sample(networks, _training_length(networks), options, 0, exact)
+  sources = dict(
+    _sample(
+      networks,
+      _training_length(networks),
+      options,
+      stream=0,
+      references=(*trained_networks.sources(networks), trained_networks.STATIC),
+    )
+  )
   return [
     _off_distribution_row(evaluation)
-    for evaluation in evaluate_grid(networks, dict(sampled), options.use_tqdm)
+    for evaluation in evaluate_grid(networks, sources, options.use_tqdm)
   ]
 
 
@@ -274,7 +281,9 @@ def length_generalization(networks: Networks, options: Options) -> list[Row]:
   edges = np.unique(np.maximum(edges // _BINS_PER_LENGTH, 2))
   return [
     row
-    for evaluation in _diagonal(networks, seq_length, options, 1, ())
+    for evaluation in _diagonal(
+      networks, seq_length, options, stream=1, references=()
+    )
     for row in _position_rows(evaluation, edges)
   ]
 
@@ -327,7 +336,9 @@ def post_switch_regret(networks: Networks, options: Options) -> list[Row]:
   seq_length = _training_length(networks)
   return [
     row
-    for evaluation in _diagonal(networks, seq_length, options, 2, REFERENCES)
+    for evaluation in _diagonal(
+      networks, seq_length, options, stream=2, references=REFERENCES
+    )
     for row in _age_rows(evaluation, range(1, seq_length // 2 + 1))
   ]
 
@@ -394,7 +405,9 @@ def linear_probe(networks: Networks, options: Options) -> list[Row]:
   with progress.bar(
     len(networks), 'probing', 'network', options.use_tqdm
   ) as bar:
-    for name, sequences in _sample(networks, seq_length, options, 3, None):
+    for name, sequences in _sample(
+      networks, seq_length, options, stream=3, references=None
+    ):
       if not hasattr(exact.get(name), 'unroll_run_lengths'):
         continue
       targets = probe_lib.posteriors(exact[name], sequences.symbols)
