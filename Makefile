@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# Of the sweep whose networks answer the questions.
+# Folder of the sweep whose networks are studied.
 SWEEP_DIR ?= runs/sweeps/small
 
 .PHONY: run test test-slow lint bench sweep results clean

@@ -964,7 +964,7 @@ def plot_bayes_table(
 
   Args:
     cells: Cells of `bayes_table`, one for each source and predictor: `source`,
-      `predictor`, `is_own`, `cumulative_regret`, `stderr` and `bound`.
+      `predictor`, `is_exact`, `cumulative_regret`, `stderr` and `bound`.
     labels: Labels of the predictors, from top to bottom.
 
   Returns:
@@ -994,7 +994,7 @@ def plot_bayes_table(
             cell['cumulative_regret'],
             row,
             xerr=cell['stderr'],
-            **(own if cell['is_own'] else other),
+            **(own if cell['is_exact'] else other),
           )
       panel.set_title(source)
       panel.set_xscale('log')

@@ -67,12 +67,13 @@ ORDER = (
   (
     'experiments.analysis.regret_curves',
     'experiments.analysis.redundancy_bounds',
-    'experiments.analysis.bayes_table',
     'experiments.analysis.switch_posteriors',
     'experiments.analysis.trained_networks',
+    'experiments.analysis.linear_probe',
     'experiments.analysis.studies',
     'experiments.analysis.study_figures',
     'experiments.analysis.study_tables',
+    'experiments.analysis.bayes_table',
     'experiments.analysis.report',
   ),
 )

@@ -5,13 +5,12 @@
 Writes table.csv and table.png into <output_dir>, and prints the table. All
 predictors read the same sequences, so that differences are paired. Each
 predictor keeps the same prior everywhere: that of a known period knows the
-wrong one, or a period where there is none, on every source but its own.
+wrong one, or a period where there is none, on every source but one.
 """
 
 from collections.abc import Mapping
-import csv
+from collections.abc import Sequence
 import dataclasses
-import io
 import math
 import sys
 from typing import Any
@@ -28,6 +27,7 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments.analysis import redundancy_bounds
+from nonstationary_mbml.experiments.analysis import study_tables
 from nonstationary_mbml.runtime import atomic_files
 
 # The rows; constants.py has what they need besides their names.
@@ -60,29 +60,29 @@ class Cell:
   """One predictor on one source; a line of the CSV file.
 
   Attributes:
-    source: One of `SOURCES`.
-    predictor: A key of `PREDICTORS`.
-    is_own: Whether it is the source's exact Bayes predictor.
+    source: Name of the source, one of `SOURCES`.
+    predictor: Name of the predictor, a key of `PREDICTORS`.
+    is_exact: Whether it is the source's exact Bayes predictor.
     cumulative_regret: Sum over symbols 2, ..., T, mean over sequences, in nats.
     stderr: Standard error of that mean.
-    above_own: Mean paired difference to the source's own predictor; None where
-      there is none.
-    above_own_stderr: Standard error of that mean.
+    above_exact: Mean paired difference to the source's exact predictor; None
+      where there is none.
+    above_exact_stderr: Standard error of that mean.
     bound: Upper bound on the regret (redundancy_bounds.py), on average over the
       partitions of these sequences, in nats; None if none is known.
-    num_sequences: N.
-    seq_length: T.
-    alphabet_size: K; parameters are from a Dirichlet(1/2).
+    num_sequences: Number of sequences, N.
+    seq_length: Length of the sequences, T.
+    alphabet_size: Number of symbols, K; parameters are from a Dirichlet(1/2).
     seed: Seed of the sequences.
   """
 
   source: str
   predictor: str
-  is_own: bool
+  is_exact: bool
   cumulative_regret: float
   stderr: float
-  above_own: float | None
-  above_own_stderr: float | None
+  above_exact: float | None
+  above_exact_stderr: float | None
   bound: float | None
   num_sequences: int
   seq_length: int
@@ -101,12 +101,12 @@ def make_row(
   """Returns the cells of one source.
 
   Args:
-    source: One of `SOURCES`.
-    num_sequences: N.
-    seq_length: T.
+    source: Name of the source, one of `SOURCES`.
+    num_sequences: Number of sequences, N.
+    seq_length: Length of the sequences, T.
     batch_size: Sequences at a time.
     seed: Seed of all sources.
-    alphabet_size: K.
+    alphabet_size: Number of symbols, K.
   """
   config = (
     (
@@ -135,7 +135,7 @@ def make_row(
   base_config.check_seed('seed', seed)
   rng = jax.random.fold_in(jax.random.key(seed), SOURCES.index(source))
   regrets = evaluator.evaluate({}, rng, num_sequences)
-  own = constants.exact_predictor(
+  exact = constants.exact_predictor(
     evaluator.generator, evaluator.optimal_predictors, evaluator.seq_length
   )
   reference = _bounds(
@@ -156,17 +156,17 @@ def make_row(
   for name in PREDICTORS:
     mean, stderr = measured(regrets[name])
     above = above_stderr = None
-    if own is not None:
-      above, above_stderr = measured(regrets[name] - regrets[own])
+    if exact is not None:
+      above, above_stderr = measured(regrets[name] - regrets[exact])
     cells.append(
       Cell(
         source=source,
         predictor=name,
-        is_own=name == own,
+        is_exact=name == exact,
         cumulative_regret=mean,
         stderr=stderr,
-        above_own=above,
-        above_own_stderr=above_stderr,
+        above_exact=above,
+        above_exact_stderr=above_stderr,
         bound=reference.get(name),
         num_sequences=num_sequences,
         seq_length=seq_length,
@@ -178,50 +178,46 @@ def make_row(
 
 
 def not_above(cells: list[Cell]) -> list[Cell]:
-  """Returns what is not above the own predictor of its source.
+  """Returns the cells within two standard errors of the exact predictor.
 
-  By two standard errors of the paired difference.
+  The errors are those of the paired differences.
   """
   return [
     cell
     for cell in cells
-    if cell.above_own is not None
-    and not cell.is_own
-    and not cell.above_own > 2 * cell.above_own_stderr
+    if cell.above_exact is not None
+    and not cell.is_exact
+    and not cell.above_exact > 2 * cell.above_exact_stderr
   ]
 
 
 def to_csv(cells: list[Cell]) -> str:
   """Returns a line for every cell, under a header."""
-  text = io.StringIO()
-  fields = [field.name for field in dataclasses.fields(Cell)]
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(fields)
-  for cell in cells:
-    values = dataclasses.asdict(cell)
-    writer.writerow(
-      [
-        f'{value:.6f}' if isinstance(value, float) else value
-        for value in values.values()
-      ]
-    )
-  return text.getvalue()
+  return atomic_files.to_csv(
+    [
+      {
+        name: f'{value:.6f}' if isinstance(value, float) else value
+        for name, value in vars(cell).items()
+      }
+      for cell in cells
+    ]
+  )
 
 
 def to_markdown(cells: list[Cell]) -> str:
-  """Returns the table of means and standard errors, own predictors in bold."""
-  lines = [
-    f'| source | {" | ".join(LABELS.values())} |',
-    '|---' * (1 + len(LABELS)) + '|',
-  ]
-  for source in dict.fromkeys(cell.source for cell in cells):
-    texts = []
-    for cell in cells:
-      if cell.source == source:
-        text = f'{cell.cumulative_regret:.2f} ± {cell.stderr:.2f}'
-        texts.append(f'**{text}**' if cell.is_own else text)
-    lines.append(f'| `{source}` | {" | ".join(texts)} |')
-  return '\n'.join(lines)
+  """Returns means and standard errors, those of exact predictors in bold."""
+
+  def text(cells: Sequence[Cell]) -> str:
+    (cell,) = cells
+    text = f'{cell.cumulative_regret:.2f} ± {cell.stderr:.2f}'
+    return f'**{text}**' if cell.is_exact else text
+
+  return study_tables.pivot(
+    cells,
+    {'source': lambda cell: f'`{cell.source}`'},
+    lambda cell: LABELS[cell.predictor],
+    text,
+  )
 
 
 def _bounds(
@@ -246,7 +242,7 @@ def define_flags() -> None:
   cli.define_integer(
     'seq_length',
     256,
-    'Symbols per sequence; the time it takes grows with the square.',
+    'Symbols per sequence; the time grows with the square.',
     lower_bound=2,
     upper_bound=65_536,
   )
@@ -258,7 +254,7 @@ def define_flags() -> None:
     upper_bound=_MAX_ALPHABET_SIZE,
   )
   cli.define_integer('batch_size', 512, 'Sequences at a time.', lower_bound=1)
-  cli.define_seed('All randomness follows from it.')
+  cli.define_seed('Seed of all sequences.')
   flags.DEFINE_string(
     'output_dir', 'results/bayes_table', 'Folder of the table.'
   )
@@ -278,29 +274,29 @@ def main(argv: list[str]) -> None:
       'error: {} sequences of {} symbols out of {} are 2^31 numbers or more; '
       'make --batch_size smaller'.format(*sizes)
     )
-  folder = cli.make_folder(flags.FLAGS.output_dir)
+  folder = cli.make_folder(values.output_dir)
   cells: list[Any] = []
   for source in SOURCES:
     cli.say(f'{source} ...')
     cells += make_row(
       source,
-      flags.FLAGS.num_sequences,
-      flags.FLAGS.seq_length,
-      flags.FLAGS.batch_size,
-      flags.FLAGS.seed,
-      flags.FLAGS.alphabet_size,
+      values.num_sequences,
+      values.seq_length,
+      values.batch_size,
+      values.seed,
+      values.alphabet_size,
     )
   # Printed before it is written, which may fail.
   cli.say(
     '\nCumulative regret (nats), mean ± standard error of '
-    f'{flags.FLAGS.num_sequences} sequences of {flags.FLAGS.seq_length} '
+    f'{values.num_sequences} sequences of {values.seq_length} '
     'symbols; in bold the exact Bayes predictor of the source:\n\n'
-    f'{to_markdown(cells)}\n'
+    f'{to_markdown(cells)}'
   )
   for cell in not_above(cells):
     cli.say(
-      f'{LABELS[cell.predictor]} is not clearly above the own predictor of '
-      f'{cell.source}: {cell.above_own:+.4f} ± {cell.above_own_stderr:.4f}'
+      f'{LABELS[cell.predictor]} is not clearly above the exact predictor of '
+      f'{cell.source}: {cell.above_exact:+.4f} ± {cell.above_exact_stderr:.4f}'
     )
   figure = plotting.plot_bayes_table(
     [dataclasses.asdict(cell) for cell in cells], LABELS

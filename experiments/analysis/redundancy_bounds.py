@@ -42,8 +42,8 @@ def kt(seq_length: npt.ArrayLike, alphabet_size: int = 2) -> np.ndarray:
   ln(1 + (K - 1) / (2n + 1)) <= ((K - 1) / 2) ln(1 + 1/n) more.
 
   Args:
-    seq_length: n, integers >= 0 of any shape.
-    alphabet_size: K.
+    seq_length: Length n, integers >= 0 of any shape.
+    alphabet_size: Number of symbols, K.
 
   Returns:
     Nats, of the shape of `seq_length`. For large n, constant sequences lose
@@ -74,9 +74,10 @@ def ptw(
   (the redundancy theorem).
 
   Args:
-    switch_points: bool `[..., T]`, True where a new segment starts, False at 0.
-    depth: d of the PTW predictor, T <= 2^d.
-    alphabet_size: K.
+    switch_points: Switches, bool `[..., T]`, True where a new segment starts,
+      False at 0.
+    depth: Depth d of the PTW predictor, T <= 2^d.
+    alphabet_size: Number of symbols, K.
 
   Returns:
     Nats `[...]`.
@@ -130,10 +131,11 @@ def ptw_worst_case(
   their bound on the nodes without the overlap of the switches' paths.
 
   Args:
-    seq_length: T, integers from 1 to 2^d.
-    num_switches: c, integers from 0 to T - 1; broadcast against `seq_length`.
-    depth: d of the PTW predictor.
-    alphabet_size: K.
+    seq_length: Length T, integers from 1 to 2^d.
+    num_switches: Number c, integers from 0 to T - 1; broadcast against
+      `seq_length`.
+    depth: Depth d of the PTW predictor.
+    alphabet_size: Number of symbols, K.
 
   Returns:
     Nats, of the shape of both together.
@@ -180,8 +182,9 @@ def lad(switch_points: npt.ArrayLike, alphabet_size: int = 2) -> np.ndarray:
   piecewise-identically-distributed source, 1996 (linear complexity).
 
   Args:
-    switch_points: bool `[..., T]`, True where a new segment starts, False at 0.
-    alphabet_size: K.
+    switch_points: Switches, bool `[..., T]`, True where a new segment starts,
+      False at 0.
+    alphabet_size: Number of symbols, K.
 
   Returns:
     Nats `[...]`.
@@ -222,9 +225,10 @@ def lad_worst_case(
   piecewise-identically-distributed source, 1996 (linear complexity).
 
   Args:
-    seq_length: T, integers >= 1.
-    num_switches: c, integers from 0 to T - 1; broadcast against `seq_length`.
-    alphabet_size: K.
+    seq_length: Length T, integers >= 1.
+    num_switches: Number c, integers from 0 to T - 1; broadcast against
+      `seq_length`.
+    alphabet_size: Number of symbols, K.
 
   Returns:
     Nats, of the shape of both together.

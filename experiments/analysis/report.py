@@ -1,20 +1,18 @@
-r"""Answers questions with the networks of a sweep: tables and figures.
+r"""Studies the networks of a sweep: tables and figures.
 
-  python experiments/analysis/report.py                # all questions
-  python experiments/analysis/report.py --question=length
+  python experiments/analysis/report.py                # all studies
+  python experiments/analysis/report.py --study=length_generalization
   python experiments/analysis/report.py --draw_only    # from the tables alone
   python experiments/analysis/report.py --sweep_dir=runs/sweeps/tiny \
     --output_dir=runs/t
 
-Questions: on_distribution, off_distribution, length and inside (what
-`studies` says of them). Measures the networks of a finished sweep (with
---partial those that are finished) and writes into <output_dir>/ the tables
-(CSV: a row for every seed), the figures (PNG), and tables.md, with means and
-standard errors over seeds. With --draw_only the figures and tables.md are made
-again from the CSV files that are there.
+`studies.py` says what each study is. Measures the networks of a finished sweep
+(with --partial those that are finished) and writes into <output_dir>/ the
+tables (CSV: a row for every seed), the figures (PNG), and tables.md, with means
+and standard errors over seeds. With --draw_only the figures and tables.md are
+made again from the CSV files that are there.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -39,11 +37,19 @@ from nonstationary_mbml.runtime import run_folder
 RUNS = 'runs'
 COMMANDS = 'commands.json'
 TABLES = 'tables.md'
+_DRAW = {
+  'on_distribution': study_figures.draw_on_distribution,
+  'learning': study_figures.draw_learning,
+  'off_distribution': study_figures.draw_off_distribution,
+  'post_switch_regret': study_figures.draw_post_switch_regret,
+}
+# Architectures whose nearest exact predictors are drawn.
+_RESEMBLANCES = ('lstm', 'transformer_sin_cos')
 Rows = Sequence[dict[str, Any]]
 
 
 def describe_runs(networks: studies.Networks) -> list[dict[str, Any]]:
-  """Returns what was trained, where and for how long: a row for every run."""
+  """Returns a row for every run: its settings, machine and time."""
   rows = []
   for network in networks:
     row = {
@@ -57,22 +63,23 @@ def describe_runs(networks: studies.Networks) -> list[dict[str, Any]]:
       'steps': network.config.schedule.training_steps,
     }
     starts = run_folder.read_starts(network.folder)
-    with _of_another_form(network.folder / run_folder.ENVIRONMENT):
+    with _naming(network.folder / run_folder.ENVIRONMENT):
+      last = starts[-1]
       row |= {
         'seconds': sum(start['seconds'] for start in starts),
         'starts': len(starts),
-        'device': ' '.join(starts[-1]['devices']),
-        'python': starts[-1]['python'],
-        'jax': starts[-1]['packages']['jax'],
-        'commit': starts[-1]['commit'],
+        'device': ' '.join(last['devices']),
+        'python': last['python'],
+        'jax': last['packages']['jax'],
+        'commit': last['commit'],
       }
     rows.append(row)
   return rows
 
 
 @contextlib.contextmanager
-def _of_another_form(path: pathlib.Path) -> Iterator[None]:
-  """Inside a `with`, turns errors into one that says which file is wrong."""
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Turns errors inside a `with` into one that names the file at fault."""
   try:
     yield
   except (
@@ -86,16 +93,12 @@ def _of_another_form(path: pathlib.Path) -> Iterator[None]:
 
 
 def _read_commands(folder: pathlib.Path) -> dict[str, Any]:
-  """The sweep that the tables of a folder are of, and what made them.
-
-  Raises:
-    ValueError: If the file that says so is of another form.
-  """
+  """Digest of the sweep that a folder has tables of, and their commands."""
   path = folder / COMMANDS
   if not path.exists():
     return {'sweep': None, 'commands': {}}
   content = atomic_files.read_json(path)
-  with _of_another_form(path):
+  with _naming(path):
     return {'sweep': content['sweep'], 'commands': dict(content['commands'])}
 
 
@@ -103,20 +106,18 @@ def measure(
   networks: studies.Networks,
   chosen: Sequence[str],
   folder: pathlib.Path,
-  num_sequences: int,
-  seed: int,
+  options: studies.Options,
   command: str,
   sweep: str = '',
 ) -> None:
-  """Measures, and writes a CSV file for every table.
+  """Runs studies, and writes a CSV file for each.
 
   Args:
     networks: Networks of a sweep.
-    chosen: Keys of `QUESTIONS`.
+    chosen: Keys of `STUDIES`.
     folder: Folder to write to.
-    num_sequences: N, of every measurement on fresh sequences.
-    seed: Seed of the sequences.
-    command: Command line of the script, to be noted.
+    options: Options of the studies.
+    command: Command line of the script, for the record.
     sweep: Digest of the sweep, as from `SweepFolder.digest`. A folder has
       tables of one sweep only.
 
@@ -142,51 +143,37 @@ def measure(
         cli.say(f'{path.name}:\n{atomic_files.to_csv(rows)}')
         raise run_folder.save_error(folder, error) from error
       made['commands'][table] = command
-    else:  # Nor what an earlier measurement has left.
+    else:  # Nothing to measure; an earlier table is of something else.
       path.unlink(missing_ok=True)
       made['commands'].pop(table, None)
     atomic_files.write_json(folder / COMMANDS, made)
 
   write(RUNS, describe_runs(networks))
-  for question in chosen:
-    for table, ask in studies.QUESTIONS[question].items():
-      print(f'{table} ...', file=sys.stderr, flush=True)
-      write(table, ask(networks, num_sequences, seed, True))
+  for name in chosen:
+    print(f'{name} ...', file=sys.stderr, flush=True)
+    write(name, studies.STUDIES[name](networks, options))
 
 
-def figures_of(
-  table: str, rows: Rows, training_length: int | None
-) -> dict[str, Callable[[], figure_lib.Figure]]:
-  """Returns how the figures of a table are drawn, by name.
-
-  Args:
-    table: Its name.
-    rows: Its rows.
-    training_length: Is marked where it matters.
-  """
-  draw = {
-    'on_distribution': study_figures.draw_on_distribution,
-    'learning': study_figures.draw_learning,
-    'off_distribution': study_figures.draw_off_distribution,
-    'length': lambda rows: study_figures.draw_length(rows, training_length),
-    'after_switch': study_figures.draw_after_switch,
-    'read_out': study_figures.draw_read_out,
-  }.get(table)
-  drawn = {} if draw is None else {table: lambda: draw(rows)}
-  if table == 'read_out' and all(row['r2_given_time'] is None for row in rows):
-    drawn = {}  # Nothing varies but with time.
-  if table == 'off_distribution':
-    names = dict.fromkeys(
-      row['predictor'] for row in rows if row['seed'] is not None
+def _figures(table: str, rows: Rows) -> Iterator[tuple[str, figure_lib.Figure]]:
+  """Yields the figures of a table, by name."""
+  if table == 'length_generalization':
+    yield (
+      table,
+      study_figures.draw_length_generalization(
+        rows, studies.length_of_training(rows)
+      ),
     )
-    drawn |= {
-      f'resemblance_{name}': lambda name=name: study_figures.draw_resemblance(
-        rows, name
-      )
-      for name in names
-      if name in ('lstm', 'transformer_sin_cos')
-    }
-  return drawn
+  elif table == 'linear_probe':
+    # A posterior that depends on time only has nothing to show.
+    if any(row['r2_given_time'] is not None for row in rows):
+      yield table, study_figures.draw_linear_probe(rows)
+  elif table in _DRAW:
+    yield table, _DRAW[table](rows)
+  if table == 'off_distribution':
+    names = {row['predictor'] for row in rows}
+    for name in _RESEMBLANCES:
+      if name in names:
+        yield f'resemblance_{name}', study_figures.draw_resemblance(rows, name)
 
 
 def draw(folder: pathlib.Path) -> list[str]:
@@ -202,32 +189,27 @@ def draw(folder: pathlib.Path) -> list[str]:
     ValueError: If there is no table, or one that cannot be read.
     OSError: If a file cannot be written.
   """
-  training_length = None
-  path = folder / f'{RUNS}.csv'
-  if path.exists():
-    rows = atomic_files.read_csv(path)
-    with _of_another_form(path):
-      (training_length, *_) = {row['seq_length'] for row in rows} or (None,)
   commands = _read_commands(folder)['commands']
-  names = [RUNS, *(name for of in studies.QUESTIONS.values() for name in of)]
   written, blocks = [], []
-  for name in names:
+  for name in (RUNS, *studies.STUDIES):
     path = folder / f'{name}.csv'
     if not path.exists():
       continue
     rows = atomic_files.read_csv(path)
     made_by = f', made by `{commands[name]}`' if name in commands else ''
-    pngs = {}
-    with _of_another_form(path):
-      for title, to_text in study_tables.TABLES.get(name, ()):
-        blocks.append(
-          f'## {title}\n\nFrom `{name}.csv`{made_by}.\n\n{to_text(rows)}'
-        )
-      for drawn, make in figures_of(name, rows, training_length).items():
-        pngs[drawn] = atomic_files.to_png(make())
-    for drawn, png in pngs.items():
-      atomic_files.write_whole(folder / f'{drawn}.png', png)
-      written.append(f'{drawn}.png')
+    with _naming(path):
+      blocks += [
+        f'## {title}\n\nFrom `{path.name}`{made_by}.\n\n{to_text(rows)}'
+        for table, title, to_text in study_tables.TABLES
+        if table == name
+      ]
+      pngs = {
+        f'{drawn}.png': atomic_files.to_png(figure)
+        for drawn, figure in _figures(name, rows)
+      }
+    for png, content in pngs.items():
+      atomic_files.write_whole(folder / png, content)
+    written += pngs
   if not blocks:
     raise ValueError(f'{folder} has no tables to draw')
   text = '\n'.join(
@@ -241,10 +223,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
   cli.define_flags(values)
   flags.DEFINE_multi_string(
-    'question',
+    'study',
     [],
-    f'Which question, if not all: {", ".join(studies.QUESTIONS)}; may be '
-    'given several times.',
+    f'Study to run, if not all: {", ".join(studies.STUDIES)}; may be given '
+    'several times.',
     flag_values=values,
   )
   flags.DEFINE_string(
@@ -253,13 +235,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_string(
     'output_dir',
     None,
-    "Folder of tables and figures; if unset, results/ and the sweep's name.",
+    'Folder of the tables and figures; unset: results/<name of the sweep>.',
     flag_values=values,
   )
   cli.define_integer(
     'num_sequences',
     2_048,
-    'Fresh sequences of every source; a read-out takes 65,536 symbols.',
+    'Fresh sequences of every source; the linear probe reads 65,536 symbols.',
     lower_bound=2,
     flag_values=values,
   )
@@ -273,9 +255,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_bool(
     'draw_only',
     False,
-    'Measure nothing: draw all tables that <output_dir> has.',
+    'Draw the tables that <output_dir> has, and measure nothing.',
     flag_values=values,
   )
+
+
+def _check_finished(sweep: sweep_folder.SweepFolder, partial: bool) -> None:
+  points, finished = sweep.points(), sweep.finished()
+  if not finished or (len(finished) < len(points) and not partial):
+    raise ValueError(
+      f'{len(finished)} of {len(points)} points of {sweep.path} are '
+      'finished; sweeps/launch.py goes on, --partial takes what there is, and '
+      '--draw_only draws the tables again'
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -286,26 +278,20 @@ def main(argv: list[str]) -> None:
     values.output_dir
     or pathlib.Path('results', os.path.basename(os.path.abspath(sweep.path)))
   )
-  chosen = values.question or list(studies.QUESTIONS)
+  chosen = values.study or list(studies.STUDIES)
   try:
-    for question in chosen:
-      base_config.check_choice('--question', question, studies.QUESTIONS)
+    for study in chosen:
+      base_config.check_choice('--study', study, studies.STUDIES)
+    if not values.draw_only:
+      _check_finished(sweep, values.partial)
     cli.start(argv)
     if not values.draw_only:
-      points, finished = sweep.points(), sweep.finished()
-      if not finished or (len(finished) < len(points) and not values.partial):
-        raise ValueError(
-          f'{len(finished)} of {len(points)} points of {sweep.path} are '
-          'finished; sweeps/launch.py goes on, --partial takes what there is, '
-          'and --draw_only draws the tables again'
-        )
       cli.make_folder(folder)
       measure(
         trained_networks.networks(sweep.path),
         chosen,
         folder,
-        values.num_sequences,
-        values.seed,
+        studies.Options(values.num_sequences, values.seed, use_tqdm=True),
         f'python experiments/analysis/report.py --sweep_dir={sweep.path} '
         f'--output_dir={folder} --num_sequences={values.num_sequences} '
         f'--seed={values.seed}',

@@ -1,38 +1,41 @@
-"""Studies of the networks of a sweep: one function for each.
+"""Studies of the networks of a sweep: one function, and one table, for each.
 
-  on_distribution   what they lose on the source they were trained on
-  learning          the same, while they were trained
-  off_distribution  what they lose on other sources, and whom they are like
-  length            what they lose beyond the length of training
-  after_switch      what they lose in the symbols after a true switch
-  read_out          what can be read from their state about switches
+  on_distribution        regret on the source of training
+  learning               the same, in the course of training
+  off_distribution       regret on other sources, and the nearest predictor
+  length_generalization  regret beyond the length of training
+  post_switch_regret     regret in the symbols after a true switch
+  linear_probe           what a linear map of the state knows about switches
 
-Each is a function from networks to the rows of a table: plain dicts, one for
+Each takes networks and returns the rows of its table: plain dicts, one for
 every network (seed) and case. `predictor` is the architecture, or 'exact' for
-a Bayes predictor; `trained_on` is the source it was trained on, or whose Bayes
-predictor it is ('static' is KT). `seed` is None for what has none. Regrets are
-in nats; standard errors are over sequences, and those of differences are
-paired.
+a Bayes predictor; `trained_on` is the source of training, or the source whose
+Bayes predictor it is ('static' is KT). `seed` is None for exact predictors.
+Regrets are in nats; standard errors are over sequences, and those of
+differences are paired.
 
-Axes: M seeds of a network, N sequences, T time, D numbers in a state.
+A new study is a reduction of `evaluate_grid`, and a line in `STUDIES`.
+
+Axes: M seeds of a network, N sequences, T time, K alphabet size.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import predictors
-from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.experiments.analysis import linear_probe as probe_lib
 from nonstationary_mbml.experiments.analysis import trained_networks
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import run_folder
@@ -40,6 +43,22 @@ from nonstationary_mbml.runtime import run_folder
 EXACT = 'exact'
 Row = dict[str, Any]
 Networks = Sequence[trained_networks.Network]
+
+
+class Options(NamedTuple):
+  """Options of the studies.
+
+  Attributes:
+    num_sequences: Sequences of every source, N; a linear probe has a number of
+      its own.
+    seed: Seed of the sequences.
+    use_tqdm: Whether to show progress.
+  """
+
+  num_sequences: int = 2_048
+  seed: int = 0
+  use_tqdm: bool = False
+
 
 # Points of a learning curve, in equal factors.
 _CURVE_STEPS = 14
@@ -49,50 +68,115 @@ LENGTH_FACTOR = 8
 _BINS_PER_LENGTH = 2
 # Sources whose exact predictors, PTW and LAD, are references on all others.
 REFERENCES = ('ptw', 'lin')
-# Number of symbols of all sequences for a read-out.
-_READ_OUT_SYMBOLS = 2**16
-# Longest age of a segment, in symbols, that counts as recent.
-RECENT = 4
-# Penalty of the ridge regression, relative to the number of symbols.
-_RIDGE = 1e-6
+# Number of symbols of all sequences for a linear probe.
+_PROBE_SYMBOLS = 2**16
 
 
-def on_distribution(networks: Networks) -> list[Row]:
-  """Returns the final regret of every network on its own source.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Predictions of one predictor on the sequences of one source.
+
+  Attributes:
+    predictor: Architecture, or `EXACT`.
+    trained_on: Source of training, or the source of the Bayes predictor.
+    tested_on: Source of the sequences.
+    seed: Seed of the network; None for exact predictors.
+    log_probs: Predicted log-probabilities `[N, T, K]`.
+    sequences: Sequences of the source.
+  """
+
+  predictor: str
+  trained_on: str
+  tested_on: str
+  seed: int | None
+  log_probs: np.ndarray
+  sequences: trained_networks.Sequences
+
+  @property
+  def regret(self) -> np.ndarray:
+    """Regret of symbols 2, ..., T, `[N, T - 1]`."""
+    return trained_networks.regret(self.log_probs, self.sequences.parameters)
+
+  @property
+  def exact_regret(self) -> np.ndarray | None:
+    """That of the exact predictor of the source; None if it has none."""
+    exact = self.sequences.log_probs.get(self.tested_on)
+    if exact is None:
+      return None
+    return trained_networks.regret(exact, self.sequences.parameters)
+
+
+def evaluate_grid(
+  networks: Networks,
+  sources: Mapping[str, trained_networks.Sequences],
+  use_tqdm: bool = False,
+) -> Iterator[Evaluation]:
+  """Yields every predictor on every source: exact ones, then the networks.
+
+  Args:
+    networks: Networks of a sweep.
+    sources: N sequences of every source by its name, with the predictions of
+      exact predictors.
+    use_tqdm: Whether to show progress.
+  """
+  for tested_on, sequences in sources.items():
+    for name, log_probs in sequences.log_probs.items():
+      yield Evaluation(EXACT, name, tested_on, None, log_probs, sequences)
+  # All sources at once, so that a network is compiled once.
+  symbols = np.concatenate(
+    [sequences.symbols for sequences in sources.values()]
+  )
+  with progress.bar(len(networks), 'evaluating', 'network', use_tqdm) as bar:
+    for network in networks:
+      members = trained_networks.predict(network, symbols)
+      for seed, member in zip(network.seeds, members, strict=True):
+        by_source = np.split(member, len(sources))
+        for tested_on, log_probs in zip(sources, by_source, strict=True):
+          yield Evaluation(
+            network.architecture,
+            network.source,
+            tested_on,
+            seed,
+            log_probs,
+            sources[tested_on],
+          )
+      bar.update()
+
+
+def on_distribution(networks: Networks, options: Options) -> list[Row]:
+  """Returns the final regret of every network on its source of training.
 
   Beside it are the exact predictors of the run's evaluation, by their labels;
-  `is_own` is that of the source. All are read from the runs' tables.
+  `is_exact` marks the source's own. All are read from the runs' tables.
   """
   rows = []
   seen = set()
   for network in networks:
-    _, *others = network.table
+    source = network.source
+    _, *exact = network.table
     rows += [
-      _on_distribution_row(
-        network.source, network.architecture, row['seed'], row
-      )
+      _final_row(source, network.architecture, row)
       for row in regret_table.network_rows(network.table, network.seeds)
     ]
     # All networks of a source read the same sequences.
-    if network.source not in seen:
-      seen.add(network.source)
+    if source not in seen:
+      seen.add(source)
       rows += [
         {
-          **_on_distribution_row(network.source, row['predictor'], None, row),
-          'is_own': int(row['is_optimum']),
+          **_final_row(source, row['predictor'], row),
+          # Tables of earlier versions say only what they measure from.
+          'is_exact': int(row.get('is_exact', row['is_optimum'])),
         }
-        for row in others
+        for row in exact
       ]
   return rows
 
 
-def _on_distribution_row(
-  source: str, predictor: str, seed: int | None, row: Mapping[str, Any]
-) -> Row:
+def _final_row(source: str, predictor: str, row: Mapping[str, Any]) -> Row:
   return {
     'source': source,
     'predictor': predictor,
-    'seed': seed,
+    'seed': row.get('seed'),
     'regret': row['cumulative_regret'],
     'regret_stderr': row['stderr'],
     'above_exact': row['above_optimum'],
@@ -100,10 +184,11 @@ def _on_distribution_row(
   }
 
 
-def learning(networks: Networks) -> list[Row]:
-  """Returns regret above the own exact predictor, at some steps of training.
+def learning(networks: Networks, options: Options) -> list[Row]:
+  """Returns regret above the exact predictor at some steps of training.
 
-  From the logs of the runs, on a batch of fresh sequences at every step.
+  It is read from the logs of the runs, which are of fresh sequences at every
+  step.
   """
   rows = []
   for network in networks:
@@ -111,167 +196,95 @@ def learning(networks: Networks) -> list[Row]:
     history, members = run_folder.split_entries(entries)
     evaluation = network.config.resolved().eval
     generator = constants.build_data_generator(evaluation.data)
-    own = constants.exact_predictor(
+    exact = constants.exact_predictor(
       generator,
       constants.build_optimal_predictors(evaluation, generator),
       evaluation.seq_length,
     )
-    if own is None or not history:
+    if exact is None or not history:
       continue
-    for seed, entries in zip(network.seeds, members or (history,), strict=True):
-      rows += [
-        {
-          'source': network.source,
-          'predictor': network.architecture,
-          'seed': seed,
-          'step': entry['step'],
-          'above_exact': entry[f'cumulative_regret_above_optimal/{own}'],
-          'above_exact_stderr': entry[
-            f'cumulative_regret_above_optimal_stderr/{own}'
-          ],
-        }
-        for entry in saved_runs.thinned(entries, _CURVE_STEPS)
-      ]
+    metric = 'cumulative_regret_above_optimal'
+    rows += [
+      {
+        'source': network.source,
+        'predictor': network.architecture,
+        'seed': seed,
+        'step': entry['step'],
+        'above_exact': entry[f'{metric}/{exact}'],
+        'above_exact_stderr': entry[f'{metric}_stderr/{exact}'],
+      }
+      for seed, entries in zip(
+        network.seeds, members or (history,), strict=True
+      )
+      for entry in saved_runs.thinned(entries, _CURVE_STEPS)
+    ]
   return rows
 
 
-def off_distribution(
-  networks: Networks, num_sequences: int, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
-  """Returns what every network loses on every source, and whom it resembles.
+def off_distribution(networks: Networks, options: Options) -> list[Row]:
+  """Returns the regret of every network on every source.
 
   `kl/<source>` is the mean of KL(exact || network) in nats per symbol, from the
   predictions of that source's Bayes predictor to those of the network.
-
-  Args:
-    networks: Networks of a sweep.
-    num_sequences: N, the same for all networks.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
   """
-  seq_length = _train_length(networks)
-  sources = trained_networks.sources(networks)
-  exact = trained_networks.exact_predictors(sources, seq_length)
-  sampled = dict(
-    _sampled(sources, exact, seq_length, num_sequences, seed, question=0)
-  )
-  own_regrets = {
-    name: _cumulative(sequences.log_probs[name], sequences)
-    for name, sequences in sampled.items()
-    if name in sequences.log_probs
-  }
-  rows = [
-    _off_distribution_row(
-      EXACT,
-      name,
-      tested_on,
-      None,
-      log_probs,
-      own_regrets.get(tested_on),
-      sequences,
+  sources = dict(
+    _sample(
+      networks,
+      _training_length(networks),
+      options,
+      stream=0,
+      references=(*trained_networks.sources(networks), trained_networks.STATIC),
     )
-    for tested_on, sequences in sampled.items()
-    for name, log_probs in sequences.log_probs.items()
-  ]
-  # All sources at once, so that a network is compiled once.
-  symbols = np.concatenate(
-    [sequences.symbols for sequences in sampled.values()]
   )
-  with _bar(len(networks), use_tqdm) as bar:
-    for network in networks:
-      predictions = trained_networks.predict(network, symbols)
-      for member_seed, of_member in zip(
-        network.seeds, predictions, strict=True
-      ):
-        of_sources = np.split(of_member, len(sampled))
-        rows += [
-          _off_distribution_row(
-            network.architecture,
-            network.source,
-            tested_on,
-            member_seed,
-            log_probs,
-            own_regrets.get(tested_on),
-            sequences,
-          )
-          for (tested_on, sequences), log_probs in zip(
-            sampled.items(), of_sources, strict=True
-          )
-        ]
-      bar.update(1)
-  return rows
+  return [
+    _off_distribution_row(evaluation)
+    for evaluation in evaluate_grid(networks, sources, options.use_tqdm)
+  ]
 
 
-def _off_distribution_row(
-  predictor: str,
-  trained_on: str,
-  tested_on: str,
-  seed: int | None,
-  log_probs: np.ndarray,
-  own_regret: np.ndarray | None,
-  sequences: trained_networks.Sequences,
-) -> Row:
-  regret = _cumulative(log_probs, sequences)
+def _off_distribution_row(evaluation: Evaluation) -> Row:
+  regret = evaluation.regret.sum(axis=1, dtype=np.float64)
   row = {
-    'predictor': predictor,
-    'trained_on': trained_on,
-    'tested_on': tested_on,
-    'seed': seed,
+    'predictor': evaluation.predictor,
+    'trained_on': evaluation.trained_on,
+    'tested_on': evaluation.tested_on,
+    'seed': evaluation.seed,
     **_mean_and_stderr('regret', regret),
   }
-  if own_regret is not None:
-    row |= _mean_and_stderr('above_exact', regret - own_regret)
-  for name, exact in sequences.log_probs.items():
-    row[f'kl/{name}'] = float(
-      trained_networks.divergence(exact, log_probs).mean()
-    )
+  if (exact_regret := evaluation.exact_regret) is not None:
+    exact_regret = exact_regret.sum(axis=1, dtype=np.float64)
+    row |= _mean_and_stderr('above_exact', regret - exact_regret)
+  for name, exact in evaluation.sequences.log_probs.items():
+    divergence = trained_networks.divergence(exact, evaluation.log_probs)
+    row[f'kl/{name}'] = float(divergence.mean())
   return row
 
 
-def length(
-  networks: Networks, num_sequences: int, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
+def length_generalization(networks: Networks, options: Options) -> list[Row]:
   """Returns the regret per symbol over position, beyond the training length.
 
   The source is that of training, and its segment-length distribution must not
   depend on the length of the sequence: all sources but PTW of a depth that
   follows from it. Positions are those of predicted symbols, the first symbol
   being 1, in bins.
-
-  Args:
-    networks: Networks of a sweep.
-    num_sequences: N, the same for all networks of a source.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
   """
-  train_length = _train_length(networks)
-  seq_length = LENGTH_FACTOR * train_length
+  training_length = _training_length(networks)
+  seq_length = LENGTH_FACTOR * training_length
   networks = [
     network for network in networks if _can_be_longer(network, seq_length)
   ]
   if not networks:
     return []
-  sources = trained_networks.sources(networks)
   # The length of training is an edge, also if it is odd.
-  edges = np.arange(1, LENGTH_FACTOR * _BINS_PER_LENGTH + 1) * train_length
+  edges = np.arange(1, LENGTH_FACTOR * _BINS_PER_LENGTH + 1) * training_length
   edges = np.unique(np.maximum(edges // _BINS_PER_LENGTH, 2))
-  exact = trained_networks.exact_predictors(sources, seq_length)
-  rows = []
-  with _bar(len(networks), use_tqdm) as bar:
-    for name, sequences in _sampled(
-      sources, exact, seq_length, num_sequences, seed, question=1
-    ):
-      if name in exact:
-        rows += _length_rows(
-          EXACT, name, None, sequences.log_probs[name], sequences, edges
-        )
-      for network, member_seed, log_probs in _predictions(
-        networks, name, sequences, bar
-      ):
-        rows += _length_rows(
-          network.architecture, name, member_seed, log_probs, sequences, edges
-        )
-  return rows
+  return [
+    row
+    for evaluation in _diagonal(
+      networks, seq_length, options, stream=1, references=()
+    )
+    for row in _position_rows(evaluation, edges)
+  ]
 
 
 def _can_be_longer(network: trained_networks.Network, seq_length: int) -> bool:
@@ -287,22 +300,16 @@ def _can_be_longer(network: trained_networks.Network, seq_length: int) -> bool:
     return False
 
 
-def _length_rows(
-  predictor: str,
-  trained_on: str,
-  seed: int | None,
-  log_probs: np.ndarray,
-  sequences: trained_networks.Sequences,
-  edges: Sequence[int],
-) -> list[Row]:
-  regret = trained_networks.regret(log_probs, sequences.parameters)
+def _position_rows(evaluation: Evaluation, edges: Sequence[int]) -> list[Row]:
+  """A row for every bin of positions that ends at an edge."""
+  regret = evaluation.regret
   # Symbol p is predicted at index p - 2, and the first one never.
   firsts = [2, *(edge + 1 for edge in edges[:-1])]
   return [
     {
-      'predictor': predictor,
-      'trained_on': trained_on,
-      'seed': seed,
+      'predictor': evaluation.predictor,
+      'trained_on': evaluation.trained_on,
+      'seed': evaluation.seed,
       'first_position': int(first),
       'last_position': int(last),
       **_mean_and_stderr(
@@ -313,46 +320,26 @@ def _length_rows(
   ]
 
 
-def after_switch(
-  networks: Networks, num_sequences: int, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
+def length_of_training(rows: Sequence[Mapping[str, Any]]) -> int:
+  """Returns the length of training that rows of length_generalization have."""
+  return max(row['last_position'] for row in rows) // LENGTH_FACTOR
+
+
+def post_switch_regret(networks: Networks, options: Options) -> list[Row]:
   """Returns the regret per symbol against the time since a true switch.
 
   `symbols_since` is 1 for the first symbol of a segment; segments that no
-  switch began do not count. On the source of training, beside its own Bayes
-  predictor, PTW and LAD.
-
-  Args:
-    networks: Networks of a sweep.
-    num_sequences: N, the same for all networks of a source.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
+  switch began do not count. The source is that of training; beside the networks
+  are its Bayes predictor, PTW and LAD.
   """
-  seq_length = _train_length(networks)
-  sources = trained_networks.sources(networks)
-  exact = trained_networks.exact_predictors(sources, seq_length)
-  exact.pop(trained_networks.STATIC)
-  rows = []
-  with _bar(len(networks), use_tqdm) as bar:
-    for name, sequences in _sampled(
-      sources, exact, seq_length, num_sequences, seed, question=2
-    ):
-      since = symbols_since_switch(sequences.switches)[:, 1:]
-      ages = range(1, seq_length // 2 + 1)
-      for own, log_probs in sequences.log_probs.items():
-        if own in (name, *REFERENCES):
-          regret = trained_networks.regret(log_probs, sequences.parameters)
-          rows += _after_switch_rows(
-            name, EXACT, own, None, regret, since, ages
-          )
-      for network, member_seed, log_probs in _predictions(
-        networks, name, sequences, bar
-      ):
-        regret = trained_networks.regret(log_probs, sequences.parameters)
-        rows += _after_switch_rows(
-          name, network.architecture, name, member_seed, regret, since, ages
-        )
-  return rows
+  seq_length = _training_length(networks)
+  return [
+    row
+    for evaluation in _diagonal(
+      networks, seq_length, options, stream=2, references=REFERENCES
+    )
+    for row in _age_rows(evaluation, range(1, seq_length // 2 + 1))
+  ]
 
 
 def symbols_since_switch(switches: np.ndarray) -> np.ndarray:
@@ -362,7 +349,7 @@ def symbols_since_switch(switches: np.ndarray) -> np.ndarray:
   symbols since 0 0 1 2 3 1 2
 
   Args:
-    switches: bool `[N, T]`, True where a new segment starts.
+    switches: Switches, bool `[N, T]`, True where a new segment starts.
 
   Returns:
     `[N, T]`; 0 before the first switch.
@@ -372,15 +359,10 @@ def symbols_since_switch(switches: np.ndarray) -> np.ndarray:
   return np.where(latest >= 0, times - latest + 1, 0)
 
 
-def _after_switch_rows(
-  tested_on: str,
-  predictor: str,
-  trained_on: str,
-  seed: int | None,
-  regret: np.ndarray,
-  since: np.ndarray,
-  ages: Sequence[int],
-) -> list[Row]:
+def _age_rows(evaluation: Evaluation, ages: Sequence[int]) -> list[Row]:
+  """A row for every age of a segment that the sequences have."""
+  regret = evaluation.regret
+  since = symbols_since_switch(evaluation.sequences.switches)[:, 1:]
   rows = []
   for age in ages:
     counted = since == age
@@ -393,10 +375,10 @@ def _after_switch_rows(
     spread = np.sqrt(np.sum((sums - mean * numbers) ** 2)) / numbers.sum()
     rows.append(
       {
-        'tested_on': tested_on,
-        'predictor': predictor,
-        'trained_on': trained_on,
-        'seed': seed,
+        'tested_on': evaluation.tested_on,
+        'predictor': evaluation.predictor,
+        'trained_on': evaluation.trained_on,
+        'seed': evaluation.seed,
         'symbols_since': age,
         'regret_per_symbol': float(mean),
         'regret_per_symbol_stderr': float(spread),
@@ -405,188 +387,121 @@ def _after_switch_rows(
   return rows
 
 
-def read_out(
-  networks: Networks, seed: int = 0, use_tqdm: bool = False
-) -> list[Row]:
+def linear_probe(networks: Networks, options: Options) -> list[Row]:
   """Returns how well a linear map of the state gives the exact posterior.
 
-  Targets are those of the source's own Bayes predictor after every symbol:
-
-    run_length     E[symbols of the current segment | the past]
-    recent_switch  P(it has at most 4 symbols so far | the past)
-
-  A ridge regression, the same at all times, from all that the network keeps
-  (of a Transformer: what its last linear layer reads) is fitted on half of the
-  sequences and tested on the other half. `r2` is the share of the target's
-  variance that it explains. For `r2_given_time` states and targets are taken
-  from their means at every time, so that a clock explains nothing. None is
-  where there is no variance. `is_trained` is 0 for the same networks before
-  training.
-
-  Args:
-    networks: Networks of a sweep.
-    seed: Seed of the sequences.
-    use_tqdm: Show progress.
+  Targets are the posteriors of the source's Bayes predictor after every symbol,
+  and scores those of `linear_probe.r2_scores`: a ridge regression, the same at
+  all times, from all that the network keeps (of a Transformer: what its last
+  linear layer reads). `is_trained` is 0 for the same networks before training.
   """
-  seq_length = _train_length(networks)
-  num_sequences = max(4, _READ_OUT_SYMBOLS // seq_length)
-  sources = trained_networks.sources(networks)
-  exact = trained_networks.exact_predictors(sources, seq_length)
+  seq_length = _training_length(networks)
+  options = options._replace(num_sequences=max(4, _PROBE_SYMBOLS // seq_length))
+  exact = trained_networks.exact_predictors(
+    trained_networks.sources(networks), seq_length
+  )
   rows = []
-  with _bar(2 * len(networks), use_tqdm) as bar:
-    for name, sequences in _sampled(
-      sources, {}, seq_length, num_sequences, seed, question=3
+  with progress.bar(
+    len(networks), 'probing', 'network', options.use_tqdm
+  ) as bar:
+    for name, sequences in _sample(
+      networks, seq_length, options, stream=3, references=None
     ):
       if not hasattr(exact.get(name), 'unroll_run_lengths'):
         continue
-      targets = posteriors(exact[name], sequences.symbols)
-      for network in networks:
-        if network.source != name:
-          continue
-        for is_trained in (True, False):
-          states = trained_networks.read_states(
-            network, sequences.symbols, untrained=not is_trained
-          )
-          for member_seed, of_member in zip(network.seeds, states, strict=True):
-            rows += [
-              {
-                'source': name,
-                'predictor': network.architecture,
-                'seed': member_seed,
-                'is_trained': int(is_trained),
-                'target': target,
-                **shares,
-              }
-              for target, shares in read_out_shares(of_member, targets).items()
-            ]
-          bar.update(1)
+      targets = probe_lib.posteriors(exact[name], sequences.symbols)
+      for network in _trained_on(networks, name):
+        rows += _probe_rows(network, sequences.symbols, targets)
+        bar.update()
   return rows
 
 
-def read_out_shares(
-  states: np.ndarray, targets: Mapping[str, np.ndarray]
-) -> dict[str, dict[str, float | None]]:
-  """Returns `r2` and `r2_given_time` of every target; see `read_out`.
-
-  Args:
-    states: `[N, T, D]`; the first half of the sequences is for the fit.
-    targets: `[N, T]`, by name.
-  """
-  half = len(states) // 2
-  centred = lambda values: values - values[:half].mean(axis=0)
-  plain = linear_read_out(states, targets)
-  given_time = linear_read_out(
-    centred(states), {name: centred(values) for name, values in targets.items()}
-  )
-  return {
-    name: {
-      'r2': explained(values[half:], plain[name]),
-      'r2_given_time': explained(centred(values)[half:], given_time[name]),
-    }
-    for name, values in targets.items()
-  }
-
-
-def posteriors(
-  exact: predictors.OptimalPredictor, symbols: np.ndarray
-) -> dict[str, np.ndarray]:
-  """Returns what a Bayes predictor knows of the current segment, `[N, T]` each.
-
-  Args:
-    exact: Predictor with `unroll_run_lengths`.
-    symbols: One-hot `[N, T, K]`.
-  """
-  size = max(1, 2**18 // symbols.shape[1] ** 2)
-  run_lengths, recent = [], []
-  for begin in range(0, len(symbols), size):
-    posterior = np.asarray(
-      exact.unroll_run_lengths(symbols[begin : begin + size]), np.float64
+def _probe_rows(
+  network: trained_networks.Network,
+  symbols: np.ndarray,
+  targets: Mapping[str, np.ndarray],
+) -> list[Row]:
+  """A row for every seed and target, after training and before."""
+  rows = []
+  for is_trained in (True, False):
+    states = trained_networks.read_states(
+      network, symbols, untrained=not is_trained
     )
-    run_lengths.append(posterior @ np.arange(posterior.shape[-1]))
-    recent.append(posterior[..., : RECENT + 1].sum(axis=-1))
-  return {
-    'run_length': np.concatenate(run_lengths),
-    'recent_switch': np.concatenate(recent),
-  }
+    rows += [
+      {
+        'source': network.source,
+        'predictor': network.architecture,
+        'seed': seed,
+        'is_trained': int(is_trained),
+        'target': target,
+        **scores,
+      }
+      for seed, member in zip(network.seeds, states, strict=True)
+      for target, scores in probe_lib.r2_scores(member, targets).items()
+    ]
+  return rows
 
 
-def linear_read_out(
-  states: np.ndarray, targets: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-  """Returns targets of the second half of sequences, predicted from states.
+def _sample(
+  networks: Networks,
+  seq_length: int,
+  options: Options,
+  stream: int,
+  references: Sequence[str] | None,
+) -> Iterator[tuple[str, trained_networks.Sequences]]:
+  """Yields sequences of every source of training, by its name.
 
   Args:
-    states: `[N, T, D]`; the first half of the sequences is for the fit.
-    targets: `[N, T]`, by name.
+    networks: Networks of a sweep.
+    seq_length: Length of the sequences, T.
+    options: Options of the study.
+    stream: Number of the study, so that each has sequences of its own.
+    references: Sources whose exact predictors read the sequences, besides that
+      of the source itself; None if none is to read them.
   """
-  half = len(states) // 2
-  flat = states.reshape(-1, states.shape[-1]).astype(np.float64)
-  fit = slice(0, half * states.shape[1])
-  mean, spread = flat[fit].mean(axis=0), flat[fit].std(axis=0)
-  # A constant feature says nothing.
-  flat = (flat - mean)[:, spread > 0] / spread[spread > 0]
-  inputs = flat[fit]
-  gram = inputs.T @ inputs + _RIDGE * len(inputs) * np.eye(inputs.shape[1])
-  predicted = {}
-  for name, values in targets.items():
-    goal = values[:half].ravel()
-    weights = np.linalg.solve(gram, inputs.T @ (goal - goal.mean()))
-    out = flat[half * states.shape[1] :] @ weights + goal.mean()
-    predicted[name] = out.reshape(values[half:].shape)
-  return predicted
-
-
-def explained(values: np.ndarray, predicted: np.ndarray) -> float | None:
-  """Returns the share of variance that predictions explain, 1 at most.
-
-  None where the values have no variance beyond rounding.
-  """
-  variance = np.sum((values - values.mean()) ** 2)
-  if variance <= 1e-9 * max(np.sum(values**2), len(values)):
-    return None
-  return float(1 - np.sum((values - predicted) ** 2) / variance)
-
-
-def _sampled(
-  sources: Mapping[str, config_lib.DataConfig],
-  exact: Mapping[str, predictors.OptimalPredictor],
-  seq_length: int,
-  num_sequences: int,
-  seed: int,
-  question: int,
-) -> Iterator[tuple[str, trained_networks.Sequences]]:
-  """Sequences of every source, from a key of its own for every question."""
-  base_config.check_seed('seed', seed)
-  key = jax.random.fold_in(jax.random.key(seed), question)
+  seed = base_config.check_seed('seed', options.seed)
+  key = jax.random.fold_in(jax.random.key(seed), stream)
+  sources = trained_networks.sources(networks)
+  exact = trained_networks.exact_predictors(sources, seq_length)
   for index, (name, source) in enumerate(sources.items()):
+    readers = {
+      other: predictor
+      for other, predictor in exact.items()
+      if references is not None and other in (name, *references)
+    }
     yield (
       name,
       trained_networks.sample(
         source,
-        exact,
+        readers,
         seq_length,
-        num_sequences,
+        options.num_sequences,
         jax.random.fold_in(key, index),
       ),
     )
 
 
-def _predictions(
+def _diagonal(
   networks: Networks,
-  source: str,
-  sequences: trained_networks.Sequences,
-  bar: progress.Progress,
-) -> Iterator[tuple[trained_networks.Network, int, np.ndarray]]:
-  """Predictions of all networks trained on a source, seed by seed."""
-  for network in networks:
-    if network.source == source:
-      members = trained_networks.predict(network, sequences.symbols)
-      for member_seed, log_probs in zip(network.seeds, members, strict=True):
-        yield network, member_seed, log_probs
-      bar.update(1)
+  seq_length: int,
+  options: Options,
+  stream: int,
+  references: Sequence[str],
+) -> Iterator[Evaluation]:
+  """Yields the networks on their source of training; see `_sample`."""
+  for name, sequences in _sample(
+    networks, seq_length, options, stream, references
+  ):
+    yield from evaluate_grid(
+      _trained_on(networks, name), {name: sequences}, options.use_tqdm
+    )
 
 
-def _train_length(networks: Networks) -> int:
+def _trained_on(networks: Networks, source: str) -> Networks:
+  return [network for network in networks if network.source == source]
+
+
+def _training_length(networks: Networks) -> int:
   """The length of training, which all networks share."""
   lengths = {network.config.train.seq_length for network in networks}
   if len(lengths) != 1:
@@ -597,32 +512,17 @@ def _train_length(networks: Networks) -> int:
   return lengths.pop()
 
 
-def _cumulative(
-  log_probs: np.ndarray, sequences: trained_networks.Sequences
-) -> np.ndarray:
-  regret = trained_networks.regret(log_probs, sequences.parameters)
-  return regret.sum(axis=-1, dtype=np.float64)
-
-
 def _mean_and_stderr(name: str, values: np.ndarray) -> dict[str, float]:
   mean, stderr = evaluator_lib.mean_and_stderr(values.astype(np.float64))
   return {name: float(mean), f'{name}_stderr': float(stderr)}
 
 
-def _bar(total: int, use_tqdm: bool) -> progress.Progress:
-  return progress.bar(total, 'measuring', 'network', use_tqdm)
-
-
-# By the name of the table: from networks, a number of sequences and a seed.
-QUESTIONS: dict[str, dict[str, Callable[..., list[Row]]]] = {
-  'on_distribution': {
-    'on_distribution': lambda networks, n, seed, bar: on_distribution(networks),
-    'learning': lambda networks, n, seed, bar: learning(networks),
-  },
-  'off_distribution': {'off_distribution': off_distribution},
-  'length': {'length': length},
-  'inside': {
-    'after_switch': after_switch,
-    'read_out': lambda networks, n, seed, bar: read_out(networks, seed, bar),
-  },
+# By the name of the table.
+STUDIES: dict[str, Callable[[Networks, Options], list[Row]]] = {
+  'on_distribution': on_distribution,
+  'learning': learning,
+  'off_distribution': off_distribution,
+  'length_generalization': length_generalization,
+  'post_switch_regret': post_switch_regret,
+  'linear_probe': linear_probe,
 }

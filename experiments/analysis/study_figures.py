@@ -1,7 +1,7 @@
 """Figures of the tables that `studies` measures.
 
-  rows = files.read_csv(pathlib.Path('results/small/length.csv'))
-  draw_length(rows, training_length=32).savefig('length.png')
+  rows = files.read_csv(pathlib.Path('results/small/length_generalization.csv'))
+  draw_length_generalization(rows, training_length=32).savefig('length.png')
 
 Every function takes the rows of a table, as they were measured or as
 `atomic_files.read_csv` gives them, and nothing else is computed anew.
@@ -16,33 +16,21 @@ import matplotlib
 from matplotlib import figure as figure_lib
 import numpy as np
 
+from nonstationary_mbml import predictor_factories
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments.analysis import studies
+from nonstationary_mbml.experiments.sweeps import presets
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 
 Row = Mapping[str, Any]
 
-# As `predictor_factories.label` has them.
+# Labels of the networks of the presets, by their names in a sweep.
 LABELS = {
-  'rnn': 'Vanilla RNN',
-  'lstm': 'LSTM',
-  'stack_rnn': 'Stack-RNN',
-  'stack_lstm': 'Stack-LSTM',
-  'transformer_none': 'Transformer, no encoding',
-  'transformer_sin_cos': 'Transformer, SIN_COS',
-  'transformer_alibi': 'Transformer, ALIBI',
-  'transformer_relative': 'Transformer, RELATIVE',
-  'sliding_window': 'Sliding-window Transformer',
+  point.settings['model']: predictor_factories.label(point.config.model)
+  for point in presets.small().points()
 }
-EXACT_LABELS = {
-  'ptw': 'PTW',
-  'lin': 'LAD',
-  'regular_shift': 'known period',
-  'random_shift': 'known length distribution',
-  'static': 'KT',
-}
-# Labels in tables of earlier versions.
-_EARLIER_LABELS = {'known length law': 'known length distribution'}
 TARGETS = {
   'run_length': 'expected run length',
   'recent_switch': 'probability of a recent switch',
@@ -55,14 +43,21 @@ _STDERR = 'mean ± standard error over seeds'
 
 def label(predictor: str) -> str:
   """Returns the label of a predictor in figures, by its name in a table."""
-  return LABELS.get(predictor, _EARLIER_LABELS.get(predictor, predictor))
+  return LABELS.get(predictor, predictor)
 
 
 def exact_label(source: str) -> str:
   """Returns the label of the Bayes predictor of a source in figures."""
   if source.startswith('ptw_depth_'):
     return f'PTW, depth {source.removeprefix("ptw_depth_")}'
-  return EXACT_LABELS.get(source, f'Bayes for {source}')
+  if source not in constants.TRAJECTORY_GENERATORS:
+    return f'Bayes for {source}'
+  config = config_lib.DataConfig(
+    trajectory_generator=source,
+    trajectory_generator_kwargs=constants.source_kwargs(source),
+  )
+  exact = constants.build_data_generator(config).bayes_predictor(2)
+  return 'no exact predictor' if exact is None else exact.label
 
 
 def groups(
@@ -166,7 +161,7 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   # A predictor that is only ever the source's own has no distance to itself.
   names = _architectures(rows) + _in_order(
     _unique(
-      [row for row in rows if row['seed'] is None and not row['is_own']],
+      [row for row in rows if row['seed'] is None and not row['is_exact']],
       'predictor',
     )
   )
@@ -177,12 +172,12 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
   ) as figure:
     panels = _panels(figure, len(sources), 3, sharey=True)
     for panel, source in zip(panels, sources, strict=True):
-      for (name, is_own), of_name in groups(
-        [{'is_own': None, **row} for row in by_source[source,]],
+      for (name, is_exact), of_name in groups(
+        [{'is_exact': None, **row} for row in by_source[source,]],
         'predictor',
-        'is_own',
+        'is_exact',
       ).items():
-        if is_own:
+        if is_exact:
           regret = of_name[0]['regret']
           panel.set_title(
             f'{source}\nregret of {label(name)}: {regret:.3f} nats'
@@ -381,13 +376,13 @@ def _name_cells(
   panel.set_yticks(range(len(rows)), rows, fontsize=8)
 
 
-def draw_length(
+def draw_length_generalization(
   rows: Sequence[Row], training_length: int | None = None
 ) -> figure_lib.Figure:
   """Draws regret per symbol over position, beyond the length of training.
 
   Args:
-    rows: Rows of the table length.
+    rows: Rows of the table length_generalization.
     training_length: Length that is marked; None marks none.
 
   Returns:
@@ -407,11 +402,11 @@ def draw_length(
   )
 
 
-def draw_after_switch(rows: Sequence[Row]) -> figure_lib.Figure:
+def draw_post_switch_regret(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws regret per symbol against the time since a true switch.
 
   Args:
-    rows: Rows of the table after_switch.
+    rows: Rows of the table post_switch_regret.
 
   Returns:
     The figure: panels for every source and family of networks that were trained
@@ -521,11 +516,11 @@ def _draw_curve(
   )
 
 
-def draw_read_out(rows: Sequence[Row]) -> figure_lib.Figure:
+def draw_linear_probe(rows: Sequence[Row]) -> figure_lib.Figure:
   """Draws how well the exact posterior can be read from a network's state.
 
   Args:
-    rows: Rows of the table read_out.
+    rows: Rows of the table linear_probe.
 
   Returns:
     The figure: a panel for every target and source; the share of variance

@@ -1,7 +1,7 @@
-"""The tables that `studies` measures, as text: means over seeds.
+"""The tables that `studies` measures, in Markdown.
 
-Every function takes the rows of a table and returns a table in Markdown, whose
-numbers are means ± standard errors over seeds.
+Every function takes the rows of a table. Numbers are means ± standard errors
+over seeds.
 """
 
 from collections.abc import Callable
@@ -17,75 +17,83 @@ from nonstationary_mbml.experiments.analysis import study_figures as figures
 Row = Mapping[str, Any]
 
 
+def pivot(
+  rows: Sequence[Any],
+  lines: Mapping[str, Callable[[Any], str]],
+  column: Callable[[Any], str],
+  cell: Callable[[Sequence[Any]], str],
+) -> str:
+  """Returns rows as a table in Markdown, in order of appearance.
+
+  Args:
+    rows: Rows of any form.
+    lines: Texts at the head of a row's line, as functions of the row, by title.
+    column: Title of a row's column, as a function of the row.
+    cell: Text of the rows that have a line and a column in common.
+  """
+  cells = {}
+  for row in rows:
+    line = cells.setdefault(tuple(text(row) for text in lines.values()), {})
+    line.setdefault(column(row), []).append(row)
+  columns = list(dict.fromkeys(column(row) for row in rows))
+  return markdown(
+    [*lines, *columns],
+    [
+      [*heads, *(cell(line[c]) if c in line else '' for c in columns)]
+      for heads, line in cells.items()
+    ],
+  )
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  """Returns a table in Markdown."""
+  rows = [head, ['---'] * len(head), *lines]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n'
+
+
 def on_distribution(rows: Sequence[Row]) -> str:
   """Returns the regret of every predictor on every source (nats)."""
-  own = {row['source']: row for row in rows if row.get('is_own')}
-  sources = list(dict.fromkeys(row['source'] for row in rows))
-  by_cell = figures.groups(rows, 'predictor', 'source')
-  # Networks first, then exact predictors.
-  names = dict.fromkeys(
-    row['predictor'] for row in rows if row['seed'] is not None
-  ) | dict.fromkeys(row['predictor'] for row in rows)
+  exact = _exact_regrets(rows)
 
-  def cell(name: str, source: str) -> str:
-    of_cell = by_cell.get((name, source))
-    if of_cell is None:
-      return ''
-    regret = _mean(of_cell, 'regret')
-    if of_cell[0].get('is_own'):
-      return f'**{of_cell[0]["regret"]:.4f}**'
-    if source not in own:
+  def cell(rows: Sequence[Row]) -> str:
+    regret = _mean(rows, 'regret')
+    source = rows[0]['source']
+    if rows[0].get('is_exact'):
+      return f'**{rows[0]["regret"]:.4f}**'
+    if source not in exact:
       return regret
-    above, _ = figures.over_seeds(of_cell, 'above_exact')
-    return f'{regret} ({100 * above / own[source]["regret"]:+.1f}%)'
+    above, _ = figures.over_seeds(rows, 'above_exact')
+    return f'{regret} ({100 * above / exact[source]:+.1f}%)'
 
-  return _markdown(
-    ['predictor', *sources],
-    [
-      [figures.label(name), *(cell(name, source) for source in sources)]
-      for name in names
-    ],
+  # Networks first, then exact predictors.
+  return pivot(
+    sorted(rows, key=lambda row: row['seed'] is None),
+    {'predictor': _label},
+    lambda row: row['source'],
+    cell,
   )
 
 
 def percent_above(rows: Sequence[Row]) -> str:
   """Returns regret above the exact predictor, in percent of its own."""
-  own = {row['source']: row['regret'] for row in rows if row.get('is_own')}
-  of_networks = [row for row in rows if row['seed'] is not None]
-  by_cell = figures.groups(of_networks, 'predictor', 'source')
-
-  def cell(name: str, source: str) -> str:
-    of_cell = by_cell.get((name, source))
-    if of_cell is None:
-      return ''
-    return _mean(of_cell, 'above_exact', 100 / own[source], '.2f')
-
-  return _markdown(
-    ['predictor', *own],
-    [
-      [figures.label(name), *(cell(name, source) for source in own)]
-      for name in dict.fromkeys(row['predictor'] for row in of_networks)
-    ],
+  exact = _exact_regrets(rows)
+  return pivot(
+    [row for row in _of_networks(rows) if row['source'] in exact],
+    {'predictor': _label},
+    lambda row: row['source'],
+    lambda rows: _mean(
+      rows, 'above_exact', 100 / exact[rows[0]['source']], '.2f'
+    ),
   )
 
 
 def off_distribution(rows: Sequence[Row]) -> str:
   """Returns the regret above the tested source's exact predictor (nats)."""
-  tested = list(dict.fromkeys(row['tested_on'] for row in rows))
-  by_cell = figures.groups(rows, 'predictor', 'trained_on', 'tested_on')
-  pairs = figures.groups(rows, 'predictor', 'trained_on')
-  return _markdown(
-    ['predictor', 'trained on', *tested],
-    [
-      [
-        *_names(predictor, trained_on),
-        *(
-          _mean(by_cell[predictor, trained_on, name], 'above_exact')
-          for name in tested
-        ),
-      ]
-      for predictor, trained_on in pairs
-    ],
+  return pivot(
+    rows,
+    {'predictor': _label, 'trained on': _trained_on},
+    lambda row: row['tested_on'],
+    lambda rows: _mean(rows, 'above_exact'),
   )
 
 
@@ -95,31 +103,22 @@ def resemblance(rows: Sequence[Row]) -> str:
   In brackets is that divergence, in 1/1000 nats per symbol; in bold is where
   it is the predictor of the source of training.
   """
-  rows = [row for row in rows if row['seed'] is not None]
-  tested = list(dict.fromkeys(row['tested_on'] for row in rows))
-  by_cell = figures.groups(rows, 'predictor', 'trained_on', 'tested_on')
 
-  def cell(predictor: str, trained_on: str, name: str) -> str:
-    nearest, divergence = nearest_exact(by_cell[predictor, trained_on, name])
+  def cell(rows: Sequence[Row]) -> str:
+    nearest, divergence = nearest_exact(rows)
     text = f'{figures.exact_label(nearest)} ({1e3 * divergence:.1f})'
-    return f'**{text}**' if nearest == trained_on else text
+    return f'**{text}**' if nearest == rows[0]['trained_on'] else text
 
-  return _markdown(
-    ['predictor', 'trained on', *tested],
-    [
-      [
-        *_names(predictor, trained_on),
-        *(cell(predictor, trained_on, name) for name in tested),
-      ]
-      for predictor, trained_on in figures.groups(
-        rows, 'predictor', 'trained_on'
-      )
-    ],
+  return pivot(
+    _of_networks(rows),
+    {'predictor': _label, 'trained on': _trained_on},
+    lambda row: row['tested_on'],
+    cell,
   )
 
 
 def nearest_exact(rows: Sequence[Row]) -> tuple[str, float]:
-  """Returns whom the networks of some rows are nearest to, and how near.
+  """Returns the source of the nearest exact predictor, and the divergence.
 
   Args:
     rows: Rows of one case in the table off_distribution.
@@ -133,126 +132,104 @@ def nearest_exact(rows: Sequence[Row]) -> tuple[str, float]:
   return nearest, means[nearest]
 
 
-def length(rows: Sequence[Row]) -> str:
+def length_generalization(rows: Sequence[Row]) -> str:
   """Returns regret per symbol (1/1000 nats) where training ends, and beyond."""
-  last = max(row['last_position'] for row in rows)
-  trained = last // studies.LENGTH_FACTOR
-  wanted = [trained * 2**k for k in range(studies.LENGTH_FACTOR.bit_length())]
-  by_cell = figures.groups(rows, 'trained_on', 'predictor', 'last_position')
-  cases = figures.groups(rows, 'trained_on', 'predictor')
-  return _markdown(
-    ['source', 'predictor', *(f'up to symbol {end}' for end in wanted)],
-    [
-      [
-        source,
-        'exact' if predictor == studies.EXACT else figures.label(predictor),
-        *(
-          _mean(
-            by_cell[source, predictor, end], 'regret_per_symbol', 1e3, '.2f'
-          )
-          for end in wanted
-        ),
-      ]
-      for source, predictor in cases
-    ],
+  trained = studies.length_of_training(rows)
+  ends = [trained * 2**k for k in range(studies.LENGTH_FACTOR.bit_length())]
+  return pivot(
+    [row for row in rows if row['last_position'] in ends],
+    {
+      'source': lambda row: row['trained_on'],
+      'predictor': lambda row: (
+        'exact' if row['predictor'] == studies.EXACT else _label(row)
+      ),
+    },
+    lambda row: f'up to symbol {row["last_position"]}',
+    lambda rows: _mean(rows, 'regret_per_symbol', 1e3, '.2f'),
   )
 
 
-def after_switch(rows: Sequence[Row]) -> str:
+def post_switch_regret(rows: Sequence[Row]) -> str:
   """Returns regret (nats) of the first symbols after a switch."""
-  last = max(row['symbols_since'] for row in rows)
-  ages = [age for age in (1, 2, 3, 4, 8, 16, 32) if age <= last]
-  by_cell = figures.groups(
-    rows, 'tested_on', 'predictor', 'trained_on', 'symbols_since'
+  return pivot(
+    [row for row in rows if row['symbols_since'] in (1, 2, 3, 4, 8, 16, 32)],
+    {'source': lambda row: row['tested_on'], 'predictor': _label},
+    lambda row: str(row['symbols_since']),
+    lambda rows: _mean(rows, 'regret_per_symbol'),
   )
-  lines = []
-  for tested_on, predictor, trained_on in figures.groups(
-    rows, 'tested_on', 'predictor', 'trained_on'
-  ):
-    if predictor == studies.EXACT:
-      name = figures.exact_label(trained_on)
-    else:
-      name = figures.label(predictor)
-    cells = [
-      by_cell.get((tested_on, predictor, trained_on, age)) for age in ages
-    ]
-    lines.append(
-      [
-        tested_on,
-        name,
-        *(_mean(cell, 'regret_per_symbol') if cell else '' for cell in cells),
-      ]
-    )
-  return _markdown(['source', 'predictor', *map(str, ages)], lines)
 
 
-def read_out(rows: Sequence[Row], column: str = 'r2_given_time') -> str:
+def linear_probe(rows: Sequence[Row], column: str = 'r2_given_time') -> str:
   """Returns the share of variance that a linear map of the state explains.
 
   Args:
-    rows: Rows of the table read_out.
-    column: `r2_given_time`, or `r2`, which includes the share of a clock.
+    rows: Rows of the table linear_probe.
+    column: Score, `r2_given_time` or `r2`; the latter counts what only a clock
+      explains.
   """
-  sources = list(dict.fromkeys(row['source'] for row in rows))
-  by_cell = figures.groups(rows, 'target', 'predictor', 'is_trained', 'source')
-  cases = figures.groups(rows, 'target', 'predictor', 'is_trained')
+  targets, architectures = list(figures.TARGETS), list(figures.LABELS)
 
-  def cell(of_cell: Sequence[Row] | None) -> str:
-    if of_cell is None:
-      return ''
-    if of_cell[0][column] is None:
+  def order(row: Row) -> tuple[int, int, int]:
+    predictor = row['predictor']
+    return (
+      targets.index(row['target']),
+      architectures.index(predictor)
+      if predictor in architectures
+      else len(architectures),
+      -row['is_trained'],
+    )
+
+  def cell(rows: Sequence[Row]) -> str:
+    if rows[0][column] is None:
       return 'no variance'
-    return _mean(of_cell, column, spec='.3f')
+    return _mean(rows, column, spec='.3f')
 
-  return _markdown(
-    ['posterior', 'predictor', 'training', *sources],
-    [
-      [
-        figures.TARGETS[target],
-        figures.label(predictor),
-        'after' if is_trained else 'before',
-        *(
-          cell(by_cell.get((target, predictor, is_trained, source)))
-          for source in sources
-        ),
-      ]
-      for target, predictor, is_trained in sorted(
-        cases,
-        key=lambda case: (
-          list(figures.TARGETS).index(case[0]),
-          list(figures.LABELS).index(case[1])
-          if case[1] in figures.LABELS
-          else len(figures.LABELS),
-          -case[2],
-        ),
-      )
-    ],
+  return pivot(
+    sorted(rows, key=order),
+    {
+      'posterior': lambda row: figures.TARGETS[row['target']],
+      'predictor': _label,
+      'training': lambda row: 'after' if row['is_trained'] else 'before',
+    },
+    lambda row: row['source'],
+    cell,
   )
 
 
 def runs(rows: Sequence[Row]) -> str:
   """Returns where and how long every point was trained."""
-  return _markdown(
-    ['source', 'predictor', 'seeds', 'steps', 'minutes', 'device', 'jax'],
-    [
-      [
-        row['source'],
-        figures.label(row['predictor']),
-        str(row['num_seeds']),
-        str(row['steps']),
-        f'{row["seconds"] / 60:.1f}',
-        str(row['device']),
-        str(row['jax']),
-      ]
-      for row in rows
-    ],
+  columns = {
+    'source': lambda row: row['source'],
+    'predictor': _label,
+    'seeds': lambda row: str(row['num_seeds']),
+    'steps': lambda row: str(row['steps']),
+    'minutes': lambda row: f'{row["seconds"] / 60:.1f}',
+    'device': lambda row: str(row['device']),
+    'jax': lambda row: str(row['jax']),
+  }
+  return markdown(
+    list(columns), [[text(row) for text in columns.values()] for row in rows]
   )
 
 
-def _names(predictor: str, trained_on: str) -> tuple[str, str]:
-  if predictor == studies.EXACT:
-    return figures.exact_label(trained_on), '(exact)'
-  return figures.label(predictor), trained_on
+def _label(row: Row) -> str:
+  if row['predictor'] == studies.EXACT:
+    return figures.exact_label(row['trained_on'])
+  return figures.label(row['predictor'])
+
+
+def _trained_on(row: Row) -> str:
+  is_exact = row['predictor'] == studies.EXACT
+  return '(exact)' if is_exact else row['trained_on']
+
+
+def _of_networks(rows: Sequence[Row]) -> list[Row]:
+  return [row for row in rows if row['seed'] is not None]
+
+
+def _exact_regrets(rows: Sequence[Row]) -> dict[str, float]:
+  """Regret of the exact predictor of every source that has one."""
+  return {row['source']: row['regret'] for row in rows if row.get('is_exact')}
 
 
 def _mean(
@@ -265,62 +242,55 @@ def _mean(
   return text
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-  rows = [head, ['---'] * len(head), *lines]
-  return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n'
-
-
-# Title and text of every table, by the name of its rows.
-TABLES: dict[str, tuple[tuple[str, Callable[[Sequence[Row]], str]], ...]] = {
-  'runs': (('What was trained, and for how long', runs),),
-  'on_distribution': (
-    (
-      'On the source of training: regret in nats, in brackets above the exact '
-      'predictor, which is in bold',
-      on_distribution,
-    ),
-    (
-      'The same: regret above the exact predictor in percent of its own',
-      percent_above,
-    ),
+# Rows, title and text of every table, in the order of tables.md.
+TABLES: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
+  ('runs', 'What was trained, and for how long', runs),
+  (
+    'on_distribution',
+    'On the source of training: regret in nats, in brackets above the exact '
+    'predictor, which is in bold',
+    on_distribution,
   ),
-  'off_distribution': (
-    (
-      'On other sources: regret in nats above the exact predictor of the '
-      'source that the column names',
-      off_distribution,
-    ),
-    (
-      'The exact predictor that is nearest on the source of the column, and '
-      'KL(exact || network) in 1/1000 nats per symbol; in bold where it is '
-      'that of the source of training',
-      resemblance,
-    ),
+  (
+    'on_distribution',
+    'The same: regret above the exact predictor in percent of its own',
+    percent_above,
   ),
-  'length': (
-    (
-      'Beyond the length of training: regret per symbol in 1/1000 nats, in the '
-      'bin of positions that ends where the column says',
-      length,
-    ),
+  (
+    'off_distribution',
+    'On other sources: regret in nats above the exact predictor of the source '
+    'that the column names',
+    off_distribution,
   ),
-  'after_switch': (
-    (
-      'After a true switch: regret in nats of the 1st, 2nd, ... symbol of a '
-      'new segment',
-      after_switch,
-    ),
+  (
+    'off_distribution',
+    'The exact predictor that is nearest on the source of the column, and '
+    'KL(exact || network) in 1/1000 nats per symbol; in bold where it is that '
+    'of the source of training',
+    resemblance,
   ),
-  'read_out': (
-    (
-      'Read from the state: share of the variance of the exact posterior, '
-      'around its mean at every time, that a linear map explains',
-      read_out,
-    ),
-    (
-      'The same with the variance of the means: where all depends on time, it '
-      'says whether the state has a clock',
-      lambda rows: read_out(rows, 'r2'),
-    ),
+  (
+    'length_generalization',
+    'Beyond the length of training: regret per symbol in 1/1000 nats, in the '
+    'bin of positions that ends where the column says',
+    length_generalization,
   ),
-}
+  (
+    'post_switch_regret',
+    'After a true switch: regret in nats of the 1st, 2nd, ... symbol of a new '
+    'segment',
+    post_switch_regret,
+  ),
+  (
+    'linear_probe',
+    'Linear probe: share of the variance of the exact posterior, around its '
+    'mean at every time, that a linear map of the state explains',
+    linear_probe,
+  ),
+  (
+    'linear_probe',
+    'The same with the variance of the means: where all depends on time, it '
+    'says whether the state has a clock',
+    lambda rows: linear_probe(rows, 'r2'),
+  ),
+)

@@ -31,8 +31,8 @@ def make_figure(source: str, seq_length: int, seed: int) -> figure_lib.Figure:
   or else the first one.
 
   Args:
-    source: A key of `TRAJECTORY_GENERATORS`.
-    seq_length: T.
+    source: Name of the source, a key of `TRAJECTORY_GENERATORS`.
+    seq_length: Length of the sequence, T.
     seed: Seed of the sequence.
   """
   generator = constants.build_data_generator(
@@ -72,10 +72,14 @@ def define_flags() -> None:
     'source',
     'ptw',
     constants.TRAJECTORY_GENERATORS,
-    'Where segments end',
+    'Source of the sequence',
   )
   cli.define_integer(
-    'seq_length', 256, 'Symbols.', lower_bound=2, upper_bound=4096
+    'seq_length',
+    256,
+    'Length of the sequence.',
+    lower_bound=2,
+    upper_bound=4096,
   )
   cli.define_seed('Seed of the sequence.')
   flags.DEFINE_string(

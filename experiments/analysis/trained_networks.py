@@ -1,10 +1,10 @@
 """The trained networks of a sweep, and their predictions and states.
 
   for network in networks('runs/sweeps/small'):
-    logits = predict(network, batch)  # [M, B, T, K]
+    log_probs = predict(network, symbols)  # [M, N, T, K]
 
-Axes: M seeds of a network, N sequences, B of them at a time, T time, K alphabet
-size.
+Axes: M seeds of a network, N sequences, T time, K alphabet size, D numbers in a
+state.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,9 @@ from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import saved_runs
-from nonstationary_mbml.experiments import trajectory_generators
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import run_folder
 
-# Settings that a sweep must have, by name.
-_SOURCE, _ARCHITECTURE = 'data', 'model'
 # Symbols that a network reads at a time.
 _SYMBOLS_PER_BATCH = 2**15
 # KT is the exact predictor of a source that never switches.
@@ -71,50 +68,53 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
     ValueError: If it is no sweep, sets something else, or has seeds as points
       of their own.
   """
-  of_sweep = sweep_folder.SweepFolder(folder)
+  sweep = sweep_folder.SweepFolder(folder)
   best = {}
-  for point in of_sweep.finished():
-    settings = point.settings
-    if not isinstance(settings.get(_SOURCE), str) or not isinstance(
-      settings.get(_ARCHITECTURE), str
-    ):
-      raise ValueError(
-        f'{folder} is swept over {", ".join(settings)}; what can be compared '
-        f'are named values of {_SOURCE} and {_ARCHITECTURE}'
-      )
-    for path in sweep_folder.SEED_PATHS:
-      if path in settings:
-        raise ValueError(
-          f'{folder} is swept over {path}; what is compared has all seeds in '
-          'one point, as a tuple in train.model_init_seed'
-        )
-    path = of_sweep.run_path(point.name)
+  for point in sweep.finished():
+    _check_settings(folder, point.settings)
+    path = sweep.run_path(point.name)
     config = saved_runs.load_config(path).resolved()
     network = Network(
-      settings[_SOURCE],
-      settings[_ARCHITECTURE],
-      path,
-      config,
-      of_sweep.table(point.name),
-      train.member_seeds(config.train),
+      source=point.settings['data'],
+      architecture=point.settings['model'],
+      folder=path,
+      config=config,
+      table=sweep.table(point.name),
+      seeds=train.member_seeds(config.train),
     )
     key = network.source, network.architecture
-    if key not in best or _validation(network) < _validation(best[key]):
+    if key not in best or _last_regret(network) < _last_regret(best[key]):
       best[key] = network
   return list(best.values())
 
 
-def _validation(network: Network) -> float:
+def _check_settings(
+  folder: str | pathlib.Path, settings: Mapping[str, Any]
+) -> None:
+  """Raises ValueError if points with such settings cannot be compared."""
+  if not all(isinstance(settings.get(name), str) for name in ('data', 'model')):
+    raise ValueError(
+      f'{folder} is swept over {", ".join(settings)}; what can be compared are '
+      'named values of data and model'
+    )
+  for path in sweep_folder.SEED_PATHS:
+    if path in settings:
+      raise ValueError(
+        f'{folder} is swept over {path}; what is compared has all seeds in one '
+        'point, as a tuple in train.model_init_seed'
+      )
+
+
+def _last_regret(network: Network) -> float:
+  """Regret in the last evaluation of training."""
   entries, _ = run_folder.read_metrics(network.folder / run_folder.METRICS)
   return entries[-1]['cumulative_regret'] if entries else np.inf
 
 
-def sources(
-  of_networks: Sequence[Network],
-) -> dict[str, config_lib.DataConfig]:
+def sources(trained: Sequence[Network]) -> dict[str, config_lib.DataConfig]:
   """Returns the sources that networks were trained on, by name."""
   by_name = {}
-  for network in of_networks:
+  for network in trained:
     by_name.setdefault(network.source, network.config.data)
   return by_name
 
@@ -123,9 +123,9 @@ class Sequences(NamedTuple):
   """Sequences of a source, with the predictions of exact predictors.
 
   Attributes:
-    symbols: `[N, T, K]`.
+    symbols: One-hot symbols `[N, T, K]`.
     parameters: True probabilities `[N, T, K]`.
-    switches: bool `[N, T]`, True where a new segment starts.
+    switches: Switches, bool `[N, T]`, True where a new segment starts.
     log_probs: Log probabilities of exact predictors, `[N, T, K]`, by name.
   """
 
@@ -136,20 +136,21 @@ class Sequences(NamedTuple):
 
 
 def exact_predictors(
-  of_sources: Mapping[str, config_lib.DataConfig], seq_length: int
+  data: Mapping[str, config_lib.DataConfig], seq_length: int
 ) -> dict[str, predictors.OptimalPredictor]:
   """Returns the Bayes predictor of every source by its name, and KT.
 
   Args:
-    of_sources: Configs of the sources by name.
-    seq_length: T.
+    data: Configs of the sources by name.
+    seq_length: Length of the sequences, T.
 
   Raises:
-    ValueError: If their priors differ, or are no Dirichlet: KT has but one.
+    ValueError: If the sources have several priors, or one that is no Dirichlet:
+      KT takes one Dirichlet.
   """
   priors = {
     (source.parameter_distribution, source.parameter_distribution_params)
-    for source in of_sources.values()
+    for source in data.values()
   }
   if len(priors) != 1 or next(iter(priors))[0] != 'dirichlet':
     raise ValueError(
@@ -158,11 +159,11 @@ def exact_predictors(
       'Dirichlet'
     )
   exact = {}
-  for name, source in of_sources.items():
+  for name, source in data.items():
     generator = constants.build_data_generator(source)
-    own = generator.bayes_predictor(seq_length)
-    if own is not None:
-      exact[name] = own
+    predictor = generator.bayes_predictor(seq_length)
+    if predictor is not None:
+      exact[name] = predictor
   prior = generator.parameter_distribution_params
   exact[STATIC] = predictors.OptimalCategoricalPredictor(prior)
   return exact
@@ -180,13 +181,23 @@ def sample(
   Args:
     source: Source of the sequences.
     exact: Exact predictors, by name.
-    seq_length: T.
-    num_sequences: N.
+    seq_length: Length of the sequences, T.
+    num_sequences: Number of sequences, N.
     rng: Key of the sequences.
   """
   generator = constants.build_data_generator(source)
   batch_size = _batch_size(seq_length, num_sequences)
-  draw = _drawer(generator, tuple(exact.items()), batch_size, seq_length)
+
+  @jax.jit
+  def draw(rng: jax.Array) -> Sequences:
+    batch, parameters = generator.sample(rng, batch_size, seq_length)
+    return Sequences(
+      batch,
+      parameters,
+      generator.switch_points(rng, batch_size, seq_length),
+      {name: p.unroll({}, None, batch)[0] for name, p in exact.items()},
+    )
+
   keys = jax.random.split(rng, -(-num_sequences // batch_size))
   drawn = [jax.device_get(draw(key)) for key in keys]
   joined = jax.tree.map(lambda *x: np.concatenate(x)[:num_sequences], *drawn)
@@ -196,31 +207,12 @@ def sample(
   )
 
 
-def _drawer(
-  generator: trajectory_generators.TrajectoryGenerator,
-  exact: tuple[tuple[str, predictors.OptimalPredictor], ...],
-  batch_size: int,
-  seq_length: int,
-) -> Callable[[jax.Array], Sequences]:
-  @jax.jit
-  def draw(rng: jax.Array) -> Sequences:
-    batch, parameters = generator.sample(rng, batch_size, seq_length)
-    return Sequences(
-      batch,
-      parameters,
-      generator.switch_points(rng, batch_size, seq_length),
-      {name: p.unroll({}, None, batch)[0] for name, p in exact},
-    )
-
-  return draw
-
-
 def predict(network: Network, symbols: np.ndarray) -> np.ndarray:
   """Returns the log-probabilities that all members predict, `[M, N, T, K]`.
 
   Args:
     network: Network of a sweep, as from `networks`.
-    symbols: One-hot `[N, T, K]`.
+    symbols: One-hot symbols `[N, T, K]`.
   """
   run = saved_runs.load_run(network.folder)
 
@@ -234,16 +226,14 @@ def predict(network: Network, symbols: np.ndarray) -> np.ndarray:
 def read_states(
   network: Network, symbols: np.ndarray, untrained: bool = False
 ) -> np.ndarray:
-  """Returns all that a network keeps after every symbol, `[M, N, T, D]`.
+  """Returns the states of a network after every symbol, `[M, N, T, D]`.
 
-  For a recurrent network it is the state; for one without a state, the input
-  of its last linear layer.
+  For a network without a state it is the input of its last linear layer.
 
   Args:
     network: Network of a sweep, as from `networks`.
-    symbols: One-hot `[N, T, K]`.
-    untrained: Whether to take the parameters from before training, which are
-      those of the same seeds.
+    symbols: One-hot symbols `[N, T, K]`.
+    untrained: Whether to take the parameters that training started from.
   """
   run = saved_runs.load_run(network.folder)
   if untrained:
@@ -275,17 +265,13 @@ def _by_member(
   run: saved_runs.Run,
   symbols: np.ndarray,
 ) -> np.ndarray:
-  """A function of all sequences, for every member, `[M, N, ...]`."""
+  """Applies a function to all sequences, for every member: `[M, N, ...]`."""
   num_sequences, seq_length, _ = symbols.shape
   batch_size = _batch_size(seq_length, num_sequences)
   compiled = jax.jit(function)
-  batches = [
-    symbols[begin : begin + batch_size]
-    for begin in range(0, num_sequences, batch_size)
-  ]
-  # The last one as large as the others, so that nothing is compiled for it.
-  missing = batch_size - len(batches[-1])
-  batches[-1] = np.concatenate([batches[-1], symbols[:missing]])
+  # The last batch as large as the others, so that nothing is compiled for it.
+  padded = np.concatenate([symbols, symbols[: -num_sequences % batch_size]])
+  batches = padded.reshape(-1, batch_size, *symbols.shape[1:])
   members = []
   for member in range(len(train.member_seeds(run.config.train))):
     params = saved_runs.member_params(run, member)
@@ -299,32 +285,30 @@ def _batch_size(seq_length: int, num_sequences: int) -> int:
 
 
 def regret(log_probs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-  """Returns the regret of predicting symbols 2, ..., T, `[..., T - 1]`.
+  """Returns the regret of predicting symbols 2, ..., T, `[N, T - 1]`.
 
   Args:
-    log_probs: `[..., N, T, K]`.
+    log_probs: Predicted log-probabilities `[N, T, K]`.
     parameters: True probabilities `[N, T, K]`.
   """
-  flat = log_probs.reshape(-1, *log_probs.shape[-3:])
-  regrets = [np.asarray(_instantaneous_regret(one, parameters)) for one in flat]
-  return np.stack(regrets).reshape(*log_probs.shape[:-3], *regrets[0].shape)
+  return np.asarray(_instantaneous_regret(log_probs, parameters))
 
 
 _instantaneous_regret = jax.jit(evaluator_lib.instantaneous_regret)
 
 
 def divergence(log_probs: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Returns KL(p || q) in nats, of predictions of symbols 2, ..., T.
+  """Returns KL(p || q) of predictions of symbols 2, ..., T, `[N, T - 1]`.
 
     sum_k p_k (log p_k - log q_k)
 
   Args:
-    log_probs: log p, `[N, T, K]`.
-    others: log q, `[..., N, T, K]`.
+    log_probs: Log-probabilities log p, `[N, T, K]`.
+    others: Log-probabilities log q, `[N, T, K]`.
 
   Returns:
-    `[..., N, T - 1]`.
+    Nats.
   """
   log_probs = log_probs[:, :-1].astype(np.float64)
-  gaps = log_probs - others[..., :-1, :]
+  gaps = log_probs - others[:, :-1]
   return np.sum(np.exp(log_probs) * gaps, axis=-1)

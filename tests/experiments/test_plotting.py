@@ -82,7 +82,7 @@ def test_bayes_table_has_a_panel_per_source_and_marks_the_own_predictor():
     {
       'source': source,
       'predictor': predictor,
-      'is_own': source == predictor,
+      'is_exact': source == predictor,
       'cumulative_regret': 2.0 + index,
       'stderr': 0.1,
       'bound': 20.0 if predictor == 'ptw' else None,

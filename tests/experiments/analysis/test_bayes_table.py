@@ -21,7 +21,7 @@ from nonstationary_mbml.experiments.analysis import redundancy_bounds
 COMMITTED = (
   pathlib.Path(__file__).parents[3] / 'results' / 'bayes_table' / 'table.csv'
 )
-OWN = {
+EXACT = {
   'ptw': 'ptw',
   'lin': 'lad',
   'regular_shift': 'regular_shift',
@@ -36,9 +36,9 @@ def row():
   return bayes_table.make_row('regular_shift', 130, 40, 64, seed=3)
 
 
-def test_row_has_every_predictor_and_its_own(row):
+def test_row_has_every_predictor_and_one_is_exact(row):
   assert [cell.predictor for cell in row] == list(bayes_table.PREDICTORS)
-  assert [cell.predictor for cell in row if cell.is_own] == ['regular_shift']
+  assert [cell.predictor for cell in row if cell.is_exact] == ['regular_shift']
   assert {cell.num_sequences for cell in row} == {130}
 
 
@@ -62,14 +62,14 @@ def test_cells_are_of_the_same_sequences(row):
       evaluator_lib.instantaneous_regret(logits, parameters).sum(axis=1), float
     )
 
-  own = regrets(run_length_predictors.regular_shift_predictor(20))
+  exact = regrets(run_length_predictors.regular_shift_predictor(20))
   ptw = regrets(ptw_predictors.PTWPredictor(6))
   cell = row[list(bayes_table.PREDICTORS).index('ptw')]
   np.testing.assert_allclose(cell.cumulative_regret, ptw.mean(), rtol=1e-5)
-  above = ptw - own
-  np.testing.assert_allclose(cell.above_own, above.mean(), rtol=1e-4)
+  above = ptw - exact
+  np.testing.assert_allclose(cell.above_exact, above.mean(), rtol=1e-4)
   np.testing.assert_allclose(
-    cell.above_own_stderr, above.std(ddof=1) / np.sqrt(130), rtol=1e-4
+    cell.above_exact_stderr, above.std(ddof=1) / np.sqrt(130), rtol=1e-4
   )
   switches = np.arange(40) == 20
   np.testing.assert_allclose(cell.bound, redundancy_bounds.ptw(switches, 6))
@@ -86,16 +86,16 @@ def test_csv_gives_every_cell_back(row):
     )
 
 
-def test_markdown_has_the_own_predictor_in_bold(row):
+def test_markdown_has_the_exact_predictor_in_bold(row):
   *_, line = bayes_table.to_markdown(row).splitlines()
   texts = [text.strip() for text in line.split('|')[2:-1]]
   is_bold = [text.startswith('**') for text in texts]
   assert is_bold == [name == 'regular_shift' for name in bayes_table.PREDICTORS]
 
 
-def test_predictor_not_above_the_own_one_is_found(row):
+def test_predictor_not_above_the_exact_one_is_found(row):
   assert not bayes_table.not_above(row)
-  close = dataclasses.replace(row[0], above_own=0.1, above_own_stderr=0.06)
+  close = dataclasses.replace(row[0], above_exact=0.1, above_exact_stderr=0.06)
   assert bayes_table.not_above([close, *row[1:]]) == [close]
 
 
@@ -103,14 +103,14 @@ def test_committed_table_has_its_least_regret_on_the_diagonal():
   """By five standard errors of the paired difference."""
   with COMMITTED.open() as file:
     lines = list(csv.DictReader(file))
-  assert {line['source'] for line in lines} == {*OWN, 'recurring'}
+  assert {line['source'] for line in lines} == {*EXACT, 'recurring'}
   for line in lines:
     assert int(line['num_sequences']) >= 10_000
     assert int(line['seq_length']) == 256
-    is_own = OWN.get(line['source']) == line['predictor']
-    assert line['is_own'] == str(is_own)
-    if line['source'] in OWN and not is_own:
-      assert float(line['above_own']) > 5 * float(line['above_own_stderr'])
+    is_exact = EXACT.get(line['source']) == line['predictor']
+    assert line['is_exact'] == str(is_exact)
+    if line['source'] in EXACT and not is_exact:
+      assert float(line['above_exact']) > 5 * float(line['above_exact_stderr'])
     if line['bound']:
       assert float(line['cumulative_regret']) < float(line['bound'])
 

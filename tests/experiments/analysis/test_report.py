@@ -1,18 +1,20 @@
-"""The committed answers are whole, and the figures show what was measured."""
+"""The committed tables are whole, and the figures show what was measured."""
 
 import collections
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
+from absl import flags
 import numpy as np
 import pytest
 
-from nonstationary_mbml import predictor_factories
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments.analysis import report
+from nonstationary_mbml.experiments.analysis import studies
 from nonstationary_mbml.experiments.analysis import study_figures
 from nonstationary_mbml.experiments.analysis import study_tables
 from nonstationary_mbml.experiments.analysis import trained_networks
@@ -57,17 +59,19 @@ def test_committed_tables_have_all_networks():
     _rows('off_distribution'), 'trained_on', 'predictor', 'tested_on'
   )
   assert off == {(*cell, source): SEEDS for cell in CELLS for source in sources}
-  length = _seeds(_rows('length'), 'trained_on', 'predictor', 'last_position')
+  length = _seeds(
+    _rows('length_generalization'), 'trained_on', 'predictor', 'last_position'
+  )
   assert length == {
     (*cell, end): SEEDS
     for cell in CELLS
     if cell[0] in LENGTHS
     for end in range(16, 257, 16)
   }
-  read_out = _seeds(
-    _rows('read_out'), 'source', 'predictor', 'is_trained', 'target'
+  probe = _seeds(
+    _rows('linear_probe'), 'source', 'predictor', 'is_trained', 'target'
   )
-  assert read_out == {
+  assert probe == {
     (*cell, is_trained, target): SEEDS
     for cell in CELLS
     for is_trained in (0, 1)
@@ -75,7 +79,7 @@ def test_committed_tables_have_all_networks():
   }
   for table, column in (
     ('learning', 'step'),
-    ('after_switch', 'symbols_since'),
+    ('post_switch_regret', 'symbols_since'),
   ):
     first = min(row[column] for row in _rows(table))
     rows = [row for row in _rows(table) if row[column] == first]
@@ -85,8 +89,8 @@ def test_committed_tables_have_all_networks():
 
 def test_on_every_source_some_architecture_is_within_two_percent():
   rows = _rows('on_distribution')
-  own = {row['source']: row['regret'] for row in rows if row['is_own']}
-  for source, exact in own.items():
+  by_source = {row['source']: row['regret'] for row in rows if row['is_exact']}
+  for source, exact in by_source.items():
     means = [
       study_figures.over_seeds(of_network, 'above_exact')[0]
       for (name, of_source, is_network), of_network in study_figures.groups(
@@ -115,18 +119,6 @@ def test_networks_with_a_clock_predict_like_bayes_for_their_source():
     in ('rnn', 'lstm', 'stack_rnn', 'stack_lstm', 'transformer_sin_cos')
   ]
   assert len(nearest) == 125 and all(nearest)
-
-
-def test_percent_is_of_the_exact_predictor_of_the_source():
-  row = {'source': 'lin', 'predictor': 'lstm', 'is_own': None}
-  rows = [
-    {**row, 'seed': 0, 'above_exact': 0.1},
-    {**row, 'seed': 1, 'above_exact': 0.3},
-    {**row, 'predictor': 'LAD', 'seed': None, 'regret': 4.0, 'is_own': 1},
-    {**row, 'predictor': 'KT', 'seed': None, 'regret': 9.0, 'is_own': 0},
-  ]
-  *_, line = study_tables.percent_above(rows).splitlines()
-  assert line == '| LSTM | 5.00 ± 2.50 |'
 
 
 def test_tables_and_figures_follow_from_the_committed_rows(tmp_path):
@@ -166,7 +158,7 @@ def test_curves_are_means_over_seeds_beside_exact_predictors():
     # Only in the way.
     *_curve(None, [0.9, 0.9], 'exact', 'static'),
   ]
-  panel, static = study_figures.draw_after_switch(rows).axes
+  panel, static = study_figures.draw_post_switch_regret(rows).axes
   curves = [line.get_ydata().tolist() for line in panel.get_lines()]
   np.testing.assert_allclose(curves[-1], [0.6, 0.3])
   assert curves[:-1] == [[0.4, 0.2], [0.5, 0.3]]
@@ -192,7 +184,7 @@ def test_families_of_networks_have_panels_beside_the_exact_predictors():
     *_curve(0, [0.5, 0.3], 'lstm'),
     *_curve(0, [0.5, 0.4], 'my_network'),
   ]
-  figure = study_figures.draw_after_switch(rows)
+  figure = study_figures.draw_post_switch_regret(rows)
   shown = {
     panel.get_title(): [line.get_label() for line in panel.get_lines()]
     for panel in figure.axes
@@ -216,7 +208,7 @@ def test_families_of_networks_have_panels_beside_the_exact_predictors():
   ('table', 'draw'),
   [
     ('on_distribution', study_figures.draw_on_distribution),
-    ('read_out', study_figures.draw_read_out),
+    ('linear_probe', study_figures.draw_linear_probe),
   ],
 )
 def test_no_dot_and_no_error_bar_is_cut(table, draw):
@@ -235,12 +227,19 @@ def test_no_dot_and_no_error_bar_is_cut(table, draw):
 
 
 def test_names_of_the_sweep_are_labelled_as_their_networks_are():
-  assert study_figures.LABELS == {
-    point.settings['model']: predictor_factories.label(point.config.model)
-    for point in presets.small().points()
-  }
   assert set(study_figures.LABELS.values()) <= plotting.STYLES.keys()
-  assert set(study_figures.EXACT_LABELS.values()) <= plotting.STYLES.keys()
+  assert study_figures.label('stack_lstm') == 'Stack-LSTM'
+  assert [
+    study_figures.exact_label(name)
+    for name in ('ptw', 'lin', 'regular_shift', 'ptw_depth_8', 'recurring', 'x')
+  ] == [
+    'PTW',
+    'LAD',
+    'known period',
+    'PTW, depth 8',
+    'no exact predictor',
+    'Bayes for x',
+  ]
 
 
 def test_matrix_shows_what_is_missing_and_frames_the_own_source():
@@ -266,29 +265,43 @@ def test_matrix_shows_what_is_missing_and_frames_the_own_source():
 
 
 def test_tables_of_two_sweeps_are_not_mixed(tmp_path):
-  report.measure([], [], tmp_path, 2, 0, 'command', 'one')
+  report.measure([], [], tmp_path, studies.Options(), 'command', 'one')
   with pytest.raises(ValueError, match='tables of another sweep'):
-    report.measure([], [], tmp_path, 2, 0, 'command', 'another')
+    report.measure([], [], tmp_path, studies.Options(), 'command', 'another')
 
 
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
-    ('--question=lenght', "did you mean 'length'"),
-    ('--sweep_dir=none', 'none is no folder of a sweep'),
-    pytest.param(
-      '--draw_only', 'out has no tables to draw', marks=pytest.mark.slow
+    (
+      '--study=linear_prob',
+      "--study 'linear_prob' is not one of .*; did you mean 'linear_probe'",
     ),
+    ('--sweep_dir=none', 'none is no folder of a sweep'),
     ('--sweep_dir=sweep', '0 of 6 points of sweep are finished'),
   ],
 )
-def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
-  with sweep_folder.SweepFolder(tmp_path / 'sweep').open(
-    presets.tiny().points(), 16
-  ):
+def test_wrong_flags_are_one_line_errors(
+  tmp_path, monkeypatch, capsys, flag, message
+):
+  monkeypatch.chdir(tmp_path)
+  with sweep_folder.SweepFolder('sweep').open(presets.tiny().points(), 16):
     pass
+  values = flags.FlagValues()
+  report.define_flags(values)
+  values(['report.py', '--output_dir=out', flag])
+  monkeypatch.setattr(flags, 'FLAGS', values)
+  with pytest.raises(SystemExit) as end:
+    report.main(['report.py'])
+  assert end.value.code == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.search(message, line)
+
+
+@pytest.mark.slow
+def test_folder_without_tables_is_a_one_line_error(tmp_path):
   result = subprocess.run(
-    [sys.executable, SCRIPT, '--output_dir=out', flag],
+    [sys.executable, SCRIPT, '--output_dir=out', '--draw_only'],
     cwd=tmp_path,
     capture_output=True,
     text=True,
@@ -296,7 +309,7 @@ def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
   )
   assert result.returncode == 1
   (line,) = result.stderr.splitlines()
-  assert message in line
+  assert 'out has no tables to draw' in line
 
 
 @pytest.mark.parametrize(
@@ -308,12 +321,13 @@ def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
     ('runs.csv', 'junk\n\nmore,junk\n'),
     ('on_distribution.csv', ''),
     ('on_distribution.csv', 'a,b\n1,2,3\n'),
-    ('length.csv', 'a,b\n1,2\n'),
-    ('read_out.csv', 'target\nx\n'),
+    # From before its columns were renamed.
+    ('on_distribution.csv', 'source,predictor,seed,is_own\nlin,KT,,1\n'),
+    ('length_generalization.csv', 'a,b\n1,2\n'),
+    ('linear_probe.csv', 'target\nx\n'),
   ],
 )
 def test_junk_in_a_folder_of_tables_is_named_in_a_line(tmp_path, name, content):
-  shutil.copy(SMALL / 'learning.csv', tmp_path)
   (tmp_path / name).write_text(content)
   message = f'{name} is not what it should'
   with pytest.raises(ValueError, match=message) as error:
@@ -335,5 +349,5 @@ def test_table_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(report, 'describe_runs', lambda networks: [row])
   (tmp_path / 'runs.csv').mkdir()
   with pytest.raises(OSError, match=f'cannot write to {tmp_path}'):
-    report.measure([], [], tmp_path, 16, 0, 'python report.py')
+    report.measure([], [], tmp_path, studies.Options(), 'python report.py')
   assert 'source,seed,regret\nptw,0,0.25\n' in capsys.readouterr().out

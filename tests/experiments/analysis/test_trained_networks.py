@@ -1,12 +1,19 @@
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import trained_networks
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.tests import oracles
+from nonstationary_mbml.tests.experiments.analysis import committed_models
 
 
 def _finish(folder, sweep, regrets):
@@ -62,3 +69,69 @@ def test_sources_of_several_priors_have_no_common_kt():
   }
   with pytest.raises(ValueError, match='has one, and a Dirichlet'):
     trained_networks.exact_predictors(sources, 8)
+
+
+def test_divergence_is_that_of_the_definition():
+  rng = np.random.default_rng(0)
+  p, q = rng.dirichlet(np.ones(3), (2, 4, 6))
+  divergence = trained_networks.divergence(np.log(p), np.log(q))
+  assert divergence.shape == (4, 5)
+  np.testing.assert_allclose(
+    divergence[1, 2], np.sum(p[1, 2] * np.log(p[1, 2] / q[1, 2]))
+  )
+  assert np.all(trained_networks.divergence(np.log(p), np.log(p)) == 0)
+
+
+def test_exact_predictors_are_optimal_on_their_own_source():
+  sources = {
+    name: config_lib.DataConfig(
+      trajectory_generator=name,
+      trajectory_generator_kwargs=constants.source_kwargs(name),
+    )
+    for name in ('lin', 'ptw')
+  }
+  exact = trained_networks.exact_predictors(sources, 16)
+  assert list(exact) == ['lin', 'ptw', 'static']
+  sequences = trained_networks.sample(
+    sources['ptw'], exact, 16, 2500, jax.random.key(0)
+  )
+  assert list(sequences.log_probs) == list(exact)
+  assert sequences.symbols.shape == (2500, 16, 2)
+  regrets = {
+    name: trained_networks.regret(log_probs, sequences.parameters).sum(axis=1)
+    for name, log_probs in sequences.log_probs.items()
+  }
+  for name in ('lin', 'static'):
+    above = regrets[name] - regrets['ptw']
+    # False alarms: beyond five standard errors.
+    assert above.mean() > 5 * above.std() / np.sqrt(len(above))
+
+
+def test_features_of_a_transformer_are_all_that_its_predictions_need():
+  network = committed_models.network('transformer_sin_cos_ptw')
+  run = saved_runs.load_run(network.folder)
+  symbols = oracles.one_hot(
+    np.random.default_rng(0).integers(2, size=(3, 7)), 2
+  )
+  states = trained_networks.read_states(network, symbols.astype(np.float32))
+  assert states.shape == (3, 3, 7, 32)
+  for member in range(3):
+    head = saved_runs.member_params(run, member)['logits']
+    np.testing.assert_allclose(
+      jax.nn.log_softmax(states[member] @ head['w'] + head['b']),
+      trained_networks.predict(network, symbols.astype(np.float32))[member],
+      atol=1e-5,
+    )
+
+
+def test_untrained_networks_are_those_that_training_started_from():
+  network = committed_models.network('lstm_ptw')
+  run = trained_networks.untrained_run(saved_runs.load_run(network.folder))
+  keys = train.step_keys(network.config.seed, network.seeds[1], 0)
+  batch = np.zeros((1, 2, 2), np.float32)
+  params = run.predictor.init_params(keys.predictor, batch, None)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    saved_runs.member_params(run, 1),
+    params,
+  )
