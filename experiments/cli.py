@@ -10,6 +10,7 @@ Whatever is wrong on the command line is one line on stderr.
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -41,17 +42,6 @@ _EXIT_UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
 flags.disclaim_key_flags()
 
 
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags of every script; not at import, where two would clash."""
-  flags.DEFINE_bool(
-    'compilation_cache',
-    True,
-    'Keep compiled programs for the next start, in '
-    '~/.cache/nonstationary_mbml/jax or $JAX_COMPILATION_CACHE_DIR.',
-    flag_values=values,
-  )
-
-
 class _IntegerParser(flags.IntegerParser):
   """Reads 1e4 as well, as `--set` does."""
 
@@ -62,96 +52,101 @@ class _IntegerParser(flags.IntegerParser):
       return base_config.from_text('it', argument, int)
 
 
-def define_integer(
-  name: str,
-  default: int | None,
-  doc: str,
-  lower_bound: int | None = None,
-  upper_bound: int | None = base_config.MAX_SIZE,
-  flag_values: flags.FlagValues = flags.FLAGS,
-) -> None:
-  """`flags.DEFINE_integer`, with the limit of all sizes and counts."""
-  flags.DEFINE(
-    _IntegerParser(lower_bound, upper_bound),
-    name,
-    default,
-    doc,
-    flag_values,
-    flags.ArgumentSerializer(),
-  )
+class FlagDefiner:
+  """Defines the flags of a script; not at import, where two would clash.
 
+  It begins with those that every script has.
+  """
 
-def define_seed(doc: str, values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines `--seed`, with the limit of `base_config.check_seed`."""
-  define_integer('seed', 0, doc, 0, base_config.MAX_SEED, values)
+  def __init__(self, values: flags.FlagValues = flags.FLAGS):
+    """Initializes the definer.
 
+    Args:
+      values: Flag values to define the flags in.
+    """
+    self._values = values
+    self.boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
+    self.string = functools.partial(flags.DEFINE_string, flag_values=values)
+    self.number = functools.partial(flags.DEFINE_float, flag_values=values)
+    self.boolean(
+      'compilation_cache',
+      True,
+      'Keep compiled programs for the next start, in '
+      '~/.cache/nonstationary_mbml/jax or $JAX_COMPILATION_CACHE_DIR.',
+    )
 
-def define_distributed_flags(
-  values: flags.FlagValues = flags.FLAGS,
-) -> None:
-  """Defines the flags by which several processes find each other."""
-  flags.DEFINE_bool(
-    'distributed',
-    False,
-    'Compute with other processes, each on its own devices: start the same '
-    'command in all of them, with a folder that they share. On a TPU pod and '
-    'under SLURM or Open MPI they find each other; elsewhere give '
-    '--coordinator, --num_processes and --process_id. A process has all GPUs '
-    'of its machine, or those of CUDA_VISIBLE_DEVICES; a task of SLURM has '
-    'one; on a CPU it has one device, or --cpu_devices.',
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    'coordinator',
-    None,
-    'host:port at which process 0 can be reached, with a port that is free.',
-    flag_values=values,
-  )
-  define_integer(
-    'num_processes',
-    None,
-    'Number of processes.',
-    lower_bound=1,
-    flag_values=values,
-  )
-  define_integer(
-    'process_id',
-    None,
-    'Index of this process: 0, 1, ...',
-    lower_bound=0,
-    flag_values=values,
-  )
-  flags.DEFINE_float(
-    'connect_timeout',
-    120.0,
-    'Seconds after which processes that have not all met give up.',
-    lower_bound=1.0,
-    flag_values=values,
-  )
+  def strings(self, name: str, doc: str) -> None:
+    """Defines a flag that may be given several times, by default never."""
+    flags.DEFINE_multi_string(name, [], doc, flag_values=self._values)
 
+  def integer(
+    self,
+    name: str,
+    default: int | None,
+    doc: str,
+    lower_bound: int | None = None,
+    upper_bound: int | None = base_config.MAX_SIZE,
+  ) -> None:
+    """Defines an integer, with the limit of all sizes and counts."""
+    flags.DEFINE(
+      _IntegerParser(lower_bound, upper_bound),
+      name,
+      default,
+      doc,
+      self._values,
+      flags.ArgumentSerializer(),
+    )
 
-def define_choice(
-  values: flags.FlagValues,
-  flag: str,
-  default: str | None,
-  registry: base_config.Registry,
-  doc: str,
-) -> None:
-  """A flag that names an entry of a registry, in any case of letters."""
-  flags.DEFINE_string(
-    flag, default, f'{doc}: {", ".join(sorted(registry))}', flag_values=values
-  )
+  def seed(self, doc: str) -> None:
+    """Defines `--seed`, with the limit of `base_config.check_seed`."""
+    self.integer('seed', 0, doc, 0, base_config.MAX_SEED)
 
-  def is_known(value: str | None) -> bool:
-    if value is None:
+  def choice(
+    self,
+    name: str,
+    default: str | None,
+    registry: base_config.Registry,
+    doc: str,
+  ) -> None:
+    """Defines a flag that names an entry of a registry, in any case."""
+    self.string(name, default, f'{doc}: {", ".join(sorted(registry))}')
+
+    def is_known(value: str | None) -> bool:
+      if value is None:
+        return True
+      try:
+        registry.lookup(f'--{name}', value)
+      except ValueError as error:
+        raise flags.ValidationError(str(error)) from None
       return True
-    try:
-      registry.lookup(f'--{flag}', value)
-    except ValueError as error:
-      raise flags.ValidationError(str(error)) from None
-    return True
 
-  flags.register_validator(flag, is_known, flag_values=values)
+    flags.register_validator(name, is_known, flag_values=self._values)
+
+  def distributed(self) -> None:
+    """Defines the flags by which several processes find each other."""
+    self.boolean(
+      'distributed',
+      False,
+      'Compute with other processes, each on its own devices: start the same '
+      'command in all of them, with a folder that they share. On a TPU pod and '
+      'under SLURM or Open MPI they find each other; elsewhere give '
+      '--coordinator, --num_processes and --process_id. A process has all GPUs '
+      'of its machine, or those of CUDA_VISIBLE_DEVICES; a task of SLURM has '
+      'one; on a CPU it has one device, or --cpu_devices.',
+    )
+    self.string(
+      'coordinator',
+      None,
+      'host:port at which process 0 can be reached, with a port that is free.',
+    )
+    self.integer('num_processes', None, 'Number of processes.', 1)
+    self.integer('process_id', None, 'Index of this process: 0, 1, ...', 0)
+    self.number(
+      'connect_timeout',
+      120.0,
+      'Seconds after which processes that have not all met give up.',
+      lower_bound=1.0,
+    )
 
 
 def run(main: Callable[[list[str]], None]) -> None:

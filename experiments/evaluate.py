@@ -202,40 +202,38 @@ def _is_same_evaluation(path: pathlib.Path, content: dict[str, Any]) -> bool:
 
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
-  cli.define_flags()
-  cli.define_distributed_flags()
-  cli.define_choice(
-    flags.FLAGS,
+  define = cli.FlagDefiner()
+  define.distributed()
+  define.choice(
     'source',
     None,
     constants.TRAJECTORY_GENERATORS,
     'Where segments end; if unset, as in the evaluation of the run',
   )
-  cli.define_integer(
+  define.integer(
     'seq_length', None, 'Symbols per sequence; if unset, as in the run.', 2
   )
-  cli.define_integer(
+  define.integer(
     'batch_size', None, 'Sequences at a time; if unset, as in the run.', 1
   )
-  flags.DEFINE_string(
+  define.string(
     'step',
     _NEWEST,
     'Step whose parameters are evaluated; several with commas between, '
     f'{_NEWEST} or {_ALL}.',
   )
-  cli.define_integer(
+  define.integer(
     'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
   )
-  cli.define_integer(
+  define.integer(
     'cpu_devices',
     None,
     'Devices that the CPU is split into, each with its share of a batch; if '
     'unset, as many as cores (up to 8), or one with --distributed.',
     lower_bound=1,
   )
-  flags.DEFINE_multi_string(
+  define.strings(
     'set',
-    [],
     'eval.<path>=<value> of any setting of the evaluation; may be given '
     'several times.',
   )

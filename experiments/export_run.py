@@ -26,5 +26,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  cli.define_flags()
+  define = cli.FlagDefiner()
   cli.run(main)

@@ -26,7 +26,6 @@ Writes into <output_dir>/<name>/: config.json, environment.json, metrics.jsonl,
 checkpoints/ and snapshots/, and at the end table.json and figure.png.
 """
 
-import functools
 import operator
 import pathlib
 import sys
@@ -331,27 +330,23 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   Args:
     values: Flag values to define them in.
   """
-  cli.define_flags(values)
-  cli.define_distributed_flags(values)
-  cli.define_choice(
-    values,
+  define = cli.FlagDefiner(values)
+  define.distributed()
+  define.choice(
     'source',
     'ptw',
     constants.TRAJECTORY_GENERATORS,
     'Where segments end',
   )
-  cli.define_choice(
-    values,
+  define.choice(
     'model_type',
     'lstm',
     predictor_factories.PREDICTOR_FACTORIES,
     'The network',
   )
-  integer = functools.partial(cli.define_integer, flag_values=values)
-  string = functools.partial(flags.DEFINE_string, flag_values=values)
-  integer('steps', 10_000, 'Training steps.', lower_bound=0)
-  cli.define_seed('All randomness follows from it.', values)
-  integer(
+  define.integer('steps', 10_000, 'Training steps.', lower_bound=0)
+  define.seed('All randomness follows from it.')
+  define.integer(
     'num_seeds',
     1,
     'Networks that are trained together, each from its own initial parameters '
@@ -359,47 +354,45 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     lower_bound=1,
     upper_bound=2**16,
   )
-  integer('seq_length', 32, 'Symbols per sequence.', lower_bound=2)
-  integer('batch_size', 128, 'Sequences per training step.', lower_bound=1)
-  flags.DEFINE_float(
+  define.integer('seq_length', 32, 'Symbols per sequence.', lower_bound=2)
+  define.integer(
+    'batch_size', 128, 'Sequences per training step.', lower_bound=1
+  )
+  define.number(
     'learning_rate',
     2e-3,
     'Adam learning rate.',
     lower_bound=0,
-    flag_values=values,
   )
-  integer(
+  define.integer(
     'num_sequences', 10_240, 'Fresh sequences for the table.', lower_bound=2
   )
-  string(
+  define.string(
     'config',
     None,
     'A config.json to start from, or the folder of its run; other flags change '
     'it where they are given.',
   )
-  flags.DEFINE_multi_string(
+  define.strings(
     'set',
-    [],
     'path=value of any field of the config, such as train.learning_rate=3e-4; '
     'may be given several times, and of two for one path the last wins',
-    flag_values=values,
   )
-  string('output_dir', 'runs', 'Folder of all runs.')
-  string(
+  define.string('output_dir', 'runs', 'Folder of all runs.')
+  define.string(
     'name',
     None,
     'Folder of this run; if unset, that of --config, or else '
     '<model_type>_<source>_seed<seed>, with _<num_seeds>seeds after it for '
     'more than one.',
   )
-  flags.DEFINE_bool(
+  define.boolean(
     'overwrite',
     False,
     'Delete a run of the same name, and begin anew. Without it, a run of the '
     'same config goes on, and one of another is an error.',
-    flag_values=values,
   )
-  integer(
+  define.integer(
     'cpu_devices',
     None,
     'Devices that the CPU is split into, each with its share of the batch or '
@@ -407,12 +400,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'divide the batch, or one with --distributed.',
     lower_bound=1,
   )
-  flags.DEFINE_bool(
+  define.boolean(
     'stop_with_stdin',
     False,
     'Stop, as after SIGTERM, when the standard input ends: a script that '
     'starts runs keeps it open, and whatever ends the script stops its runs.',
-    flag_values=values,
   )
 
 

@@ -235,29 +235,27 @@ def _bounds(
 
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
-  cli.define_flags()
-  cli.define_integer(
+  define = cli.FlagDefiner()
+  define.integer(
     'num_sequences', 10_240, 'Fresh sequences of each source.', lower_bound=2
   )
-  cli.define_integer(
+  define.integer(
     'seq_length',
     256,
     'Symbols per sequence; the time grows with the square.',
     lower_bound=2,
     upper_bound=65_536,
   )
-  cli.define_integer(
+  define.integer(
     'alphabet_size',
     2,
     'Different symbols.',
     lower_bound=2,
     upper_bound=_MAX_ALPHABET_SIZE,
   )
-  cli.define_integer('batch_size', 512, 'Sequences at a time.', lower_bound=1)
-  cli.define_seed('Seed of all sequences.')
-  flags.DEFINE_string(
-    'output_dir', 'results/bayes_table', 'Folder of the table.'
-  )
+  define.integer('batch_size', 512, 'Sequences at a time.', lower_bound=1)
+  define.seed('Seed of all sequences.')
+  define.string('output_dir', 'results/bayes_table', 'Folder of the table.')
 
 
 def main(argv: list[str]) -> None:

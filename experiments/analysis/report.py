@@ -221,42 +221,34 @@ def draw(folder: pathlib.Path) -> list[str]:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
-  cli.define_flags(values)
-  flags.DEFINE_multi_string(
+  define = cli.FlagDefiner(values)
+  define.strings(
     'study',
-    [],
     f'Study to run, if not all: {", ".join(studies.STUDIES)}; may be given '
     'several times.',
-    flag_values=values,
   )
-  flags.DEFINE_string(
-    'sweep_dir', 'runs/sweeps/small', 'Sweep directory.', flag_values=values
-  )
-  flags.DEFINE_string(
+  define.string('sweep_dir', 'runs/sweeps/small', 'Sweep directory.')
+  define.string(
     'output_dir',
     None,
     'Folder of the tables and figures; unset: results/<name of the sweep>.',
-    flag_values=values,
   )
-  cli.define_integer(
+  define.integer(
     'num_sequences',
     2_048,
     'Fresh sequences of every source; the linear probe reads 65,536 symbols.',
     lower_bound=2,
-    flag_values=values,
   )
-  cli.define_seed('Seed of the sequences.', values)
-  flags.DEFINE_bool(
+  define.seed('Seed of the sequences.')
+  define.boolean(
     'partial',
     False,
     'Measure the points that are finished, if not all are.',
-    flag_values=values,
   )
-  flags.DEFINE_bool(
+  define.boolean(
     'draw_only',
     False,
     'Draw the tables that <output_dir> has, and measure nothing.',
-    flag_values=values,
   )
 
 

@@ -66,23 +66,22 @@ def make_figure(source: str, seq_length: int, seed: int) -> figure_lib.Figure:
 
 def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
-  cli.define_flags()
-  cli.define_choice(
-    flags.FLAGS,
+  define = cli.FlagDefiner()
+  define.choice(
     'source',
     'ptw',
     constants.TRAJECTORY_GENERATORS,
     'Source of the sequence',
   )
-  cli.define_integer(
+  define.integer(
     'seq_length',
     256,
     'Length of the sequence.',
     lower_bound=2,
     upper_bound=4096,
   )
-  cli.define_seed('Seed of the sequence.')
-  flags.DEFINE_string(
+  define.seed('Seed of the sequence.')
+  define.string(
     'output_dir', 'results/switch_posteriors', 'Folder of the figure.'
   )
 

@@ -33,7 +33,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import fnmatch
-import functools
 import itertools
 import os
 import pathlib
@@ -399,14 +398,9 @@ def format_outcome(folder: pathlib.Path, outcome: Outcome) -> str:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
-  integer = functools.partial(cli.define_integer, flag_values=values)
-  string = functools.partial(flags.DEFINE_string, flag_values=values)
-  several = functools.partial(
-    flags.DEFINE_multi_string, default=[], flag_values=values
-  )
-  cli.define_flags(values)
-  cli.define_choice(values, 'sweep', 'small', presets.SWEEPS, 'Which sweep')
-  integer(
+  define = cli.FlagDefiner(values)
+  define.choice('sweep', 'small', presets.SWEEPS, 'Which sweep')
+  define.integer(
     'jobs',
     None,
     'Runs at a time, each on its share of cores or GPUs; if unset, as many as '
@@ -414,8 +408,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'array at a time; if unset, as many as it gives.',
     lower_bound=1,
   )
-  cli.define_choice(
-    values,
+  define.choice(
     'executor',
     'here',
     base_config.Registry(
@@ -423,42 +416,43 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ),
     'Where points run: here, or as jobs of SLURM, which need submitit',
   )
-  several(
+  define.strings(
     'cluster',
-    help='name=value of any parameter of a job that submitit knows, such as '
+    'name=value of any parameter of a job that submitit knows, such as '
     'timeout_min, mem_gb, cpus_per_task, gpus_per_node, slurm_partition, '
     'slurm_account; may be given several times.',
   )
-  several(
+  define.strings(
     'only',
-    help="Run only points of such names, as in '*,lin,*'; may be given several "
+    "Run only points of such names, as in '*,lin,*'; may be given several "
     'times.',
   )
-  several(
+  define.strings(
     'set',
-    help='path=value of any field of the config, for all points; may be given '
+    'path=value of any field of the config, for all points; may be given '
     'several times.',
   )
-  string('output_dir', 'runs/sweeps', 'Folder of all sweeps.')
-  string('name', None, 'Folder of this sweep; if unset, that of its preset.')
-  integer(
+  define.string('output_dir', 'runs/sweeps', 'Folder of all sweeps.')
+  define.string(
+    'name', None, 'Folder of this sweep; if unset, that of its preset.'
+  )
+  define.integer(
     'num_sequences',
     10_240,
     'Fresh sequences for the table of every point.',
     lower_bound=2,
   )
-  integer(
+  define.integer(
     'cpu_devices',
     1,
     'Devices that each run splits its CPU into; another number changes '
     'rounding, and so the results a little.',
     lower_bound=1,
   )
-  flags.DEFINE_bool(
+  define.boolean(
     'list',
     False,
     'Print the points and where they stand, and run nothing.',
-    flag_values=values,
   )
 
 

@@ -43,7 +43,7 @@ def _define_flags(script, values):
   """Defines the flags of a script in `values`, and nowhere else."""
   module = importlib.import_module('.'.join(('nonstationary_mbml', *script)))
   # A script without flags of its own has those of all scripts.
-  define = getattr(module, 'define_flags', cli.define_flags)
+  define = getattr(module, 'define_flags', cli.FlagDefiner)
   try:
     define(values)
   except TypeError:  # One that defines them for the process only.

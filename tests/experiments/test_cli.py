@@ -238,7 +238,7 @@ def main(argv):
   print('1.0 \\xb1 0.1', flush=True)
   jnp.zeros(2**42).block_until_ready()
 
-cli.define_flags()
+cli.FlagDefiner()
 cli.run(main)
 """
 
