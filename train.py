@@ -44,6 +44,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml.models import backend
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption as interrupting
@@ -320,7 +321,7 @@ def microbatch_size(
   """
   if config.microbatch_size is not None:
     return config.microbatch_size
-  if predictor.has_state or jax.default_backend() != 'cpu':
+  if predictor.has_state or not backend.is_cpu():
     return share
   # The activations of so many symbols stay in the cache. Recurrent networks
   # have large products only with large batches.
@@ -500,7 +501,7 @@ def _map_members(function: Callable[[Any], Any], members: Any) -> Any:
   """Maps over the leading axis of all arrays."""
   # One member's activations stay in the cache of a CPU; those of all do not,
   # and a batched product of small matrices is no quicker than one by one.
-  if jax.default_backend() == 'cpu':
+  if backend.is_cpu():
     return jax.lax.map(function, members)
   return jax.vmap(function)(members)
 
