@@ -428,9 +428,9 @@ def make_run_steps(
 
     (state, sums, number of steps) -> (state, sums, number of steps done)
 
-  A step whose loss or gradient is not finite is the last one, and is not
-  counted; the state after it is of no use. In an ensemble only its member
-  stops; sums and counts are `[M]`.
+  A step whose loss or gradient is not finite is the last one in the sums, and
+  is not counted; the state after it is of no use. In an ensemble this holds of
+  each member by itself; sums and counts are `[M]`.
 
   It is compiled once, for any number of steps, and many steps in one call are
   bit for bit as many calls. The state is donated: it cannot be used after the
@@ -450,19 +450,25 @@ def make_run_steps(
     def run_member(member: tuple[Any, ...]) -> tuple[Any, ...]:
       seed, sums, *parts = member
 
+      # The number of steps is the same for all members: under `vmap`, a loop
+      # that ends by each member's own losses would make all of its carry a
+      # member's own, `step` as well, and compute every length at every step.
       def goes_on(carry):
-        num_done, is_finite, *_ = carry
-        return is_finite & (num_done < num_steps)
+        index, *_ = carry
+        return index < num_steps
 
       def add_step(carry):
-        num_done, _, state, sums = carry
+        index, num_done, is_finite, state, sums = carry
         state, new = update(state, seed)
-        sums = jax.tree.map(jnp.add, sums, new)
-        is_finite = jnp.isfinite(new.loss) & jnp.isfinite(new.grad_norm)
-        return num_done + is_finite, is_finite, state, sums
+        sums = jax.tree.map(
+          lambda total, x: jnp.where(is_finite, total + x, total), sums, new
+        )
+        is_finite &= jnp.isfinite(new.loss) & jnp.isfinite(new.grad_norm)
+        return index + 1, num_done + is_finite, is_finite, state, sums
 
-      init = jnp.int32(0), jnp.bool(True), TrainState(state.step, *parts), sums
-      num_done, _, last, sums = jax.lax.while_loop(goes_on, add_step, init)
+      zero = jnp.int32(0)
+      init = zero, zero, jnp.bool(True), TrainState(state.step, *parts), sums
+      _, num_done, _, last, sums = jax.lax.while_loop(goes_on, add_step, init)
       return num_done, sums, *last[1:]
 
     seeds = config.train.model_init_seed

@@ -175,6 +175,13 @@ def test_training_lowers_with_products_in_bfloat16(network):
   assert 'lhs_precision_type = bf16' in text
 
 
+def test_members_compute_no_length_but_that_of_the_step():
+  config = _config('lstm', model_init_seed=(0, 1), seq_length_fixed=False)
+  text = _trace_loop(config).lower(lowering_platforms=('cuda',)).as_text()
+  # A `select` in its place would take the results of all lengths.
+  assert 'stablehlo.case' in text
+
+
 def _never(*args, **kwargs):
   raise AssertionError('a branch of CPUs was taken')
 
