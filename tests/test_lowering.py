@@ -13,10 +13,14 @@ import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import forget_me_not_predictors
+from nonstationary_mbml.experiments import live_and_die_predictors
+from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.models import attention
 from nonstationary_mbml.models import backend
 
@@ -173,6 +177,36 @@ def test_training_lowers_with_products_in_bfloat16(network):
     traced = _trace_loop(_config(network, model_init_seed=(0, 1)))
     text = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert 'lhs_precision_type = bf16' in text
+
+
+@pytest.mark.parametrize(
+  'predictor',
+  [
+    predictors.OptimalCategoricalPredictor(),
+    ptw_predictors.PTWPredictor(3),
+    live_and_die_predictors.LADPredictor(max_length=2 * SEQ_LENGTH),
+    forget_me_not_predictors.ForgetMeNotPredictor(3),
+  ],
+  ids=lambda predictor: type(predictor).__name__,
+)
+def test_streams_lower_and_their_products_keep_float32(predictor):
+  batch = jnp.zeros((2, SEQ_LENGTH, 2))
+
+  def read_twice(batch, time):
+    state = predictor.initial_state({}, None, 2)
+    if hasattr(state, 'time'):
+      state = state._replace(time=time)
+    state = predictor.unroll({}, None, batch[:, :4], state)[1]
+    return predictor.unroll({}, None, batch[:, 4:], state)
+
+  traced = jax.jit(read_twice).trace(batch, jnp.int32(0))
+  assert not _problems(traced)
+  products = re.findall(
+    r'dot_general.*?precision = \[(\w+), (\w+)\]',
+    traced.lower(lowering_platforms=('cuda',)).as_text(),
+  )
+  # In the default precision, a GPU would round to TF32.
+  assert set(products) <= {('HIGHEST', 'HIGHEST')}
 
 
 def test_members_compute_no_length_but_that_of_the_step():
