@@ -50,7 +50,7 @@ def test_sections_are_measured_in_processes_and_written(accelerator, tmp_path):
 def test_row_of_steps_has_speed_and_its_share_of_the_peak(
   accelerator, monkeypatch
 ):
-  row = accelerator.steps_tasks(accelerator.QUICK)[
+  row = accelerator.sections.steps_tasks(accelerator.sections.QUICK)[
     'LSTM-128, 2 seeds, highest'
   ]()
   assert row['sequences_per_second'] == pytest.approx(
@@ -78,7 +78,7 @@ def test_row_that_fails_says_why_and_the_next_one_follows(
     raise RuntimeError('RESOURCE_EXHAUSTED')
 
   tasks = {'large': fail, 'small': lambda: {'value': 1.0}}
-  monkeypatch.setitem(accelerator.TASKS, 'steps', lambda sizes: tasks)
+  monkeypatch.setitem(accelerator.sections.TASKS, 'steps', lambda sizes: tasks)
   accelerator.child(
     accelerator.Order(
       section='steps', only='', quick=True, deadline=time.time() + 100
@@ -142,8 +142,9 @@ def test_side_that_is_missing_is_named(accelerator):
 
 def test_every_network_is_compared(accelerator):
   import project
+  import sections
 
-  jobs = accelerator._compared_networks(accelerator.Sizes())
+  jobs = sections.compared_networks(sections.Sizes())
   assert {job.model_type for job in jobs.values()} == set(
     predictor_factories.PREDICTOR_FACTORIES
   )
@@ -152,7 +153,7 @@ def test_every_network_is_compared(accelerator):
 
 
 def test_launch_script_takes_the_flags(accelerator, tmp_path):
-  for sizes in (accelerator.Sizes(), accelerator.QUICK):
+  for sizes in (accelerator.sections.Sizes(), accelerator.sections.QUICK):
     for command in accelerator.script_commands(tmp_path, sizes).values():
       if command[0] == 'local_launch.py':
         values = flags.FlagValues()
