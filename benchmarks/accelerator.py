@@ -15,7 +15,8 @@ In eight minutes at most (`--budget_s`), in this order:
 
 The platform of a process is settled when it starts, so all work is done by
 child processes. The file is written after every row: what is cut short leaves
-what was measured. A row that fails says why, and the next one follows.
+what was measured. A row that fails says why, and the next one follows; the
+command then ends with 1.
 """
 
 import argparse
@@ -43,6 +44,7 @@ import sections
 import timing
 
 from nonstationary_mbml.experiments import cli
+from nonstationary_mbml.runtime import devices
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # Sections in their order, and how they share the time that is left.
@@ -94,8 +96,11 @@ def child(order: Order) -> None:
   ][index::number]
   if not chosen:
     return
-  device = jax.devices()[0]
-  print(json.dumps({'device': device.device_kind}), flush=True)
+  problem = devices.backend_problem()
+  if problem is not None:
+    sys.exit(f'error: {problem}')
+  kind = jax.devices()[0].device_kind
+  print(json.dumps({'device': kind}), flush=True)
   for name in chosen:
     began = time.time()
     if began > order.deadline:
@@ -522,13 +527,26 @@ def markdown(results: dict[str, Any]) -> str:
   for section, columns in _TABLES.items():
     if rows[section]:
       parts.append(_table(columns, rows[section]))
-  failed = [
-    f'- {row["section"]}: {row["name"]}: {" ".join(row["error"].split())}'
-    for row in results['rows']
-    if 'error' in row
-  ]
-  parts.append('\n'.join([*failed, *(f'- {n}' for n in results['notes'])]))
+  wrong = [*failures(results), *results['notes']]
+  parts.append('\n'.join(f'- {line}' for line in wrong))
   return '\n\n'.join(part for part in parts if part)
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+  """Returns a line for every row that failed, or does not agree.
+
+  Args:
+    results: Results, as in the JSON file.
+  """
+  lines = []
+  for row in results['rows']:
+    problem = row.get('error')
+    if problem is None and not row.get('agrees', True):
+      problem = f'differs by {row["difference"]:.1e}'
+    if problem is not None:
+      problem = ' '.join(problem.split())
+      lines.append(f'{row["section"]}: {row["name"]}: {problem}')
+  return lines
 
 
 def _table(columns: dict[str, Callable[[Row], str]], rows: list[Row]) -> str:
@@ -634,6 +652,8 @@ def main() -> None:
   except (OSError, ValueError) as error:
     cli.end_with(error)
   print(json.dumps(results) if args.output is None else markdown(results))
+  if results['notes'] or failures(results):
+    sys.exit(1)
 
 
 if __name__ == '__main__':

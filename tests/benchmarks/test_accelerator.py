@@ -140,6 +140,19 @@ def test_side_that_is_missing_is_named(accelerator):
   assert row['error'] == 'cpu: it did not get that far'
 
 
+def test_failures_are_rows_with_errors_and_without_agreement(accelerator):
+  rows = [
+    {'section': 'agreement', 'name': 'RNN', 'difference': 0.1, 'agrees': False},
+    {'section': 'agreement', 'name': 'GRU', 'difference': 0.0, 'agrees': True},
+    {'section': 'steps', 'name': 'LSTM', 'error': 'no\nmemory'},
+    {'section': 'steps', 'name': 'CNN', 'value': 1.0},
+  ]
+  assert accelerator.failures({'rows': rows}) == [
+    'agreement: RNN: differs by 1.0e-01',
+    'steps: LSTM: no memory',
+  ]
+
+
 def test_every_network_is_compared(accelerator):
   import project
   import sections
