@@ -44,6 +44,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml.models import backend
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption as interrupting
@@ -320,7 +321,7 @@ def microbatch_size(
   """
   if config.microbatch_size is not None:
     return config.microbatch_size
-  if predictor.has_state or jax.default_backend() != 'cpu':
+  if predictor.has_state or not backend.is_cpu():
     return share
   # The activations of so many symbols stay in the cache. Recurrent networks
   # have large products only with large batches.
@@ -427,9 +428,9 @@ def make_run_steps(
 
     (state, sums, number of steps) -> (state, sums, number of steps done)
 
-  A step whose loss or gradient is not finite is the last one, and is not
-  counted; the state after it is of no use. In an ensemble only its member
-  stops; sums and counts are `[M]`.
+  A step whose loss or gradient is not finite is the last one in the sums, and
+  is not counted; the state after it is of no use. In an ensemble this holds of
+  each member by itself; sums and counts are `[M]`.
 
   It is compiled once, for any number of steps, and many steps in one call are
   bit for bit as many calls. The state is donated: it cannot be used after the
@@ -449,19 +450,25 @@ def make_run_steps(
     def run_member(member: tuple[Any, ...]) -> tuple[Any, ...]:
       seed, sums, *parts = member
 
+      # The number of steps is the same for all members: under `vmap`, a loop
+      # that ends by each member's own losses would make all of its carry a
+      # member's own, `step` as well, and compute every length at every step.
       def goes_on(carry):
-        num_done, is_finite, *_ = carry
-        return is_finite & (num_done < num_steps)
+        index, *_ = carry
+        return index < num_steps
 
       def add_step(carry):
-        num_done, _, state, sums = carry
+        index, num_done, is_finite, state, sums = carry
         state, new = update(state, seed)
-        sums = jax.tree.map(jnp.add, sums, new)
-        is_finite = jnp.isfinite(new.loss) & jnp.isfinite(new.grad_norm)
-        return num_done + is_finite, is_finite, state, sums
+        sums = jax.tree.map(
+          lambda total, x: jnp.where(is_finite, total + x, total), sums, new
+        )
+        is_finite &= jnp.isfinite(new.loss) & jnp.isfinite(new.grad_norm)
+        return index + 1, num_done + is_finite, is_finite, state, sums
 
-      init = jnp.int32(0), jnp.bool(True), TrainState(state.step, *parts), sums
-      num_done, _, last, sums = jax.lax.while_loop(goes_on, add_step, init)
+      zero = jnp.int32(0)
+      init = zero, zero, jnp.bool(True), TrainState(state.step, *parts), sums
+      _, num_done, _, last, sums = jax.lax.while_loop(goes_on, add_step, init)
       return num_done, sums, *last[1:]
 
     seeds = config.train.model_init_seed
@@ -500,7 +507,7 @@ def _map_members(function: Callable[[Any], Any], members: Any) -> Any:
   """Maps over the leading axis of all arrays."""
   # One member's activations stay in the cache of a CPU; those of all do not,
   # and a batched product of small matrices is no quicker than one by one.
-  if jax.default_backend() == 'cpu':
+  if backend.is_cpu():
     return jax.lax.map(function, members)
   return jax.vmap(function)(members)
 
