@@ -166,7 +166,7 @@ def test_sources_and_all_their_predictors_lower_for_accelerators(source):
   config = _config('lstm')
   config.eval.data.trajectory_generator = source
   config.eval.data.trajectory_generator_kwargs = constants.source_kwargs(source)
-  config.eval.optimal_predictors = 'auto'
+  config.eval.optimal_predictors = ('exact', 'ptw', 'lad', 'kt')
   config = config_lib.post_process_config(config)
   assert not _problems(_trace_evaluation(config))
 
