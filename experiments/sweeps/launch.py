@@ -559,7 +559,7 @@ def main(argv: list[str]) -> None:
         values.num_sequences,
         chosen,
         values.cpu_devices,
-        () if values.compilation_cache else ('--nocompilation_cache',),
+        cli.flags_of_runs(values),
         use_tqdm=True,
         executor=executor,
         cluster=parse_parameters(values.cluster),
