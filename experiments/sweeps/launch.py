@@ -481,8 +481,7 @@ def points_from_flags(
         ):
           raise ValueError(
             f'--set {path}: the sweep itself sets {swept}; choose points with '
-            '--only, or write a sweep of your own '
-            '(experiments/sweeps/presets.py)'
+            '--only, or write a sweep of your own (docs/extending.md)'
           )
     config = config_lib.with_overrides(point.config, overrides)
     points.append(point._replace(config=config))

@@ -228,6 +228,12 @@ def test_figure_of_the_launch_script_shows_them(trained):
   ]
 
 
+def test_figure_of_a_sequence_leaves_out_kt_unless_it_is_exact():
+  names = dict.fromkeys(('network', 'kt', 'last'))
+  assert list(constants.in_figures(names, None)) == ['network', 'last']
+  assert list(constants.in_figures(names, 'kt')) == list(names)
+
+
 def test_regrets_over_time_are_measured_and_drawn(run):
   regrets = regret_curves.over_time(run, NUM_SEQUENCES)
   assert list(regrets) == LABELS
