@@ -265,11 +265,7 @@ def _write_table(
   sequence = evaluator_lib.draw_sequence(
     result.evaluator, train.member_params(config.train, result.params, 0), rng
   )
-  drawn = {
-    name: shown
-    for name, shown in table.names.items()
-    if name in (evaluator_lib.NETWORK, 'ptw', 'lad', table.exact)
-  }
+  drawn = constants.in_figures(table.names, table.exact)
   png = atomic_files.to_png(sequence_figure(sequence, drawn))
   try:
     atomic_files.write_whole(folder / 'figure.png', png)
@@ -307,7 +303,7 @@ def clear(folder: pathlib.Path) -> None:
 def sequence_figure(
   sequence: evaluator_lib.DrawnSequence, names: dict[str, str]
 ) -> figure.Figure:
-  """Draws a sequence, predicted by the network and by PTW and LAD.
+  """Draws a sequence and its predictions.
 
   Args:
     sequence: Sequence from `draw_sequence`.

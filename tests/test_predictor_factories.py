@@ -276,7 +276,7 @@ def test_wrong_architectures_are_named(model_type, kwargs, message):
 
 def test_wrong_arguments_of_a_haiku_class_are_named():
   make = predictor_factories.PREDICTOR_FACTORIES['rnn']
-  with pytest.raises(ValueError, match="architecture_kwargs has no 'size'"):
+  with pytest.raises(ValueError, match="ResetCore has no 'size'"):
     make(2, {'core': hk.ResetCore, 'size': 3})
 
 
@@ -300,6 +300,18 @@ def test_core_of_ones_own_may_call_its_arguments_as_it_likes():
     2, {'core': _OwnCore, 'output_size': 5}
   )
   assert predictor.initial_state({}, None, 3).shape == (3, 5)
+
+
+def test_registered_core_takes_its_own_arguments(monkeypatch):
+  monkeypatch.setitem(predictor_factories.CORES, 'own', _OwnCore)
+  config = base_config.ModelConfig(
+    model_type='rnn', architecture_kwargs={'core': 'own', 'output_size': 5}
+  )
+  predictor = predictor_factories.build_predictor(config, 2)
+  assert predictor.initial_state({}, None, 3).shape == (3, 5)
+  config.architecture_kwargs = {'core': 'own', 'output_sise': 5}
+  with pytest.raises(ValueError, match="_OwnCore has no 'output_sise'"):
+    predictor_factories.build_predictor(config, 2)
 
 
 def _with_a_size(output_size, size=8):

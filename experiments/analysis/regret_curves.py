@@ -148,20 +148,17 @@ def sequence(run: saved_runs.Run, seed: int = 0) -> evaluator_lib.DrawnSequence:
     seed: Seed of the sequence.
 
   Returns:
-    The sequence with probabilities and regrets by label: those of the network,
-    of the source's own exact predictor, of PTW and of LAD.
+    The sequence with probabilities and regrets by label, of the predictors that
+    `constants.in_figures` chooses.
   """
   evaluator = saved_runs.evaluator_of(run)
   drawn = evaluator_lib.draw_sequence(
     evaluator, saved_runs.member_params(run), _key(seed)
   )
-  # The source's own exact predictor is the first of them.
-  exact = next(iter(evaluator.optimal_predictors), None)
-  shown = {
-    name: label
-    for name, label in labels(run, evaluator).items()
-    if name in (evaluator_lib.NETWORK, exact, 'ptw', 'lad')
-  }
+  exact = constants.exact_predictor(
+    evaluator.generator, evaluator.optimal_predictors, evaluator.seq_length
+  )
+  shown = constants.in_figures(labels(run, evaluator), exact)
   by_label = lambda values: {
     label: values[name] for name, label in shown.items()
   }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+from absl import flags
 import pytest
 
 from nonstationary_mbml import base_config
@@ -283,3 +284,28 @@ def test_platform_that_is_not_there_is_a_line(platform):
   assert line.startswith(
     f'error: JAX does not start on the platform {platform}'
   )
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'message'),
+  [
+    ('missing.py', None, '--register=missing.py: there is no such Python file'),
+    ('things.txt', '', '--register=things.txt: there is no such Python file'),
+    (
+      'things.py',
+      'from nonstationary_mbml.experiments import constants\n'
+      "constants.OPTIMAL_PREDICTORS['Own'] = None\n",
+      "--register=things.py: optimal_predictor 'Own' cannot be registered",
+    ),
+  ],
+)
+def test_file_that_registers_nothing_is_a_flag_error(
+  tmp_path, monkeypatch, name, text, message
+):
+  monkeypatch.chdir(tmp_path)
+  if text is not None:
+    (tmp_path / name).write_text(text)
+  values = flags.FlagValues()
+  cli.define_flags(values)
+  with pytest.raises(flags.Error, match=message):
+    values(['script.py', f'--register={name}'])
