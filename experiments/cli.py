@@ -107,8 +107,8 @@ class FlagDefiner:
       flags.ArgumentSerializer(),
       'register',
       [],
-      'Python file of your own to run first, which registers sources, networks, '
-      'exact predictors or sweeps; may be given several times.',
+      'Python file of your own to run first, which registers sources, '
+      'networks, exact predictors or sweeps; may be given several times.',
       flag_values=values,
     )
 

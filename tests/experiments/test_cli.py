@@ -306,6 +306,6 @@ def test_file_that_registers_nothing_is_a_flag_error(
   if text is not None:
     (tmp_path / name).write_text(text)
   values = flags.FlagValues()
-  cli.define_flags(values)
+  cli.FlagDefiner(values)
   with pytest.raises(flags.Error, match=message):
     values(['script.py', f'--register={name}'])

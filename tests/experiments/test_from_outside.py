@@ -254,7 +254,7 @@ def test_looks_of_labels_that_no_table_has_differ_and_come_last():
   assert len(set(own)) == 2
   assert plotting.rank('bag') > plotting.rank('LSTM')
   assert study_figures.label('bag') == 'bag'
-  assert study_figures.exact_label('geometric') == 'Bayes for geometric'
+  assert study_figures.exact_label('geometric') == 'run-length mixture'
 
 
 def test_sweep_of_the_file_hands_the_file_to_its_runs(

@@ -128,7 +128,9 @@ def test_default_sources_are_all_with_the_symbols_of_the_own_which_is_first():
 def test_labels_tell_ensembles_and_predictors_of_one_kind():
   run = _run(train=base_config.TrainConfig(model_init_seed=(0, 1)))
   evaluator = saved_runs.evaluator_of(run)
-  evaluator.optimal_predictors = dict.fromkeys(('lad', 'lin', 'kt'))
+  evaluator.optimal_predictors = {
+    name: constants.OPTIMAL_PREDICTORS[name]() for name in ('lad', 'lin', 'kt')
+  }
   assert regret_curves.labels(run, evaluator) == {
     'network': 'LSTM, 1 of 2 seeds',
     'lad': 'lad',
