@@ -30,12 +30,12 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
-from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import trained_networks
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import statistics
 
 EXACT = 'exact'
 Row = dict[str, Any]
@@ -605,7 +605,7 @@ def _cumulative(
 
 
 def _mean_and_stderr(name: str, values: np.ndarray) -> dict[str, float]:
-  mean, stderr = evaluator_lib.mean_and_stderr(values.astype(np.float64))
+  mean, stderr = statistics.mean_and_stderr(values.astype(np.float64))
   return {name: float(mean), f'{name}_stderr': float(stderr)}
 
 

@@ -28,6 +28,7 @@ from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments import trajectory_generators
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import trained_run
 
 # Settings that a sweep must have, by name.
 _SOURCE, _ARCHITECTURE = 'data', 'model'
@@ -96,7 +97,7 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
       path,
       config,
       of_sweep.table(point.name),
-      train.member_seeds(config.train),
+      trained_run.member_seeds(config.train),
     )
     key = network.source, network.architecture
     if key not in best or _validation(network) < _validation(best[key]):
@@ -261,18 +262,18 @@ def read_states(
   return _by_member(states, run, symbols)
 
 
-def untrained_run(run: saved_runs.Run) -> saved_runs.Run:
+def untrained_run(run: trained_run.Run) -> trained_run.Run:
   """Returns a run with the parameters it started from."""
   alphabet_size = constants.build_data_generator(run.config.data).alphabet_size
   state = train.init_state(
     run.config, run.predictor, alphabet_size, jax.local_devices()[:1]
   )
-  return dataclasses.replace(run, params=state.params, step=0)
+  return dataclasses.replace(run, all_params=state.params, step=0)
 
 
 def _by_member(
   function: Callable[[predictors.Params, jax.Array], jax.Array],
-  run: saved_runs.Run,
+  run: trained_run.Run,
   symbols: np.ndarray,
 ) -> np.ndarray:
   """A function of all sequences, for every member, `[M, N, ...]`."""
@@ -287,8 +288,8 @@ def _by_member(
   missing = batch_size - len(batches[-1])
   batches[-1] = np.concatenate([batches[-1], symbols[:missing]])
   members = []
-  for member in range(len(train.member_seeds(run.config.train))):
-    params = saved_runs.member_params(run, member)
+  for member in range(len(run.seeds)):
+    params = run.member(member)
     outputs = [np.asarray(compiled(params, batch)) for batch in batches]
     members.append(np.concatenate(outputs)[:num_sequences])
   return np.stack(members)
