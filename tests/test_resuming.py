@@ -14,6 +14,7 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import sharding
 from nonstationary_mbml.runtime import trained_run
 
 
@@ -120,6 +121,12 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
     for name in ('whole', 'stopped')
   ]
   assert metrics[0] == metrics[1]
+  # On disk, an int seed has no axis of members.
+  is_ensemble = 'model_init_seed' in train_kwargs
+  expected = whole.all_params if is_ensemble else whole.params
+  snapshots = checkpointing.Checkpoints(tmp_path / 'whole' / 'snapshots')
+  saved = snapshots.restore(14, sharding.abstract(expected, None))
+  jax.tree.map(np.testing.assert_array_equal, saved, expected)
   # A finished run has nothing left to do.
   _assert_same(_train(config, tmp_path / 'whole', _kill), whole)
 
