@@ -81,6 +81,17 @@ class TrainState(NamedTuple):
   predictor_state: predictors.State
 
 
+_REPLICATED = jax.sharding.PartitionSpec()
+_BY_MEMBER = jax.sharding.PartitionSpec(sharding.SEEDS)
+# Axes of the arrays of a TrainState that are divided over the devices.
+_STATE_SPEC = TrainState(
+  _REPLICATED,
+  _BY_MEMBER,
+  _BY_MEMBER,
+  jax.sharding.PartitionSpec(sharding.SEEDS, sharding.BATCH),
+)
+
+
 class StepMetrics(NamedTuple):
   """Metrics of training steps `[M]`, or their sums over several steps.
 
@@ -251,25 +262,17 @@ def _init(
       predictor_state = predictor.initial_state(params, keys.state, batch_size)
     return params, make_optimizer(config.train).init(params), predictor_state
 
-  seeds = jnp.asarray(trained_run.member_seeds(config.train), jnp.uint32)
-  return TrainState(jnp.int32(0), *jax.vmap(init_member)(seeds))
+  return TrainState(jnp.int32(0), *jax.vmap(init_member)(_seeds(config.train)))
+
+
+def _seeds(config: base_config.TrainConfig) -> jax.Array:
+  return jnp.asarray(trained_run.member_seeds(config), jnp.uint32)
 
 
 def zero_sums(state: TrainState) -> StepMetrics:
   """Returns the sums of the metrics of no step."""
   leaf = jax.tree.leaves(state.params)[0]
   return StepMetrics(*(np.zeros(leaf.shape[:1], leaf.dtype) for _ in range(2)))
-
-
-_REPLICATED = jax.sharding.PartitionSpec()
-_BY_MEMBER = jax.sharding.PartitionSpec(sharding.SEEDS)
-# Of the fields of a TrainState, the last one has an axis of sequences.
-_STATE_SPEC = TrainState(
-  _REPLICATED,
-  _BY_MEMBER,
-  _BY_MEMBER,
-  jax.sharding.PartitionSpec(sharding.SEEDS, sharding.BATCH),
-)
 
 
 def make_update(
@@ -419,7 +422,7 @@ def make_run_steps(
   def run_steps(
     state: TrainState, sums: StepMetrics, num_steps: jax.Array
   ) -> tuple[TrainState, StepMetrics, jax.Array]:
-    seeds = jnp.asarray(trained_run.member_seeds(config.train), jnp.uint32)
+    seeds = _seeds(config.train)
     if num_rows > 1:
       row = jax.lax.axis_index(sharding.SEEDS)
       seeds = seeds.reshape(num_rows, -1)[row]

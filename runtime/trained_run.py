@@ -58,8 +58,8 @@ class Run:
     """Parameters of the only member. Raises ValueError if there are several."""
     if len(self.seeds) > 1:
       raise ValueError(
-        f'the run has {len(self.seeds)} networks, of train.model_init_seed '
-        f'{self.seeds}: run.member(0) returns the parameters of the first'
+        f'the run has no params of one network, but of {len(self.seeds)} '
+        f'(train.model_init_seed {self.seeds}): take run.member(i)'
       )
     return self.member(0)
 
