@@ -50,16 +50,15 @@ def test_sequences_of_one_symbol_are_refused():
 def test_chunks_change_the_gradient_but_not_the_loss(chunk_length):
   """Every target counts the same, however the chunks divide the sequence."""
   predictor, params, batch = _predictor_and_batch()
-  whole, _, whole_state = losses.loss_and_grads(
-    predictor, params, None, batch, None
+  loss_and_grads = jax.jit(
+    lambda state, chunk_length: losses.loss_and_grads(
+      predictor, params, None, batch, state, chunk_length
+    ),
+    static_argnums=1,
   )
-  loss, grads, state = losses.loss_and_grads(
-    predictor,
-    params,
-    None,
-    batch,
-    predictor.initial_state(params, None, 3),
-    chunk_length,
+  whole, _, whole_state = loss_and_grads(None, None)
+  loss, grads, state = loss_and_grads(
+    predictor.initial_state(params, None, 3), chunk_length
   )
   np.testing.assert_allclose(loss, whole, rtol=1e-5)
   _assert_trees_close(state, whole_state, atol=1e-5)

@@ -177,14 +177,12 @@ def test_every_device_has_dropout_masks_of_its_own():
   # losses would be that of one mask.
   key = train.step_keys(config.seed, 0, 1).predictor
   batch, _ = _SameSequence().sample_from_keys(jax.random.split(key, 1), 8)
-  single = [
-    float(
-      losses_lib.loss_and_grads(
-        _predictor(config), params, jax.random.fold_in(key, device), batch, None
-      )[0]
-    )
-    for device in (0, 1)
-  ]
+  loss = jax.jit(
+    lambda rng: losses_lib.loss_and_grads(
+      _predictor(config), params, rng, batch, None
+    )[0]
+  )
+  single = [float(loss(jax.random.fold_in(key, device))) for device in (0, 1)]
   assert single[0] != pytest.approx(single[1], rel=1e-4)
   assert float(sums.loss[0]) == pytest.approx(np.mean(single), rel=1e-5)
 
