@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import losses
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import train
@@ -120,7 +121,7 @@ def _trace_loop(config, num_devices=1):
   state = jax.eval_shape(
     lambda: train.init_state(config, predictor, size, devices[:1])
   )
-  sums = train.zero_sums(config.train, state)
+  sums = train.zero_sums(state)
   return train.make_run_steps(config, update, devices).trace(state, sums, 3)
 
 
@@ -226,7 +227,7 @@ def test_branches_are_those_of_an_accelerator(monkeypatch):
   config = _config('transformer', model_init_seed=(0, 1))
   _trace_loop(config)
   predictor = predictor_factories.build_predictor(config.model, 2)
-  assert train.microbatch_size(config.train, predictor, 128, 256) == 128
+  assert losses.microbatch_size(config.train, predictor, 128, 256) == 128
 
   monkeypatch.setattr(backend, 'platform', lambda: 'cpu')
   with pytest.raises(AssertionError, match='a branch of CPUs was taken'):
