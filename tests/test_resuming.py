@@ -1,6 +1,8 @@
 """Runs that are stopped anywhere end as if they had not been."""
 
+import inspect
 import json
+import re
 import signal
 
 import jax
@@ -54,6 +56,41 @@ def _train(config, folder, at_log=lambda: None):
     lambda predictor, config: _Evaluator(at_log),
     folder=folder,
   )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _shared_programs():
+  """Compiles the steps of equal configs once, not for every run of them."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ('make_update', 'make_run_steps'):
+      patch.setattr(train, name, _once(getattr(train, name)))
+    yield
+
+
+def _once(make):
+  """Calls a function once for equal arguments."""
+  made = {}
+
+  def make_once(*args):
+    key = tuple(
+      arg if inspect.isfunction(arg) else _without_address(arg) for arg in args
+    )
+    if key not in made:
+      made[key] = make(*args)
+    return made[key]
+
+  return make_once
+
+
+def _without_address(arg):
+  # Generator and predictor follow from the config.
+  return re.sub(' at 0x[0-9a-f]+', '', repr(arg))
+
+
+@pytest.fixture(scope='module')
+def whole():
+  """The run of `_config()` that nobody stopped, without a folder."""
+  return _train(_config(), None)
 
 
 class _KilledError(Exception):
@@ -115,14 +152,13 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
   _assert_same(_train(config, tmp_path / 'whole', _kill), whole)
 
 
-def test_folder_changes_nothing_about_training(tmp_path):
-  _assert_same(_train(_config(), tmp_path), _train(_config(), None))
+def test_folder_changes_nothing_about_training(tmp_path, whole):
+  _assert_same(_train(_config(), tmp_path), whole)
 
 
-def test_stop_between_two_logs_keeps_the_sums(tmp_path):
+def test_stop_between_two_logs_keeps_the_sums(tmp_path, whole):
   """The mean loss of a log is over the steps before and after the stop."""
   config = _config()
-  whole = _train(config, None)
   begun = []
 
   def stop_after_the_next_call():
@@ -261,7 +297,7 @@ def test_kill_loses_at_most_the_checkpoint_frequency(tmp_path):
 
 
 def test_unwritable_disk_ends_the_run_with_the_checkpoint_before(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, whole
 ):
   config = _config()
   save = checkpointing.Checkpoints.save
@@ -276,4 +312,4 @@ def test_unwritable_disk_ends_the_run_with_the_checkpoint_before(
     patched.setattr(checkpointing.Checkpoints, 'save', fail)
     with pytest.raises(run_folder.SaveError, match='No space left.*step 4'):
       _train(config, tmp_path)
-  _assert_same(_train(config, tmp_path), _train(config, None))
+  _assert_same(_train(config, tmp_path), whole)
