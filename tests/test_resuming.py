@@ -119,7 +119,11 @@ def _assert_same(first, second):
     # Each member on a device of its own.
     {'model_init_seed': (0, 1), 'reset_predictor_init_state': False},
     # Shares of the batch on both devices.
-    {'reset_predictor_init_state': False, 'seq_length_fixed': False},
+    {
+      'seq_length': 4,
+      'reset_predictor_init_state': False,
+      'seq_length_fixed': False,
+    },
     pytest.param({}, marks=pytest.mark.slow),
     pytest.param({'model_init_seed': (0, 1, 2)}, marks=pytest.mark.slow),
   ],
@@ -204,21 +208,26 @@ def test_many_steps_in_a_call_are_bit_for_bit_as_many_calls():
   jax.tree.map(np.testing.assert_array_equal, run(9), run(1, 5, 2, 1))
 
 
-def _failing_update(seed_that_fails, failing_step, value):
-  """An update that does nothing, but for one member's broken step."""
+def _failing_update(broken_steps):
+  """An update that does nothing, but for one broken step of some members.
+
+  Args:
+    broken_steps: Step and loss of a member's broken step, by its seed.
+  """
 
   def update(state, seed):
     step = state.step + 1
-    fails = (seed == seed_that_fails) & (step == failing_step)
-    loss = jax.numpy.where(fails, value, 1.0)
+    loss = 1.0
+    for seed_that_fails, (failing_step, value) in broken_steps.items():
+      fails = (seed == seed_that_fails) & (step == failing_step)
+      loss = jax.numpy.where(fails, value, loss)
     return state._replace(step=step), train.StepSums(loss, loss + 1.0)
 
   return update
 
 
-@pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_steps_stop_at_the_first_that_is_not_finite(value):
-  config = _config(model_init_seed=(3, 7))
+def test_steps_of_a_member_stop_at_its_first_that_is_not_finite():
+  config = _config(model_init_seed=(3, 7, 11))
   parts = train.build_parts(
     config, constants.build_data_generator, evaluator_lib.build_evaluator
   )
@@ -226,11 +235,11 @@ def test_steps_stop_at_the_first_that_is_not_finite(value):
   state = train.init_state(config, parts.predictor, 2, devices)
   sums = train.zero_sums(config.train, state)
   run_steps = train.make_run_steps(
-    config, _failing_update(7, 5, value), devices
+    config, _failing_update({7: (5, np.nan), 11: (8, np.inf)}), devices
   )
   _, sums, num_done = run_steps(state, sums, 10)
-  assert list(num_done) == [10, 4]
-  np.testing.assert_array_equal(sums.loss, [10.0, value])
+  assert list(num_done) == [10, 4, 7]
+  np.testing.assert_array_equal(sums.loss, [10.0, np.nan, np.inf])
 
 
 def test_diverging_run_says_where_and_keeps_the_last_good_state(tmp_path):
@@ -241,7 +250,7 @@ def test_diverging_run_says_where_and_keeps_the_last_good_state(tmp_path):
   patch = pytest.MonkeyPatch()
   with patch.context() as patched:
     patched.setattr(
-      train, 'make_update', lambda *args: _failing_update(0, 11, np.nan)
+      train, 'make_update', lambda *args: _failing_update({0: (11, np.nan)})
     )
     with pytest.raises(
       train.NonFiniteError,

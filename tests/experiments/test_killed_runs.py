@@ -21,6 +21,7 @@ import pytest
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import local_launch
 from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.runtime import checkpointing
 
 SCRIPT = pathlib.Path(local_launch.__file__)
 CKPT_FREQUENCY = 400
@@ -108,11 +109,17 @@ def _assert_same_results(folder, reference):
     for path in (first, second)
   ]
   assert steps[0] == steps[1] and len(steps[0]) == 5
+  params = saved_runs.load_run(second).params
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    params,
+  )
   for step in steps[0]:
-    params = [
-      saved_runs.load_run(path, step).params for path in (first, second)
+    snapshots = [
+      checkpointing.Checkpoints(path / 'snapshots').restore(step, abstract)
+      for path in (first, second)
     ]
-    jax.tree.map(np.testing.assert_array_equal, *params)
+    jax.tree.map(np.testing.assert_array_equal, *snapshots)
 
 
 @pytest.fixture(scope='module')

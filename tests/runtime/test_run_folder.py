@@ -1,6 +1,9 @@
+import functools
 import json
 import math
+import pathlib
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,19 @@ def _restore(folder, log_steps=LOG_STEPS, config=CONFIG):
 
 
 def _run_to(folder, last):
-  """A run that logs and saves at every second step, killed after `last`."""
+  """Leaves a run that was killed after a step, as `_train_to` does."""
+  shutil.copytree(_trained_to(last).name, folder, dirs_exist_ok=True)
+
+
+@functools.cache
+def _trained_to(last):
+  folder = tempfile.TemporaryDirectory()
+  _train_to(pathlib.Path(folder.name), last)
+  return folder
+
+
+def _train_to(folder, last):
+  """Logs and saves at every second step, and is killed after `last`."""
   with run_folder.RunFolder(folder).open(CONFIG) as run:
     run.restore(_abstract(), LOG_STEPS, max_lost=4)
     run.save_checkpoint(0, _tree(0))
@@ -313,7 +328,7 @@ def test_environment_of_another_form_is_begun_anew(tmp_path, content):
   (tmp_path / 'environment.json').write_text(content)
   with pytest.raises(ValueError, match='environment.json has no list of'):
     run_folder.read_starts(tmp_path)
-  _run_to(tmp_path, 2)
+  _train_to(tmp_path, 2)
   (start,) = run_folder.read_starts(tmp_path)
   assert start['last_step'] == 2
 
