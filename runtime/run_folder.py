@@ -192,11 +192,11 @@ class RunFolder:
 
   def _check(self, config: base_config.Config) -> None:
     with self._saving():
-      is_log = (self.path / METRICS).exists()
-      if not is_log and not any(
+      holds_run = (self.path / METRICS).exists() or any(
         (self.path / name).is_dir() for name in (CHECKPOINTS, SNAPSHOTS)
-      ):
-        return
+      )
+    if not holds_run:
+      return
     present = read_config(self.path, type(config))
     differences = base_config.differences(
       base_config.to_dict(present), base_config.to_dict(config)
@@ -235,7 +235,10 @@ class RunFolder:
     except kind as error:
       if multihost.is_peer_failure(error):
         raise
-      raise save_error(self.path, error, self.last_checkpoint) from error
+      last = None
+      with contextlib.suppress(OSError):  # Perhaps nothing can be read, either.
+        last = self.last_checkpoint
+      raise save_error(self.path, error, last) from error
 
   @contextlib.contextmanager
   def open(self, config: base_config.Config) -> Iterator['RunFolder']:
