@@ -3,13 +3,15 @@
 import os
 import pathlib
 
-# The tests compile much and compute little: machine code need not be fast. XLA
-# reads this once, so it comes before JAX.
+# The tests compile much and compute little: machine code need not be fast, and
+# without fusion emitters a program compiles in 0.6 of the time. XLA reads this
+# once, so it comes before JAX.
 os.environ['XLA_FLAGS'] = ' '.join(
   [
     os.environ.get('XLA_FLAGS', ''),
     '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true',
+    '--xla_cpu_use_fusion_emitters=false',
   ]
 ).strip()
 

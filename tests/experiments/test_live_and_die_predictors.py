@@ -123,7 +123,9 @@ def test_sequence_beyond_the_fixed_length_is_an_error():
   _, state = _unroll(batch[:, :3], max_length=4)
   with pytest.raises(ValueError, match='max_length 4 is less than the 5'):
     _unroll(batch[:, 3:], state, max_length=4)
-  with pytest.raises(ValueError, match='room for 5 symbols, but max_length'):
+  with pytest.raises(
+    ValueError, match='capacity for 5 symbols, but max_length'
+  ):
     _unroll(batch, _unroll(batch)[1], max_length=9)
 
 
