@@ -296,26 +296,30 @@ def build_predictor(
     return factory(output_size, _Arguments(config.architecture_kwargs))
 
 
-def resolved_kwargs(
+def resolved(
   config: base_config.ModelConfig, seq_length: int
-) -> dict[str, Any]:
-  """Returns the arguments of a network, with sizes that follow from T.
+) -> base_config.ModelConfig:
+  """Returns a copy with the sizes that follow from T where they are not given.
 
-  That are the window of a sliding-window Transformer and the size of stacks,
-  where they are not given.
+  Those are the window of a sliding-window Transformer and the size of stacks.
 
   Args:
     config: Model type and architecture.
     seq_length: T of training.
   """
-  kwargs = base_config.plain(config.architecture_kwargs)
   model_type = config.model_type.lower()
+  kwargs = base_config.plain(config.architecture_kwargs)
   follows = {}
   if model_type == 'sliding_window_transformer':
     follows['context_length'] = seq_length
   if 'stack_rnn' in (model_type, str(kwargs.get('core')).lower()):
     follows['stack_size'] = seq_length
-  return _with_defaults(follows, kwargs) if follows else kwargs
+  for name, size in follows.items():
+    if kwargs.get(name) is None:
+      kwargs[name] = size
+  return base_config.ModelConfig(
+    model_type=model_type, architecture_kwargs=kwargs
+  )
 
 
 # Python's messages for arguments that a function does not take.

@@ -173,7 +173,7 @@ def default_sources(run: trained_run.Run) -> dict[str, config_lib.DataConfig]:
   The own one comes first, as the run has it; the others switch as
   `default_kwargs` of their classes say.
   """
-  own = run.config.eval.data
+  own = run.config.resolved().eval.data
   sources = {own.trajectory_generator: own}
   for name in constants.TRAJECTORY_GENERATORS:
     if name not in (*sources, *_ALIASES):

@@ -244,7 +244,8 @@ def test_regrets_over_time_are_measured_and_drawn(run):
 
 def test_source_is_one_of_those_that_any_run_is_tested_on(run):
   assert next(iter(regret_curves.default_sources(run))) == 'geometric'
-  run.config.eval.data.trajectory_generator = 'ptw'
+  run.config.data.trajectory_generator = 'ptw'
+  run.config.data.trajectory_generator_kwargs = {}
   source = regret_curves.default_sources(run)['geometric']
   assert source.trajectory_generator_kwargs == {'switch_probability': 0.25}
 
