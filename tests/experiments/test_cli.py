@@ -229,6 +229,24 @@ def test_evaluation_is_printed_before_it_is_written(
   assert 'lstm' in printed and '1.2500 ± 0.5000' in printed
 
 
+@pytest.mark.parametrize(
+  ('text', 'problem'),
+  [
+    ('0', '0 is not an integer in the range'),
+    ('101', '101 is not an integer in the range'),
+    ('2.5', 'it is 2.5; it must be an int'),
+    ('true', 'it is True; it must be an int'),
+    ('ten', "it is 'ten'; it must be an int"),
+  ],
+)
+def test_integer_flag_has_its_bounds(text, problem):
+  values = flags.FlagValues()
+  cli.define_integer('num', 3, 'A number.', 1, 100, flag_values=values)
+  assert values(['script', '--num=1e2']) and values.num == 100
+  with pytest.raises(flags.IllegalFlagValueError, match=f'--num.*{problem}'):
+    values(['script', f'--num={text}'])
+
+
 _SCRIPT = """
 from absl import flags
 import jax.numpy as jnp
