@@ -17,7 +17,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_cpu_parallel_codegen_split_count=1',
     '--xla_cpu_use_fusion_emitters=false',
     '--xla_llvm_disable_expensive_passes=true',
-    '--xla_cpu_use_fusion_emitters=false',
   ]
 ).strip()
 
