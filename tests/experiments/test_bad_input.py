@@ -337,7 +337,6 @@ def test_folder_without_a_config_is_named(tmp_path):
 @pytest.mark.parametrize(
   ('given', 'message'),
   [
-    (['--set=trian.seed=3'], "did you mean 'train'?"),
     (['--config=old.json'], "old.json: train has no 'batch'"),
     (['--set', 'seed=3', 'name=a'], 'unexpected arguments: name=a'),
     (['--cpu_devices=3'], 'batch_size 128 does not divide over the 3 devices'),
