@@ -241,7 +241,7 @@ def test_evaluation_is_printed_before_it_is_written(
 )
 def test_integer_flag_has_its_bounds(text, problem):
   values = flags.FlagValues()
-  cli.define_integer('num', 3, 'A number.', 1, 100, flag_values=values)
+  cli.FlagDefiner(values).integer('num', 3, 'A number.', 1, 100)
   assert values(['script', '--num=1e2']) and values.num == 100
   with pytest.raises(flags.IllegalFlagValueError, match=f'--num.*{problem}'):
     values(['script', f'--num={text}'])
