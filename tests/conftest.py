@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import pathlib
 import resource
@@ -9,16 +10,19 @@ import resource
 # The tests compile much and compute little: machine code need not be fast. The
 # emitters of fusions take half of the time of compiling, and a program in one
 # piece compiles in less than its pieces do together. XLA reads this once, so it
-# comes before JAX.
-os.environ['XLA_FLAGS'] = ' '.join(
-  [
-    os.environ.get('XLA_FLAGS', ''),
-    '--xla_backend_optimization_level=0',
+# comes before JAX; of a flag that it does not know, it ends the process.
+_XLA_FLAGS = [
+  '--xla_backend_optimization_level=0',
+  '--xla_llvm_disable_expensive_passes=true',
+]
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  _XLA_FLAGS += [
     '--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE',
     '--xla_cpu_parallel_codegen_split_count=1',
     '--xla_cpu_use_fusion_emitters=false',
-    '--xla_llvm_disable_expensive_passes=true',
   ]
+os.environ['XLA_FLAGS'] = ' '.join(
+  [os.environ.get('XLA_FLAGS', ''), *_XLA_FLAGS]
 ).strip()
 
 import jax
