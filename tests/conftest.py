@@ -11,18 +11,17 @@ import resource
 # emitters of fusions take half of the time of compiling, and a program in one
 # piece compiles in less than its pieces do together. XLA reads this once, so it
 # comes before JAX; of a flag that it does not know, it ends the process.
-_XLA_FLAGS = [
-  '--xla_backend_optimization_level=0',
-  '--xla_llvm_disable_expensive_passes=true',
-]
-if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  _XLA_FLAGS += [
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_backend_optimization_level=0',
     '--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE',
     '--xla_cpu_parallel_codegen_split_count=1',
-    '--xla_cpu_use_fusion_emitters=false',
+    '--xla_llvm_disable_expensive_passes=true',
+    '--xla_cpu_use_fusion_emitters=false'
+    if importlib.metadata.version('jaxlib').startswith('0.10.')
+    else '',
   ]
-os.environ['XLA_FLAGS'] = ' '.join(
-  [os.environ.get('XLA_FLAGS', ''), *_XLA_FLAGS]
 ).strip()
 
 import jax
