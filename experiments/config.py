@@ -138,7 +138,7 @@ class ExperimentConfig(base_config.ExperimentConfig):
     Raises:
       ValueError: If a source or predictor cannot be built.
     """
-    config = copy.deepcopy(self)
+    config = base_config.copied(self)
     evaluation = config.eval
     if evaluation.seq_length is None:
       evaluation.seq_length = config.train.seq_length
