@@ -102,7 +102,7 @@ class EvalConfig(base_config.EvalConfig):
   @classmethod
   def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
     # The default was called 'auto'.
-    if values.get('optimal_predictors') == 'auto':
+    if str(values.get('optimal_predictors')).lower() == 'auto':
       return {**values, 'optimal_predictors': _OPTIMAL_PREDICTORS}
     return values
 

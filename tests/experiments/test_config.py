@@ -110,8 +110,9 @@ def test_default_is_the_sources_exact_predictor_and_the_references(
   assert config.eval.optimal_predictors_kwargs['kt']['concentration'] == 1.0
 
 
-def test_default_is_that_of_configs_that_call_it_auto():
-  values = {'eval': {'optimal_predictors': 'auto'}}
+@pytest.mark.parametrize('name', ['auto', 'Auto'])
+def test_default_is_that_of_configs_that_call_it_auto(name):
+  values = {'eval': {'optimal_predictors': name}}
   with pytest.raises(ValueError, match="'automatic'; it must be a tuple"):
     base_config.from_dict(
       config_lib.ExperimentConfig, {'eval': {'optimal_predictors': 'automatic'}}
