@@ -781,7 +781,7 @@ class ExperimentConfig(Config):
 
     Two configs that resolve to the same describe the same run.
     """
-    return copy.deepcopy(self)
+    return copied(self)
 
 
 def _check_finite(field: str, value: Any) -> None:
@@ -799,6 +799,20 @@ def _check_finite(field: str, value: Any) -> None:
 def to_dict(config: Config) -> dict[str, Any]:
   """Returns the config as nested dicts of plain data, ready for JSON."""
   return plain(dataclasses.asdict(config))
+
+
+def copied(config: _ConfigT) -> _ConfigT:
+  """Returns a copy that shares nothing with a config.
+
+  Lists and arrays that were put into its dicts are tuples in it, as they are
+  where it is saved and loaded.
+  """
+  config = copy.deepcopy(config)
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    is_config = isinstance(value, Config)
+    setattr(config, field.name, copied(value) if is_config else value)
+  return config
 
 
 def from_dict(

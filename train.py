@@ -28,7 +28,6 @@ Axes: M members, B batch, T time, K alphabet size.
 from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
-import copy
 import math
 import pathlib
 import signal
@@ -542,7 +541,8 @@ def train_components(
 ) -> trained_run.Run:
   """Trains what `build_components` has built of the config; see `train`."""
   multihost.check_same('the config', base_config.to_dict(config))
-  config = copy.deepcopy(config)  # The run keeps it; others may edit theirs.
+  # The run keeps it, as it is saved; others may edit theirs.
+  config = base_config.copied(config)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(preemption.catch(folder is not None))
     if folder is not None:

@@ -102,7 +102,7 @@ class EvalConfig(base_config.EvalConfig):
   @classmethod
   def upgrade(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
     # The default was called 'auto'.
-    if values.get('optimal_predictors') == 'auto':
+    if str(values.get('optimal_predictors')).lower() == 'auto':
       return {**values, 'optimal_predictors': _OPTIMAL_PREDICTORS}
     return values
 
@@ -138,7 +138,7 @@ class ExperimentConfig(base_config.ExperimentConfig):
     Raises:
       ValueError: If a source or predictor cannot be built.
     """
-    config = copy.deepcopy(self)
+    config = base_config.copied(self)
     evaluation = config.eval
     if evaluation.seq_length is None:
       evaluation.seq_length = config.train.seq_length

@@ -232,7 +232,7 @@ def optimal_predictors_kwargs(
     of_source = config.data.trajectory_generator_kwargs
     # All parameters of one distribution: never half of one and half of another.
     if name == source and not of_source.keys() & kwargs.keys():
-      derived |= of_source
+      derived |= {k: v for k, v in of_source.items() if v is not None}
     constructor = OPTIMAL_PREDICTORS.lookup('eval.optimal_predictors', name)
     takes = base_config.keywords(constructor)
     if 'depth' not in inspect.signature(constructor).parameters:
@@ -259,7 +259,9 @@ def optimal_predictors_kwargs(
     for name in names
     for inner in (exact_names() if name == EXACT else (name,))
   )
-  base_config.check_kwargs('eval.optimal_predictors_kwargs', given, resolved)
+  path = 'eval.optimal_predictors_kwargs'
+  base_config.check_kwargs(path, given, resolved)
+  base_config.check_kwargs(f'{path}[{EXACT}]', given.get(EXACT, {}), ())
   return {name: with_derived(name) for name in resolved}
 
 
@@ -307,6 +309,8 @@ def exact_predictor(
   exact = generator.bayes_predictor(seq_length)
   if exact is None:
     return None
+  if EXACT in optimal_predictors:  # It may be equal to itself alone.
+    return EXACT
   found = (name for name, p in optimal_predictors.items() if p == exact)
   return next(found, None)
 

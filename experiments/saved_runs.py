@@ -4,13 +4,15 @@ run = load_run('runs/lstm_ptw_seed0')
 logits, _ = run.predictor.unroll(run.member(0), None, batch)
 """
 
+from collections.abc import Callable
+from collections.abc import Iterable
 import contextlib
 import copy
-import dataclasses
 import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 import warnings
 
 import numpy as np
@@ -43,9 +45,7 @@ def load_config(path: str | pathlib.Path) -> config_lib.ExperimentConfig:
   is_folder = os.path.isdir(path)  # isdir never raises.
   path = pathlib.Path(path, run_folder.CONFIG if is_folder else '')
   config = run_folder.config_from_file(path, config_lib.ExperimentConfig)
-  with base_config.naming(str(path)):
-    config.validate()
-    return _without_defaults(config)
+  return _without_defaults(config)
 
 
 def _without_defaults(
@@ -53,24 +53,46 @@ def _without_defaults(
 ) -> config_lib.ExperimentConfig:
   """An older config, which has defaults written out, as it would be today.
 
-  So that the evaluation follows from other fields where these are changed.
+  So that what followed from a field follows again where that is changed.
   """
   given = config.eval
-  default = config_lib.EvalConfig.optimal_predictors
-  for names in (default, given.optimal_predictors):
-    reduced = dataclasses.replace(
-      config,
-      eval=config_lib.EvalConfig(
-        batch_size=given.batch_size,
-        chunk_length=given.chunk_length,
-        optimal_predictors=names,
-      ),
-    )
-    # A name that is not registered here may not be needed.
+  if given.data is None or constants.EXACT in given.optimal_predictors:
+    return config  # It was saved as it was given.
+  try:
+    complete = config.resolved()
+  except ValueError:  # A name that is not registered here may not be needed.
+    return config
+  reduced = config
+
+  def attempt(change: Callable[[config_lib.ExperimentConfig], None]) -> None:
+    nonlocal reduced
+    candidate = copy.deepcopy(reduced)
+    change(candidate)
     with contextlib.suppress(ValueError):
-      if reduced.resolved() == config.resolved():
-        return reduced
-  return config
+      if candidate.resolved() == complete:
+        reduced = candidate
+
+  defaults = config_lib.EvalConfig()
+  for field in ('seq_length', 'data', 'optimal_predictors'):
+    attempt(lambda c, f=field: setattr(c.eval, f, getattr(defaults, f)))
+  of_source = complete.eval.data.trajectory_generator_kwargs
+  for name, kwargs in given.optimal_predictors_kwargs.items():
+    attempt(lambda c, n=name: c.eval.optimal_predictors_kwargs.pop(n))
+    # Those of a segment-length distribution go together.
+    for keys in (of_source, *((key,) for key in kwargs)):
+      attempt(
+        lambda c, n=name, k=keys: _drop(
+          c.eval.optimal_predictors_kwargs.get(n, {}), k
+        )
+      )
+  for key in config.model.architecture_kwargs:
+    attempt(lambda c, k=key: _drop(c.model.architecture_kwargs, (k,)))
+  return reduced
+
+
+def _drop(values: dict[str, Any], keys: Iterable[str]) -> None:
+  for key in keys:
+    values.pop(key, None)
 
 
 def load_run(

@@ -87,14 +87,14 @@ def config_from_file(
   """Returns the config that a JSON file holds.
 
   Raises:
-    ValueError: If it cannot be read, or has unknown fields; names the file.
+    ValueError: If it cannot be read, or is not valid; names the file.
   """
   values = atomic_files.read_json(path)
-  try:
+  with base_config.naming(str(path)):
     base_config.check_mapping('its content', values)
-    return base_config.from_dict(config_class, values)
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
+    config = base_config.from_dict(config_class, values)
+    config.validate()
+  return config
 
 
 def read_metrics(path: pathlib.Path) -> tuple[list[dict[str, Any]], str]:

@@ -46,6 +46,20 @@ def test_config_dicts_are_not_shared():
   assert second.architecture_kwargs == {'hidden_size': 64}
 
 
+def test_copy_shares_nothing_and_is_as_it_is_saved():
+  config = config_lib.ExperimentConfig(eval=config_lib.EvalConfig())
+  config.eval.data = config_lib.DataConfig()
+  kwargs = {'sizes': [1, [2]], 'weights': np.array([3.0])}
+  config.eval.data.trajectory_generator_kwargs.update(kwargs)
+  copied = base_config.copied(config)
+  assert type(copied) is config_lib.ExperimentConfig
+  assert copied == base_config.from_dict(
+    config_lib.ExperimentConfig, base_config.to_dict(config)
+  )
+  copied.eval.data.trajectory_generator_kwargs['sizes'] = 0
+  assert config.eval.data.trajectory_generator_kwargs == kwargs
+
+
 def test_differences_name_the_fields():
   old = base_config.to_dict(config_lib.ExperimentConfig())
   new = base_config.to_dict(

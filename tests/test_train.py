@@ -491,6 +491,18 @@ def test_training_leaves_its_config_as_it_is():
   assert base_config.to_dict(config) == before
 
 
+def test_list_put_into_a_dict_is_saved_and_kept_as_a_tuple(tmp_path):
+  config = _config(steps=0)
+  config.model.architecture_kwargs['after_mlp_layers'] = []
+  run = train.train(
+    config,
+    constants.build_data_generator,
+    evaluator_lib.build_evaluator,
+    folder=tmp_path,
+  )
+  assert run.config.model.architecture_kwargs['after_mlp_layers'] == ()
+
+
 @pytest.mark.parametrize(
   ('overrides', 'message'),
   [

@@ -270,6 +270,8 @@ class PointJob:
   own, which let it save; only then the job hands the signal on to submitit.
   """
 
+  _is_requeued = False
+
   def __init__(self, folder: str, name: str, flags_of_runs: Sequence[str]):
     """Initializes the job.
 
@@ -278,8 +280,10 @@ class PointJob:
       name: Name of the point.
       flags_of_runs: Flags of local_launch.py, for every run.
     """
-    self._arguments = folder, name, tuple(flags_of_runs)
-    self._is_requeued = False
+    # Jobs that wait in SLURM were pickled with these names.
+    self._folder = folder
+    self._name = name
+    self._flags = tuple(flags_of_runs)
 
   def __call__(self) -> None:
     """Runs the point to its end.
@@ -287,12 +291,12 @@ class PointJob:
     Raises:
       RuntimeError: If it fails.
     """
-    path, name, flags_of_runs = self._arguments
-    folder = sweep_folder.SweepFolder(path)
+    name = self._name
+    folder = sweep_folder.SweepFolder(self._folder)
     if folder.is_finished(name):
       return
     with folder.open_log(name) as log, _printing_to(log):
-      code = self._run(run_arguments(folder, name, flags_of_runs))
+      code = self._run(run_arguments(folder, name, self._flags))
     if code == cli.EXIT_STOPPED:
       self._requeue(folder.last_end(name))
     elif code:
@@ -330,7 +334,9 @@ class PointJob:
     import submitit
 
     self._is_requeued = True
-    return submitit.helpers.DelayedSubmission(PointJob(*self._arguments))
+    return submitit.helpers.DelayedSubmission(
+      PointJob(self._folder, self._name, self._flags)
+    )
 
 
 def _run_inside(arguments: Sequence[str]) -> NoReturn:

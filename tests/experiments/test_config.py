@@ -3,13 +3,16 @@ import json
 
 from absl import flags
 import haiku as hk
+import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import local_launch
+from nonstationary_mbml.experiments import trajectory_generators
 
 
 def test_post_process_fills_what_is_none():
@@ -107,8 +110,9 @@ def test_default_is_the_sources_exact_predictor_and_the_references(
   assert config.eval.optimal_predictors_kwargs['kt']['concentration'] == 1.0
 
 
-def test_default_is_that_of_configs_that_call_it_auto():
-  values = {'eval': {'optimal_predictors': 'auto'}}
+@pytest.mark.parametrize('name', ['auto', 'Auto'])
+def test_default_is_that_of_configs_that_call_it_auto(name):
+  values = {'eval': {'optimal_predictors': name}}
   with pytest.raises(ValueError, match="'automatic'; it must be a tuple"):
     base_config.from_dict(
       config_lib.ExperimentConfig, {'eval': {'optimal_predictors': 'automatic'}}
@@ -146,6 +150,11 @@ def test_distribution_of_a_predictor_is_not_mixed_with_that_of_the_source():
     (
       {'optimal_predictors_kwargs': {'kd': {}}},
       "optimal_predictors_kwargs has no 'kd'",
+    ),
+    (
+      # 'ptw' is not the exact one, which keeps its name.
+      {'optimal_predictors_kwargs': {'ptw': {'depth': 9}, 'exact': {'a': 1}}},
+      r"optimal_predictors_kwargs\[exact\] has no 'a'; it takes nothing",
     ),
   ],
 )
@@ -204,6 +213,34 @@ def test_ptw_takes_the_depth_of_its_source():
   config.data.trajectory_generator_kwargs = {'depth': 11}
   config = config_lib.post_process_config(config)
   assert config.eval.optimal_predictors_kwargs['ptw']['depth'] == 11
+
+
+def test_depth_of_a_source_may_be_given_as_none():
+  config = config_lib.ExperimentConfig()
+  config.data.trajectory_generator_kwargs = {'depth': None}
+  constants.check(config)
+  config = config.resolved()
+  assert config.eval.optimal_predictors_kwargs['ptw']['depth'] == 5
+
+
+def test_exact_predictor_may_be_equal_to_itself_alone(monkeypatch):
+  class WithTable(live_and_die_predictors.LADPredictor):
+    def __init__(self, *args):
+      super().__init__(*args)
+      self.table = np.ones(3)  # Has no hash.
+
+  monkeypatch.setattr(
+    trajectory_generators.LINGenerator,
+    '_bayes_predictor',
+    lambda self, seq_length, concentration: WithTable(concentration),
+  )
+  config = config_lib.ExperimentConfig()
+  config.data.trajectory_generator = 'lin'
+  config = config.resolved()
+  generator = constants.build_data_generator(config.data)
+  built = constants.build_optimal_predictors(config.eval, generator)
+  assert constants.exact_predictor(generator, built, 32) == 'exact'
+  assert isinstance(built['exact'], WithTable)
 
 
 def test_exact_predictors_take_the_prior_of_the_source():
@@ -515,6 +552,62 @@ def test_evaluation_that_an_older_run_was_given_stays(saved):
   (folder / 'config.json').write_text(json.dumps(values))
   changed = _config_from_flags(f'--config={folder}')
   assert changed.eval.optimal_predictors == ('kt',)
+
+
+@pytest.mark.parametrize(
+  'given', [('eval.seq_length=16',), ('eval.data.trajectory_generator=lin',)]
+)
+def test_rest_of_an_older_evaluation_follows_again(tmp_path, given):
+  args = [f'--set={item}' for item in given]
+  values = base_config.to_dict(_config_from_flags(*args).resolved())
+  (tmp_path / 'config.json').write_text(json.dumps(values))
+  changed = _config_from_flags(
+    f'--config={tmp_path}',
+    '--seq_length=64',
+    '--set=eval.data.trajectory_generator=regular_shift',
+    '--set=eval.data.trajectory_generator_kwargs={"shift_period": 8}',
+  ).resolved()
+  seq_length = 16 if 'eval.seq_length=16' in given else 64
+  assert changed.eval.seq_length == seq_length
+  kwargs = changed.eval.optimal_predictors_kwargs
+  assert list(kwargs) == ['regular_shift', 'ptw', 'lad', 'kt']
+  assert 2 ** kwargs['ptw']['depth'] == seq_length
+
+
+def test_arguments_that_an_older_run_was_given_stay(tmp_path):
+  given = _config_from_flags(
+    '--set=eval.optimal_predictors_kwargs.ptw.depth=9',
+    '--set=eval.optimal_predictors=ptw,lad,kt',
+  )
+  values = base_config.to_dict(given.resolved())
+  (tmp_path / 'config.json').write_text(json.dumps(values))
+  changed = _config_from_flags(
+    f'--config={tmp_path}', '--set=data.parameter_distribution_params=1,1'
+  ).resolved()
+  assert changed.eval.optimal_predictors_kwargs['ptw'] == {
+    'depth': 9,
+    'concentration': (1.0, 1.0),
+  }
+
+
+def test_sizes_that_older_runs_wrote_out_follow_again(saved):
+  folder, config = saved
+  values = base_config.to_dict(config.resolved())
+  assert values['model']['architecture_kwargs']['stack_size'] == 32
+  (folder / 'config.json').write_text(json.dumps(values))
+  changed = _config_from_flags(f'--config={folder}', '--seq_length=64')
+  assert changed.resolved().model.architecture_kwargs['stack_size'] == 64
+
+
+def test_sizes_that_a_run_was_given_stay(saved):
+  folder, config = saved
+  config.model.architecture_kwargs['stack_size'] = 32
+  config.eval.seq_length = 32
+  values = base_config.to_dict(config)
+  (folder / 'config.json').write_text(json.dumps(values))
+  changed = _config_from_flags(f'--config={folder}', '--seq_length=64')
+  assert changed.eval.seq_length == 32
+  assert changed.model == config.model
 
 
 def test_source_and_network_bring_their_arguments_to_a_saved_config(saved):

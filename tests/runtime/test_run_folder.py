@@ -306,6 +306,7 @@ def test_older_config_has_the_defaults_of_newer_fields(tmp_path):
   [
     ('{"trian": {}}', "has no 'trian'.*mean 'train'"),
     ('{"train": {"momentum": 1}}', "has no 'momentum'"),
+    ('{"seed": -1}', 'config.json: seed is -1'),
     ('{"seed": 0', 'config.json is not JSON'),
     ('[]', 'must be a dict'),
     (None, 'cannot read .*config.json: No such file'),

@@ -211,6 +211,21 @@ def _finish_point(folder, name):
   )
 
 
+def test_job_that_an_older_version_submitted_runs_its_point(point, monkeypatch):
+  folder, name, _ = point
+  older = object.__new__(executors.PointJob)  # As a pickle is read.
+  vars(older).update(_folder=str(folder.path), _name=name, _flags=('--x',))
+
+  def run(arguments):
+    assert arguments[-1] == '--x'
+    _finish_point(folder, name)
+    sys.exit(0)
+
+  monkeypatch.setattr(executors, '_run_inside', run)
+  older()
+  assert folder.is_finished(name)
+
+
 def test_job_runs_its_point_inside_itself(point, monkeypatch):
   folder, name, job = point
 
@@ -267,7 +282,8 @@ def test_job_that_is_told_to_end_saves_and_is_queued_again(
   assert waits == [60.0] * (number == signal.SIGTERM)
   (delayed,) = submitted
   again = pickle.loads(pickle.dumps(delayed.function))
-  assert again._arguments == job._arguments and not again._is_requeued
+  assert not again._is_requeued
+  assert vars(again) | {'_is_requeued': True} == vars(job)
 
 
 def test_job_that_is_told_to_end_before_it_trains_ends_at_once(
