@@ -1,0 +1,153 @@
+"""Optimisers and learning-rate schedules of training, by name.
+
+  optimizer = make_optimizer(config.train, config.schedule.training_steps)
+
+Both registries can be added to; a config then names what was added. A schedule
+is a factor of `train.learning_rate`, its peak, for every step n = 1, 2, ..., N.
+All of them begin with `train.warmup_steps` W in which it grows as n / W.
+
+  constant             1
+  warmup_cosine        (1 + cos(pi u)) / 2,  u = (n - W) / (N - W + 1)
+  warmup_linear        1 - u
+  warmup_stable_decay  1, and over the last fifth of all steps to 0 as
+                       1 - sqrt(u'), u' the share of them that is past (Haegele
+                       et al., 2024)
+
+None is 0 in a step that is done.
+"""
+
+from collections.abc import Callable
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nonstationary_mbml import base_config
+
+# Share of the steps in which `warmup_stable_decay` decays.
+_DECAY_SHARE = 0.2
+
+# A factory takes the learning rate (a number, or a function of the number of
+# steps before), and `train.optimizer_kwargs`.
+OPTIMIZERS = base_config.Registry(
+  'optimizer',
+  {
+    'adam': optax.adam,
+    'adamw': optax.adamw,
+    'lion': optax.lion,
+    'muon': optax.contrib.muon,
+    'sgd': optax.sgd,
+  },
+)
+
+# Factor of step n, given n, N and W; n > W.
+Schedule = Callable[[jax.Array, int, int], jax.Array]
+
+
+def constant(step: jax.Array, num_steps: int, warmup_steps: int) -> jax.Array:
+  """Returns 1."""
+  del num_steps, warmup_steps
+  return jnp.ones_like(step)
+
+
+def warmup_cosine(
+  step: jax.Array, num_steps: int, warmup_steps: int
+) -> jax.Array:
+  """Returns half a period of a cosine, from 1 to 0."""
+  past = (step - warmup_steps) / (num_steps - warmup_steps + 1)
+  return (1 + jnp.cos(jnp.pi * past)) / 2
+
+
+def warmup_linear(
+  step: jax.Array, num_steps: int, warmup_steps: int
+) -> jax.Array:
+  """Returns a straight line from 1 to 0."""
+  return 1 - (step - warmup_steps) / (num_steps - warmup_steps + 1)
+
+
+def warmup_stable_decay(
+  step: jax.Array, num_steps: int, warmup_steps: int
+) -> jax.Array:
+  """Returns 1, and in the last fifth of the steps a decay to 0."""
+  stable = stable_steps(num_steps, warmup_steps)
+  past = (step - stable) / (num_steps - stable + 1)
+  return 1 - jnp.sqrt(jnp.maximum(past, 0))
+
+
+def stable_steps(num_steps: int, warmup_steps: int) -> int:
+  """Returns the last step before `warmup_stable_decay` decays."""
+  return max(warmup_steps, num_steps - math.ceil(_DECAY_SHARE * num_steps))
+
+
+SCHEDULES = base_config.Registry(
+  'schedule',
+  {
+    'constant': constant,
+    'warmup_cosine': warmup_cosine,
+    'warmup_linear': warmup_linear,
+    'warmup_stable_decay': warmup_stable_decay,
+  },
+)
+
+
+def learning_rate(
+  config: base_config.TrainConfig, num_steps: int
+) -> float | optax.Schedule:
+  """Returns the learning rate: a number, or a function of the steps before.
+
+  Args:
+    config: Config of the training.
+    num_steps: Training steps, N.
+
+  Raises:
+    ValueError: If the schedule is unknown, or warmup is longer than training.
+  """
+  schedule = SCHEDULES.lookup('train.schedule', config.schedule)
+  warmup = config.warmup_steps
+  if warmup > num_steps:
+    raise ValueError(
+      f'train.warmup_steps is {warmup}, more than the {num_steps} steps of '
+      'schedule.training_steps'
+    )
+  if schedule is constant and not warmup:
+    return config.learning_rate
+
+  def rate(count: jax.Array) -> jax.Array:
+    step = jnp.asarray(count, jnp.float32) + 1
+    factor = schedule(step, num_steps, warmup)
+    if warmup:
+      factor = jnp.where(step <= warmup, step / warmup, factor)
+    return config.learning_rate * factor
+
+  return rate
+
+
+def make_optimizer(
+  config: base_config.TrainConfig, num_steps: int
+) -> optax.GradientTransformation:
+  """Returns the optimiser, after clipping by the global norm where configured.
+
+  Args:
+    config: Config of the training.
+    num_steps: Training steps, N.
+
+  Raises:
+    ValueError: If a name is unknown or an argument wrong.
+  """
+  factory = OPTIMIZERS.lookup('train.optimizer', config.optimizer)
+  path = f'train.optimizer_kwargs of {config.optimizer}'
+  base_config.check_constructor(
+    path, factory, config.optimizer_kwargs, given=('learning_rate',)
+  )
+  rate = learning_rate(config, num_steps)
+  with base_config.naming(path):
+    try:
+      optimizer = factory(rate, **config.optimizer_kwargs)
+    except TypeError as error:
+      raise ValueError(str(error)) from error
+  if config.clip_grad_norm is None:
+    return optimizer
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_grad_norm), optimizer
+  )
