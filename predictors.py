@@ -701,9 +701,7 @@ def _params_problem(params: Params, wanted: Params) -> str | None:
   ):
     return (
       f'params are those of the {leading_axes.pop()[0]} members of an '
-      'ensemble; take one with train.member_params(config.train, params, '
-      'member) or, for a run that was loaded, saved_runs.member_params(run, '
-      'member)'
+      'ensemble; take those of one, such as run.member(0)'
     )
   name = next(name for name in given if given[name] != wanted[name])
   return (

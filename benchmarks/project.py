@@ -70,7 +70,7 @@ def project_step(
     )
   update = train.make_update(config, generator, predictor, num_devices)
   state = train.init_state(config, predictor, generator.alphabet_size, devices)
-  zeros = train.zero_sums(config.train, state)
+  zeros = train.zero_sums(state)
   run_steps = train.make_run_steps(config, update, devices)
   run_steps = run_steps.lower(state, zeros, steps).compile()
 

@@ -73,7 +73,7 @@ def check(config: base_config.ExperimentConfig) -> None:
   """Raises ValueError, naming the field, if the parts do not fit together.
 
   JAX is not started, so that a script can still say how; what depends on its
-  devices is left to `train.build_parts`.
+  devices is left to `train.build_components`.
 
   Args:
     config: An `experiments.config.ExperimentConfig`.

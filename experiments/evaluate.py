@@ -12,6 +12,7 @@ at a time, shared out over all devices, so that a million of them
 (--num_sequences) take no more memory of a device than one batch (--batch_size).
 """
 
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -32,6 +33,7 @@ from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import trained_run
 
 _ALL = 'all'
 _NEWEST = 'newest'
@@ -116,9 +118,8 @@ def evaluate(
     if evaluator is None:
       evaluator = saved_runs.build_evaluator(run, config)
     table = regret_table.make_table(
-      config,
+      dataclasses.replace(run, config=config),
       evaluator,
-      run.params,
       launch_keys(config)[0],
       num_sequences,
       use_tqdm,
@@ -141,7 +142,7 @@ def launch_keys(
   config: config_lib.ExperimentConfig,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the keys of the sequences for a run's table, and for its figure."""
-  seeds = train.member_seeds(config.train)
+  seeds = trained_run.member_seeds(config.train)
   return tuple(
     jax.random.split(train.step_keys(config.seed, seeds[0], 0).evaluation)
   )

@@ -28,6 +28,7 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import sharding
+from nonstationary_mbml.runtime import statistics
 
 # Name of the evaluated predictor among the regrets; the others have their own.
 NETWORK = 'network'
@@ -111,8 +112,8 @@ class MetaLearningEvaluator:
       jax.eval_shape(lambda batch, p=optimal: p.unroll({}, None, batch), batch)
     # Compiled once, for `step` and `evaluate` alike.
     self._mesh = sharding.make(jax.devices())
-    self._regrets = self._share_out(self._sequence_regrets)
-    self._regrets_over_time = self._share_out(self._symbol_regrets)
+    self._regrets = self._shard_over_devices(self._sequence_regrets)
+    self._regrets_over_time = self._shard_over_devices(self._symbol_regrets)
     self._metrics = jax.jit(self.metrics)
 
   def step(
@@ -269,7 +270,7 @@ class MetaLearningEvaluator:
     """Arrays on all devices."""
     return sharding.place(tree, sharding.replicated(self._mesh))
 
-  def _share_out(
+  def _shard_over_devices(
     self, regrets_of: Callable[..., dict[str, jax.Array]]
   ) -> Callable[..., dict[str, jax.Array]]:
     """Compiles a function of a device's share of a batch, for all devices.
@@ -281,7 +282,7 @@ class MetaLearningEvaluator:
       (params, state, key of the batch) -> regrets by name, on every device.
     """
     size, mesh = self.batch_size, self._mesh
-    everywhere = jax.sharding.PartitionSpec()
+    replicated = jax.sharding.PartitionSpec()
     split = jax.sharding.PartitionSpec(mesh.axis_names)
     # Some sequences are repeated if devices would have unequal numbers.
     indices = np.arange(size + -size % mesh.size) % size
@@ -291,7 +292,7 @@ class MetaLearningEvaluator:
     ) -> dict[str, jax.Array]:
       # Exact predictors know the time, which all sequences have in common.
       specs = jax.tree.map(
-        lambda array: split if jnp.ndim(array) else everywhere, state
+        lambda array: split if jnp.ndim(array) else replicated, state
       )
       state = jax.tree.map(
         lambda array: array[indices] if jnp.ndim(array) else array, state
@@ -299,7 +300,7 @@ class MetaLearningEvaluator:
       regrets = jax.shard_map(
         regrets_of,
         mesh=mesh,
-        in_specs=(everywhere, specs, split),
+        in_specs=(replicated, specs, split),
         out_specs=split,
         check_vma=False,  # Nothing is reduced over devices.
       )(params, state, jax.random.split(rng, size)[indices])
@@ -419,25 +420,9 @@ def build_evaluator(
   )
 
 
-def mean_and_stderr(
-  values: jax.Array | np.ndarray,
-) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray | float]:
-  """Returns the mean of independent values, and its standard error.
-
-  Args:
-    values: `[N]`, for example of sequences or of seeds.
-
-  Returns:
-    Both in the dtype of the values. A single value has no spread to measure:
-    its error is NaN.
-  """
-  spread = values.std(ddof=1) if len(values) > 1 else jnp.nan
-  return values.mean(), spread / np.sqrt(len(values))
-
-
 def _named(
   name: str, suffix: str, values: jax.Array | np.ndarray
 ) -> dict[str, jax.Array]:
   """Mean and standard error as metrics."""
-  mean, stderr = mean_and_stderr(values)
+  mean, stderr = statistics.mean_and_stderr(values)
   return {f'{name}{suffix}': mean, f'{name}_stderr{suffix}': stderr}

@@ -52,6 +52,7 @@ from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import trained_run
 
 # Arguments that each network needs, or is better off with.
 _RECURRENT = {'hidden_size': 64}
@@ -176,7 +177,10 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
 
 
 def run(
-  config: config_lib.ExperimentConfig, folder: pathlib.Path, num_sequences: int
+  config: config_lib.ExperimentConfig,
+  components: train.Components,
+  folder: pathlib.Path,
+  num_sequences: int,
 ) -> list[dict[str, Any]]:
   """Trains and evaluates as configured, and writes the results.
 
@@ -185,6 +189,7 @@ def run(
 
   Args:
     config: Config of the run.
+    components: What is trained, as from `build_components`.
     folder: Folder of the run.
     num_sequences: Number of sequences for the table.
 
@@ -192,36 +197,25 @@ def run(
     The rows of the table.
 
   Raises:
-    ValueError: As `train.train`; so are the errors that follow.
+    ValueError: As `train.train_components`; so are the errors that follow.
     NonFiniteError: If training diverges.
     StoppedError: If it was asked to stop.
     SaveError: If the folder cannot be written to.
   """
   start = time.monotonic()
   with devices.count_compilations() as compilations:
-    result = train.train(
-      config,
-      constants.build_data_generator,
-      evaluator_lib.build_evaluator,
-      use_tqdm=True,
-      folder=folder,
+    trained = train.train_components(
+      config, components, use_tqdm=True, folder=folder
     )
     seconds = time.monotonic() - start
     rng_table, rng_figure = evaluate.launch_keys(config)
     table = regret_table.make_table(
-      config,
-      result.evaluator,
-      result.params,
-      rng_table,
-      num_sequences,
-      use_tqdm=True,
+      trained, components.evaluator, rng_table, num_sequences, use_tqdm=True
     )
     if multihost.is_primary():
       _print_table(config, table, num_sequences, seconds)
     multihost.on_primary(
-      lambda: _write_table(
-        config, result, table, rng_figure, folder, num_sequences
-      )
+      lambda: _write_table(trained, table, rng_figure, num_sequences)
     )
   if not multihost.is_primary():
     return table.rows
@@ -254,16 +248,15 @@ def _print_table(
 
 
 def _write_table(
-  config: config_lib.ExperimentConfig,
-  result: train.TrainResult,
+  trained: trained_run.Run,
   table: regret_table.Table,
   rng: jax.Array,
-  folder: pathlib.Path,
   num_sequences: int,
 ) -> None:
   """Writes figure and table of a run that has ended."""
+  folder = trained.folder
   sequence = evaluator_lib.draw_sequence(
-    result.evaluator, train.member_params(config.train, result.params, 0), rng
+    trained.evaluator, trained.member(0), rng
   )
   drawn = {
     name: shown
@@ -421,7 +414,7 @@ def main(argv: list[str]) -> None:
       default = devices.num_cpu_devices(config.train.batch_size)
     cli.start(argv, values.cpu_devices or default)
     # An error in a config is found before the folder is touched.
-    train.build_parts(
+    components = train.build_components(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
     multihost.check_same(
@@ -436,7 +429,7 @@ def main(argv: list[str]) -> None:
       clear(folder)
     if values.stop_with_stdin:
       preemption.terminate_with_stdin()
-    run(config, folder, values.num_sequences)
+    run(config, components, folder, values.num_sequences)
   except train.StoppedError as error:
     print(error, file=sys.stderr)
     sys.exit(cli.EXIT_STOPPED)

@@ -29,7 +29,7 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 
-# Log entries of a run, as in `TrainResult`.
+# Log entries of a run, as in `trained_run.Run`.
 History = Sequence[Mapping[str, float]]
 
 # Okabe & Ito's palette, safe for colour-blind readers.
@@ -509,7 +509,7 @@ def plot_learning_curve(
   """Draws how runs come near the optimum while they train.
 
   Args:
-    histories: History of every run, as in `TrainResult`, by name.
+    histories: History of every run, as in `trained_run.Run`, by name.
     optimal_predictor: Name in the histories of the exact predictor from which
       regret is measured; None is the best of those in a history, in the mean
       over its steps, which is the source's own where there is one.

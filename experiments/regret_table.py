@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import predictors
-from nonstationary_mbml import train
-from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.runtime import statistics
+from nonstationary_mbml.runtime import trained_run
 
 
 class Table(NamedTuple):
@@ -31,37 +30,29 @@ class Table(NamedTuple):
 
 
 def make_table(
-  config: config_lib.ExperimentConfig,
+  run: trained_run.Run,
   evaluator: evaluator_lib.MetaLearningEvaluator,
-  params: predictors.Params,
   rng: jax.Array,
   num_sequences: int,
   use_tqdm: bool = False,
 ) -> Table:
-  """Evaluates what was trained on fresh sequences.
+  """Evaluates all members of a run on fresh sequences.
 
   Args:
-    config: Config of the run; the evaluator was built from its `eval`.
-    evaluator: Evaluator of its network.
-    params: Parameters, as training leaves them: all members of an ensemble.
+    run: The run.
+    evaluator: Evaluator of its network, built from its `config.eval`.
     rng: Key of the sequences, which all members read.
     num_sequences: Number of sequences, N.
     use_tqdm: Show progress.
   """
-  seeds = train.member_seeds(config.train)
   by_member = [
-    evaluator.evaluate(
-      train.member_params(config.train, params, member),
-      rng,
-      num_sequences,
-      use_tqdm,
-    )
-    for member in range(len(seeds))
+    evaluator.evaluate(run.member(member), rng, num_sequences, use_tqdm)
+    for member in range(len(run.seeds))
   ]
   regrets = by_member[0]
-  network = predictor_factories.label(config.model)
-  if len(seeds) > 1:
-    network += f', {len(seeds)} seeds'
+  network = predictor_factories.label(run.config.model)
+  if len(run.seeds) > 1:
+    network += f', {len(run.seeds)} seeds'
     regrets[evaluator_lib.NETWORK] = np.stack(
       [member[evaluator_lib.NETWORK] for member in by_member]
     )
@@ -72,7 +63,7 @@ def make_table(
   names |= constants.labels(evaluator.optimal_predictors)
   rows = results_table(regrets, names, exact)
   if 'seeds' in rows[0]:
-    rows[0]['seeds'] = network_rows(rows, seeds)
+    rows[0]['seeds'] = network_rows(rows, run.seeds)
   return Table(rows, exact, names)
 
 
@@ -104,7 +95,7 @@ def results_table(
 
   def stderr(values: np.ndarray) -> float:
     spread_over = values.mean(axis=1) if values.ndim == 2 else values
-    return float(evaluator_lib.mean_and_stderr(spread_over)[1])
+    return float(statistics.mean_and_stderr(spread_over)[1])
 
   def measured(values: np.ndarray) -> dict[str, float | str]:
     # Paired: all predictors read the same sequences.

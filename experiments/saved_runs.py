@@ -1,7 +1,7 @@
 """Runs that were saved: loaded in one call, and evaluated on any source.
 
 run = load_run('runs/lstm_ptw_seed0')
-logits, _ = run.predictor.unroll(run.params, None, batch)
+logits, _ = run.predictor.unroll(run.member(0), None, batch)
 """
 
 import copy
@@ -25,29 +25,8 @@ from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A run, as it was at one of its steps.
-
-  Attributes:
-    folder: Folder of the run.
-    config: Config of its training, resolved.
-    predictor: The network.
-    params: Its parameters; those of an ensemble have a leading axis of members.
-    history: The log, as in `train.TrainResult`, up to the newest entry.
-    member_histories: Those of an ensemble's members.
-    step: Training steps that the parameters have seen.
-  """
-
-  folder: pathlib.Path
-  config: config_lib.ExperimentConfig
-  predictor: predictors.Predictor
-  params: predictors.Params
-  history: list[dict[str, float]]
-  member_histories: tuple[list[dict[str, float]], ...]
-  step: int
+from nonstationary_mbml.runtime import sharding
+from nonstationary_mbml.runtime import trained_run
 
 
 def load_config(path: str | pathlib.Path) -> config_lib.ExperimentConfig:
@@ -74,7 +53,9 @@ def load_config(path: str | pathlib.Path) -> config_lib.ExperimentConfig:
   return reduced if is_default else config
 
 
-def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
+def load_run(
+  folder: str | pathlib.Path, step: int | None = None
+) -> trained_run.Run:
   """Returns a run, with the parameters it had after a step.
 
   Changes nothing in the folder; the run may still be training. A checkpoint or
@@ -101,10 +82,20 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
     )
   alphabet_size = constants.build_data_generator(config.data).alphabet_size
   predictor = predictor_factories.build_predictor(config.model, alphabet_size)
-  abstract = train.abstract_state(config, predictor, alphabet_size)
-  step, params = _load_params(folder, step, abstract)
+  form = train.abstract_state(config, predictor, alphabet_size)
+  step, params = _load_params(
+    folder, step, train.saved_form(config.train, form)
+  )
   history, member_histories = run_folder.split_entries(entries)
-  return Run(folder, config, predictor, params, history, member_histories, step)
+  return trained_run.Run(
+    config=config,
+    predictor=predictor,
+    all_params=sharding.reshaping(form.train.params)(params),
+    step=step,
+    history=history,
+    member_histories=member_histories,
+    folder=folder,
+  )
 
 
 def saved_steps(folder: str | pathlib.Path) -> tuple[int, ...]:
@@ -277,7 +268,7 @@ def thinned(
 
 
 def evaluator_of(
-  run: Run,
+  run: trained_run.Run,
   source: config_lib.DataConfig | None = None,
   seq_length: int | None = None,
   batch_size: int | None = None,
@@ -311,7 +302,7 @@ def evaluator_of(
 
 
 def build_evaluator(
-  run: Run, config: config_lib.ExperimentConfig
+  run: trained_run.Run, config: config_lib.ExperimentConfig
 ) -> evaluator_lib.MetaLearningEvaluator:
   """Returns the evaluator of a run's network that a config describes.
 
@@ -334,8 +325,3 @@ def build_evaluator(
       f'{run.folder} was trained on {trained_on}'
     )
   return evaluator
-
-
-def member_params(run: Run, member: int = 0) -> predictors.Params:
-  """Returns the parameters of one network of a run."""
-  return train.member_params(run.config.train, run.params, member)

@@ -12,6 +12,8 @@ import signal
 import threading
 from typing import Any
 
+from nonstationary_mbml.runtime import multihost
+
 # Not all systems have them.
 _WARNINGS = {
   getattr(signal, name)
@@ -30,6 +32,22 @@ class Interrupts:
 
   def __init__(self):
     self.received: signal.Signals | None = None
+
+  def over_processes(
+    self, seconds: float
+  ) -> tuple[float, signal.Signals | None]:
+    """Returns the largest of all processes' seconds, and a signal of one.
+
+    Every process is told the same, so that all do as many steps in a call and
+    stop after the same one.
+
+    Args:
+      seconds: Seconds that the last call took in this process.
+    """
+    milliseconds, number = multihost.max_over_processes(
+      [int(1000 * seconds), self.received or 0]
+    )
+    return milliseconds / 1000, signal.Signals(number) if number else None
 
 
 @contextlib.contextmanager

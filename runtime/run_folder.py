@@ -150,7 +150,7 @@ def read_starts(folder: pathlib.Path) -> list[dict[str, Any]]:
 def split_entries(
   entries: Iterable[Mapping[str, Any]],
 ) -> tuple[list[dict[str, float]], tuple[list[dict[str, float]], ...]]:
-  """Returns history and member histories, as in `train.TrainResult`."""
+  """Returns history and member histories, as in `trained_run.Run`."""
   history = [
     {name: value for name, value in entry.items() if name != _MEMBERS}
     for entry in entries

@@ -1,15 +1,20 @@
 """Where arrays lie on several devices, of this process and of others.
 
-An ensemble is laid out on a grid: its members are shared out over the rows, and
-the devices of a row share each batch of a member.
+The devices are a grid: the members of an ensemble are shared out over its rows,
+and the devices of a row share each batch of a member. Without an ensemble there
+is one member, and one row.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+
+from nonstationary_mbml import base_config
 
 # The axes of a mesh.
 SEEDS = 'seeds'
@@ -28,6 +33,42 @@ def make(
   """
   grid = np.asarray(devices).reshape(num_seed_shards, -1)
   return jax.sharding.Mesh(grid, (SEEDS, BATCH))
+
+
+def device_mesh(
+  config: base_config.TrainConfig, devices: Sequence[jax.Device]
+) -> jax.sharding.Mesh:
+  """Returns the devices as a grid, on which a config is trained."""
+  return make(devices, num_seed_shards(config, len(devices)))
+
+
+def num_seed_shards(config: base_config.TrainConfig, num_devices: int) -> int:
+  """Returns over how many rows of devices the members are shared out."""
+  if config.num_seed_shards is not None:
+    return config.num_seed_shards
+  return math.gcd(np.size(config.model_init_seed), num_devices)
+
+
+def check(config: base_config.TrainConfig, num_devices: int) -> None:
+  """Raises ValueError unless members and batch divide over the devices."""
+  num_rows = num_seed_shards(config, num_devices)
+  row_length, rest = divmod(num_devices, num_rows)
+  if rest:
+    raise ValueError(
+      f'train.num_seed_shards {num_rows} does not divide the {num_devices} '
+      'devices'
+    )
+  if config.batch_size % row_length:
+    raise ValueError(
+      f'train.batch_size {config.batch_size} does not divide over the '
+      f'{row_length} devices that share it'
+    )
+  device_batch_size = config.batch_size // row_length
+  if device_batch_size % (config.microbatch_size or device_batch_size):
+    raise ValueError(
+      f'train.microbatch_size {config.microbatch_size} does not divide '
+      f'the {device_batch_size} sequences of a device'
+    )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -73,3 +114,37 @@ def collect(tree: Any) -> Any:
     return jax.device_put(array, jax.local_devices()[0])
 
   return jax.tree.map(collect_array, tree)
+
+
+def abstract(tree: Any, default: jax.sharding.Sharding) -> Any:
+  """Returns the form of a tree, of `jax.ShapeDtypeStruct`.
+
+  Args:
+    tree: Tree of arrays, of JAX or NumPy, or of their forms.
+    default: Sharding of what has none.
+  """
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=getattr(x, 'sharding', None) or default
+    ),
+    tree,
+  )
+
+
+def without_first_axis(form: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """Returns the form of the only item of an array."""
+  layout = form.sharding
+  if isinstance(layout, jax.sharding.NamedSharding):
+    spec = jax.sharding.PartitionSpec(*layout.spec[1:])
+    layout = jax.sharding.NamedSharding(layout.mesh, spec)
+  return jax.ShapeDtypeStruct(form.shape[1:], form.dtype, sharding=layout)
+
+
+def reshaping(form: Any) -> Callable[[Any], Any]:
+  """Returns a function that gives arrays the shapes and places of a form."""
+  return jax.jit(
+    lambda tree: jax.tree.map(
+      lambda array, wanted: array.reshape(wanted.shape), tree, form
+    ),
+    out_shardings=jax.tree.map(lambda wanted: wanted.sharding, form),
+  )

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import losses as losses_lib
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import train
@@ -140,7 +141,9 @@ def test_three_steps_lower_the_loss_on_a_fixed_batch(name):
 
   @jax.jit
   def step(params, opt_state):
-    loss, grads, _ = train.loss_and_grads(predictor, params, None, batch, None)
+    loss, grads, _ = losses_lib.loss_and_grads(
+      predictor, params, None, batch, None
+    )
     updates, opt_state = optimizer.update(grads, opt_state)
     return optax.apply_updates(params, updates), opt_state, loss
 
@@ -345,7 +348,7 @@ def test_arguments_that_a_registered_factory_does_not_take_are_named(
   with pytest.raises(
     ValueError, match=f'model.architecture_kwargs: .*{message}'
   ):
-    train.build_parts(
+    train.build_components(
       config, constants.build_data_generator, evaluator_lib.build_evaluator
     )
 

@@ -450,7 +450,7 @@ def test_parameters_of_an_ensemble_are_recognised(name):
   network, batch = NETWORKS[name](), _random_batch(2, 4).astype(jnp.float32)
   params = _parameters(network, batch)
   several = jax.tree.map(lambda array: jnp.stack([array, array]), params)
-  message = 'of the 2 members of an ensemble; take one with train.member_params'
+  message = r'of the 2 members of an ensemble; .* run.member\(0\)'
   with pytest.raises(ValueError, match=message):
     network.unroll(several, None, batch)
   with pytest.raises(ValueError, match=message):

@@ -14,6 +14,8 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import sharding
+from nonstationary_mbml.runtime import trained_run
 
 
 def _config(**train_kwargs):
@@ -70,10 +72,18 @@ def _kill():
   raise _KilledError
 
 
+def _build(config):
+  return train.build_components(
+    config, constants.build_data_generator, evaluator_lib.build_evaluator
+  )
+
+
 def _assert_same(first, second):
   assert first.history == second.history
   assert first.member_histories == second.member_histories
-  jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+  jax.tree.map(
+    np.testing.assert_array_equal, first.all_params, second.all_params
+  )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +104,7 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
   whole = _train(config, tmp_path / 'whole')
   assert [entry['step'] for entry in whole.history] == [3, 6, 9, 12, 14]
   folder = tmp_path / 'stopped'
-  num_members = len(train.member_seeds(config.train))
+  num_members = len(trained_run.member_seeds(config.train))
   with pytest.raises(_KilledError):
     _train(config, folder, _at(3 * num_members, _kill))
   stop = lambda: signal.raise_signal(signal.SIGTERM)
@@ -111,6 +121,12 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
     for name in ('whole', 'stopped')
   ]
   assert metrics[0] == metrics[1]
+  # On disk, an int seed has no axis of members.
+  is_ensemble = 'model_init_seed' in train_kwargs
+  expected = whole.all_params if is_ensemble else whole.params
+  snapshots = checkpointing.Checkpoints(tmp_path / 'whole' / 'snapshots')
+  saved = snapshots.restore(14, sharding.abstract(expected, None))
+  jax.tree.map(np.testing.assert_array_equal, saved, expected)
   # A finished run has nothing left to do.
   _assert_same(_train(config, tmp_path / 'whole', _kill), whole)
 
@@ -152,15 +168,13 @@ def test_stop_between_two_logs_keeps_the_sums(tmp_path):
 
 def test_many_steps_in_a_call_are_bit_for_bit_as_many_calls():
   config = _config()
-  parts = train.build_parts(
-    config, constants.build_data_generator, evaluator_lib.build_evaluator
-  )
-  update = train.make_update(config, parts.generator, parts.predictor, 2)
-  run_steps = train.make_run_steps(config, update, parts.devices)
+  generator, predictor, _, devices = _build(config)
+  update = train.make_update(config, generator, predictor, 2)
+  run_steps = train.make_run_steps(config, update, devices)
 
   def run(*calls):
-    state = train.init_state(config, parts.predictor, 2, parts.devices)
-    sums = train.zero_sums(config.train, state)
+    state = train.init_state(config, predictor, 2, devices)
+    sums = train.zero_sums(state)
     for num_steps in calls:
       state, sums, _ = run_steps(state, sums, num_steps)
     return jax.device_get((state, sums))
@@ -175,7 +189,7 @@ def _failing_update(seed_that_fails, failing_step, value):
     step = state.step + 1
     fails = (seed == seed_that_fails) & (step == failing_step)
     loss = jax.numpy.where(fails, value, 1.0)
-    return state._replace(step=step), train.StepSums(loss, loss + 1.0)
+    return state._replace(step=step), train.StepMetrics(loss, loss + 1.0)
 
   return update
 
@@ -183,12 +197,10 @@ def _failing_update(seed_that_fails, failing_step, value):
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_steps_stop_at_the_first_that_is_not_finite(value):
   config = _config(model_init_seed=(3, 7))
-  parts = train.build_parts(
-    config, constants.build_data_generator, evaluator_lib.build_evaluator
-  )
-  devices = parts.devices[:1]
-  state = train.init_state(config, parts.predictor, 2, devices)
-  sums = train.zero_sums(config.train, state)
+  generator, predictor, _, devices = _build(config)
+  devices = devices[:1]
+  state = train.init_state(config, predictor, 2, devices)
+  sums = train.zero_sums(state)
   run_steps = train.make_run_steps(
     config, _failing_update(7, 5, value), devices
   )

@@ -29,6 +29,7 @@ from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments.analysis import redundancy_bounds
 from nonstationary_mbml.experiments.analysis import study_tables
 from nonstationary_mbml.runtime import atomic_files
+from nonstationary_mbml.runtime import statistics
 
 # The rows; constants.py has what they need besides their names.
 SOURCES = ('ptw', 'lin', 'regular_shift', 'random_shift', 'static', 'recurring')
@@ -151,7 +152,7 @@ def make_row(
 
   cells = []
   measured = lambda values: map(
-    float, evaluator_lib.mean_and_stderr(values.astype(np.float64))
+    float, statistics.mean_and_stderr(values.astype(np.float64))
   )
   for name in PREDICTORS:
     mean, stderr = measured(regrets[name])

@@ -20,11 +20,11 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.runtime import trained_run
 
 NUM_SEQUENCES = 4096
 # Sequence lengths, in lengths of training.
@@ -34,19 +34,18 @@ _ALIASES = ('iid_ptw_cat',)
 
 
 def labels(
-  run: saved_runs.Run, evaluator: evaluator_lib.MetaLearningEvaluator
+  run: trained_run.Run, evaluator: evaluator_lib.MetaLearningEvaluator
 ) -> dict[str, str]:
   """Returns the labels of predictors in figures, by name in the evaluator."""
   network = predictor_factories.label(run.config.model)
-  seeds = train.member_seeds(run.config.train)
-  if len(seeds) > 1:
-    network += f', 1 of {len(seeds)} seeds'
+  if len(run.seeds) > 1:
+    network += f', 1 of {len(run.seeds)} seeds'
   labels = constants.labels(evaluator.optimal_predictors)
   return {evaluator_lib.NETWORK: network} | labels
 
 
 def over_time(
-  run: saved_runs.Run,
+  run: trained_run.Run,
   num_sequences: int = NUM_SEQUENCES,
   seed: int = 0,
   use_tqdm: bool = False,
@@ -64,13 +63,13 @@ def over_time(
   """
   evaluator = saved_runs.evaluator_of(run)
   regrets = evaluator.regrets_over_time(
-    saved_runs.member_params(run), _key(seed), num_sequences, use_tqdm
+    run.member(0), _key(seed), num_sequences, use_tqdm
   )
   return _by_label(run, evaluator, regrets)
 
 
 def by_length(
-  run: saved_runs.Run,
+  run: trained_run.Run,
   lengths: Sequence[int] | None = None,
   num_sequences: int = NUM_SEQUENCES,
   seed: int = 0,
@@ -101,7 +100,7 @@ def by_length(
   for length in sorted(set(lengths)):
     evaluator = saved_runs.evaluator_of(run, seq_length=length)
     of_length = evaluator.evaluate(
-      saved_runs.member_params(run), _key(seed), num_sequences, use_tqdm
+      run.member(0), _key(seed), num_sequences, use_tqdm
     )
     for label, values in _by_label(run, evaluator, of_length).items():
       regrets.setdefault(label, {})[length] = values
@@ -109,7 +108,7 @@ def by_length(
 
 
 def by_source(
-  run: saved_runs.Run,
+  run: trained_run.Run,
   sources: Mapping[str, config_lib.DataConfig] | None = None,
   num_sequences: int = NUM_SEQUENCES,
   seed: int = 0,
@@ -134,13 +133,15 @@ def by_source(
   for name, source in sources.items():
     evaluator = saved_runs.evaluator_of(run, source=source)
     of_source = evaluator.evaluate(
-      saved_runs.member_params(run), _key(seed), num_sequences, use_tqdm
+      run.member(0), _key(seed), num_sequences, use_tqdm
     )
     regrets[name] = _by_label(run, evaluator, of_source)
   return regrets
 
 
-def sequence(run: saved_runs.Run, seed: int = 0) -> evaluator_lib.DrawnSequence:
+def sequence(
+  run: trained_run.Run, seed: int = 0
+) -> evaluator_lib.DrawnSequence:
   """Returns a sequence of the run's own source, to be drawn.
 
   Args:
@@ -152,9 +153,7 @@ def sequence(run: saved_runs.Run, seed: int = 0) -> evaluator_lib.DrawnSequence:
     of the source's own exact predictor, of PTW and of LAD.
   """
   evaluator = saved_runs.evaluator_of(run)
-  drawn = evaluator_lib.draw_sequence(
-    evaluator, saved_runs.member_params(run), _key(seed)
-  )
+  drawn = evaluator_lib.draw_sequence(evaluator, run.member(0), _key(seed))
   # The source's own exact predictor is the first of them.
   exact = next(iter(evaluator.optimal_predictors), None)
   shown = {
@@ -171,7 +170,7 @@ def sequence(run: saved_runs.Run, seed: int = 0) -> evaluator_lib.DrawnSequence:
   )
 
 
-def default_sources(run: saved_runs.Run) -> dict[str, config_lib.DataConfig]:
+def default_sources(run: trained_run.Run) -> dict[str, config_lib.DataConfig]:
   """Returns all sources with the symbols of the run's own, by name.
 
   The own one comes first, as the run has it; the others switch as
@@ -194,7 +193,7 @@ def _key(seed: int) -> jax.Array:
 
 
 def _by_label(
-  run: saved_runs.Run,
+  run: trained_run.Run,
   evaluator: evaluator_lib.MetaLearningEvaluator,
   regrets: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:

@@ -32,13 +32,13 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import constants
-from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import linear_probe as probe_lib
 from nonstationary_mbml.experiments.analysis import trained_networks
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import statistics
 
 EXACT = 'exact'
 Row = dict[str, Any]
@@ -513,7 +513,7 @@ def _training_length(networks: Networks) -> int:
 
 
 def _mean_and_stderr(name: str, values: np.ndarray) -> dict[str, float]:
-  mean, stderr = evaluator_lib.mean_and_stderr(values.astype(np.float64))
+  mean, stderr = statistics.mean_and_stderr(values.astype(np.float64))
   return {name: float(mean), f'{name}_stderr': float(stderr)}
 
 

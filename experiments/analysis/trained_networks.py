@@ -27,6 +27,7 @@ from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import trained_run
 
 # Symbols that a network reads at a time.
 _SYMBOLS_PER_BATCH = 2**15
@@ -80,7 +81,7 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
       folder=path,
       config=config,
       table=sweep.table(point.name),
-      seeds=train.member_seeds(config.train),
+      seeds=trained_run.member_seeds(config.train),
     )
     key = network.source, network.architecture
     if key not in best or _last_regret(network) < _last_regret(best[key]):
@@ -251,18 +252,18 @@ def read_states(
   return _by_member(states, run, symbols)
 
 
-def untrained_run(run: saved_runs.Run) -> saved_runs.Run:
+def untrained_run(run: trained_run.Run) -> trained_run.Run:
   """Returns a run with the parameters it started from."""
   alphabet_size = constants.build_data_generator(run.config.data).alphabet_size
   state = train.init_state(
     run.config, run.predictor, alphabet_size, jax.local_devices()[:1]
   )
-  return dataclasses.replace(run, params=state.params, step=0)
+  return dataclasses.replace(run, all_params=state.params, step=0)
 
 
 def _by_member(
   function: Callable[[predictors.Params, jax.Array], jax.Array],
-  run: saved_runs.Run,
+  run: trained_run.Run,
   symbols: np.ndarray,
 ) -> np.ndarray:
   """Applies a function to all sequences, for every member: `[M, N, ...]`."""
@@ -273,8 +274,8 @@ def _by_member(
   padded = np.concatenate([symbols, symbols[: -num_sequences % batch_size]])
   batches = padded.reshape(-1, batch_size, *symbols.shape[1:])
   members = []
-  for member in range(len(train.member_seeds(run.config.train))):
-    params = saved_runs.member_params(run, member)
+  for member in range(len(run.seeds)):
+    params = run.member(member)
     outputs = [np.asarray(compiled(params, batch)) for batch in batches]
     members.append(np.concatenate(outputs)[:num_sequences])
   return np.stack(members)

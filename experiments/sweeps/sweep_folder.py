@@ -28,12 +28,12 @@ from typing import TextIO
 import numpy as np
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
-from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import statistics
+from nonstationary_mbml.runtime import trained_run
 
 MANIFEST = 'sweep.json'
 RESULTS = 'results.csv'
@@ -315,7 +315,7 @@ class SweepFolder:
       # The differences are from the exact predictor; where there is none, from
       # the best of the others.
       exact = next((row for row in others if row['is_optimum']), network)
-      seeds = train.member_seeds(point.config.train)
+      seeds = trained_run.member_seeds(point.config.train)
       for by_seed in regret_table.network_rows(table, seeds):
         rows.append(
           {
@@ -447,5 +447,5 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
   """Returns mean and standard error over seeds; of one seed, None for it."""
-  mean, stderr = evaluator_lib.mean_and_stderr(np.asarray(values, np.float64))
+  mean, stderr = statistics.mean_and_stderr(np.asarray(values, np.float64))
   return float(mean), float(stderr) if len(values) > 1 else None

@@ -238,7 +238,7 @@ def _check_launch(*given):
   values = flags.FlagValues()
   local_launch.define_flags(values)
   values(['', *(g if g.startswith('--') else f'--set={g}' for g in given)])
-  train.build_parts(
+  train.build_components(
     local_launch.config_from_flags(values),
     constants.build_data_generator,
     evaluator_lib.build_evaluator,

@@ -49,6 +49,10 @@ def folder(trained, tmp_path):
   return shutil.copytree(trained[0], tmp_path / 'run')
 
 
+def _assert_same_params(run, other):
+  jax.tree.map(np.testing.assert_array_equal, run.all_params, other.all_params)
+
+
 def test_loaded_run_is_what_was_trained(trained):
   folder, config, result = trained
   run = saved_runs.load_run(str(folder))
@@ -56,19 +60,19 @@ def test_loaded_run_is_what_was_trained(trained):
   assert run.step == 6
   assert run.history == result.history
   assert run.member_histories == result.member_histories
-  jax.tree.map(np.testing.assert_array_equal, run.params, result.params)
+  _assert_same_params(run, result)
   batch = jax.nn.one_hot(np.array([[0, 1, 1, 0]]), 2)
   unroll = jax.jit(lambda params: run.predictor.unroll(params, None, batch)[0])
-  logits = unroll(saved_runs.member_params(run, 1))
+  logits = unroll(run.member(1))
   assert logits.shape == (1, 4, 2)
-  assert np.abs(logits - unroll(saved_runs.member_params(run, 0))).max() > 1e-3
+  assert np.abs(logits - unroll(run.member(0))).max() > 1e-3
 
 
 def test_every_saved_step_can_be_loaded(trained):
   folder, _, result = trained
   assert saved_runs.saved_steps(folder) == (1, 2, 4, 6)
   norms = [
-    sum(float((x**2).sum()) for x in jax.tree.leaves(run.params))
+    sum(float((x**2).sum()) for x in jax.tree.leaves(run.all_params))
     for run in (saved_runs.load_run(folder, step) for step in (1, 2, 6))
   ]
   assert len(set(norms)) == 3
@@ -106,7 +110,7 @@ def test_of_one_step_either_snapshot_or_checkpoint_serves(folder, trained):
   with pytest.warns(UserWarning) as warned:
     run = saved_runs.load_run(folder)
   assert run.step == 6
-  jax.tree.map(np.testing.assert_array_equal, run.params, trained[2].params)
+  _assert_same_params(run, trained[2])
   said = [str(warning.message) for warning in warned]
   assert '/checkpoints/9 cannot' in said[0]
   assert '/snapshots/6 cannot' in said[1]
@@ -129,8 +133,9 @@ def test_network_of_other_shapes_is_one_line_that_names_them(folder, capfd):
 def test_parameters_have_the_dtype_that_was_saved(trained):
   with jax.enable_x64(True):
     run = saved_runs.load_run(trained[0])
-    assert {x.dtype.name for x in jax.tree.leaves(run.params)} == {'float32'}
-  jax.tree.map(np.testing.assert_array_equal, run.params, trained[2].params)
+    dtypes = {x.dtype.name for x in jax.tree.leaves(run.all_params)}
+  assert dtypes == {'float32'}
+  _assert_same_params(run, trained[2])
 
 
 def test_evaluation_of_all_steps_leaves_out_what_is_damaged(folder, trained):
@@ -183,13 +188,7 @@ def test_evaluation_on_no_symbols_is_refused(trained):
 def test_evaluator_says_whose_parameters_it_was_given(trained):
   run = saved_runs.load_run(trained[0])
   with pytest.raises(ValueError, match='of the 2 members of an ensemble'):
-    saved_runs.evaluator_of(run).evaluate(run.params, jax.random.key(0), 4)
-
-
-def test_missing_member_is_named(trained):
-  _, config, result = trained
-  with pytest.raises(ValueError, match='member is 2; .* <= 1'):
-    train.member_params(config.train, result.params, 2)
+    saved_runs.evaluator_of(run).evaluate(run.all_params, jax.random.key(0), 4)
 
 
 def test_curves_refuse_a_seed_that_a_key_does_not_hold(trained):
@@ -267,9 +266,7 @@ def test_committed_model_loses_what_its_table_says(name):
   network, *_ = atomic_files.read_json(MODELS / name / 'table.json')['table']
   own = run.config.eval.optimal_predictors[0]
   for member, committed in enumerate(network['seeds'][:2]):
-    regrets = evaluator.evaluate(
-      saved_runs.member_params(run, member), jax.random.key(123), 2048
-    )
+    regrets = evaluator.evaluate(run.member(member), jax.random.key(123), 2048)
     for values, column, stderr in (
       (regrets['network'], 'cumulative_regret', 'stderr'),
       (
@@ -300,7 +297,7 @@ def test_export_is_loaded_like_the_run(folder, tmp_path):
   run, copy = saved_runs.load_run(folder), saved_runs.load_run(target)
   assert copy.config == run.config and copy.step == run.step
   assert copy.member_histories == run.member_histories
-  jax.tree.map(np.testing.assert_array_equal, copy.params, run.params)
+  _assert_same_params(copy, run)
   # Nothing of the machine.
   text = (target / 'environment.json').read_text()
   assert 'command' not in text and 'host' not in text

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nonstationary_mbml import losses
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import train
 from nonstationary_mbml.models import recurrent
 from nonstationary_mbml.models import stack_rnn
 
@@ -174,7 +174,7 @@ def _temp_bytes(kwargs, seq_length=256):
     lambda: predictor.init_params(jax.random.key(0), batch, None)
   )
   compiled = jax.jit(
-    lambda params: train.loss_and_grads(predictor, params, None, batch, None)
+    lambda params: losses.loss_and_grads(predictor, params, None, batch, None)
   ).lower(params)
   return compiled.compile().memory_analysis().temp_size_in_bytes
 
@@ -201,7 +201,7 @@ def test_loss_follows_the_batch_and_gradients_their_parameters(
   )
   batch = jnp.zeros((2, 5, 2), jnp.float64)
   loss, grads, _ = jax.eval_shape(
-    lambda: train.loss_and_grads(
+    lambda: losses.loss_and_grads(
       predictor,
       predictor.init_params(
         jax.random.key(0), batch.astype(params_dtype), None
@@ -231,7 +231,7 @@ def test_an_ensemble_is_its_members(name):
   params = members(jax.random.split(jax.random.key(0), 3))
 
   def grads(params):
-    return train.loss_and_grads(predictor, params, None, batch, None)[:2]
+    return losses.loss_and_grads(predictor, params, None, batch, None)[:2]
 
   together = jax.jit(jax.vmap(grads))(params)
   alone = jax.jit(lambda params: jax.lax.map(grads, params))(params)

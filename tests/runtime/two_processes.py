@@ -62,7 +62,7 @@ def results(folder):
     'network': network.history,
     'ensemble': list(ensemble.member_histories),
     'params': [
-      np.asarray(x).tolist() for x in jax.tree.leaves(ensemble.params)
+      np.asarray(x).tolist() for x in jax.tree.leaves(ensemble.all_params)
     ],
     'regrets': {name: values.tolist() for name, values in regrets.items()},
   }
@@ -122,7 +122,7 @@ def agreement(folder):
     'other': message(lambda: multihost.check_same('their x', {'x': own})),
     'devices': [
       device.process_index
-      for device in train.build_parts(
+      for device in train.build_components(
         make_config(),
         constants.build_data_generator,
         evaluator_lib.build_evaluator,

@@ -1,5 +1,3 @@
-import pathlib
-
 import jax
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import regret_curves
+from nonstationary_mbml.runtime import trained_run
 
 
 def _run(**kwargs):
@@ -24,7 +23,9 @@ def _run(**kwargs):
     )
   )
   network = predictors.OptimalCategoricalPredictor()
-  return saved_runs.Run(pathlib.Path('run'), config, network, {}, [], (), 0)
+  return trained_run.Run(
+    config=config, predictor=network, all_params={}, step=0
+  )
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_labels_tell_ensembles_and_predictors_of_one_kind():
 def test_sequence_of_a_run_has_the_predictors_of_its_source(monkeypatch):
   config = config_lib.post_process_config(config_lib.ExperimentConfig())
   network = predictors.OptimalCategoricalPredictor()
-  run = saved_runs.Run(pathlib.Path('run'), config, network, {}, [], (), 0)
+  run = trained_run.Run(config=config, predictor=network, all_params={}, step=0)
   names = ('network', 'ptw', 'lad', 'kt')
   drawn = evaluator_lib.DrawnSequence(
     np.eye(2),

@@ -116,7 +116,7 @@ def test_features_of_a_transformer_are_all_that_its_predictions_need():
   states = trained_networks.read_states(network, symbols.astype(np.float32))
   assert states.shape == (3, 3, 7, 32)
   for member in range(3):
-    head = saved_runs.member_params(run, member)['logits']
+    head = run.member(member)['logits']
     np.testing.assert_allclose(
       jax.nn.log_softmax(states[member] @ head['w'] + head['b']),
       trained_networks.predict(network, symbols.astype(np.float32))[member],
@@ -132,6 +132,6 @@ def test_untrained_networks_are_those_that_training_started_from():
   params = run.predictor.init_params(keys.predictor, batch, None)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-    saved_runs.member_params(run, 1),
+    run.member(1),
     params,
   )
