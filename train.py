@@ -46,6 +46,7 @@ import optax
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
 from nonstationary_mbml import losses
+from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml.runtime import checkpointing
@@ -195,6 +196,7 @@ def build_components(
   sharding.check(config.train, len(devices))
   generator = build_data_generator(config.data)
   for seq_length in sequence_lengths(config.train):
+    losses.check_target(config.train.target, generator, seq_length)
     # Traced but not compiled, to find out whether the source can be that long.
     jax.eval_shape(
       lambda length=seq_length: generator.sample(jax.random.key(0), 1, length)
@@ -216,16 +218,6 @@ def build_components(
       f'data, to train on, of {generator.alphabet_size}'
     )
   return Components(generator, predictor, evaluator, devices)
-
-
-def make_optimizer(
-  config: base_config.TrainConfig,
-) -> optax.GradientTransformation:
-  """Returns Adam, after clipping by the global norm where configured."""
-  adam = optax.adam(config.learning_rate)
-  if config.clip_grad_norm is None:
-    return adam
-  return optax.chain(optax.clip_by_global_norm(config.clip_grad_norm), adam)
 
 
 def init_state(
@@ -254,6 +246,7 @@ def _init(
   batch_size = config.train.batch_size
   length = min(sequence_lengths(config.train))
   batch = jnp.zeros((batch_size, length, alphabet_size))
+  optimizer = _make_optimizer(config)
 
   def init_member(seed: jax.Array) -> tuple[Any, ...]:
     keys = step_keys(config.seed, seed, 0)
@@ -261,9 +254,15 @@ def _init(
     predictor_state = None
     if not config.train.reset_predictor_init_state:
       predictor_state = predictor.initial_state(params, keys.state, batch_size)
-    return params, make_optimizer(config.train).init(params), predictor_state
+    return params, optimizer.init(params), predictor_state
 
   return TrainState(jnp.int32(0), *jax.vmap(init_member)(_seeds(config.train)))
+
+
+def _make_optimizer(
+  config: base_config.ExperimentConfig,
+) -> optax.GradientTransformation:
+  return optimizers.make_optimizer(config.train, config.schedule.training_steps)
 
 
 def _seeds(config: base_config.TrainConfig) -> jax.Array:
@@ -298,7 +297,7 @@ def make_update(
     (state, the member's `model_init_seed`) -> (state, metrics of the step).
   """
   train_config = config.train
-  optimizer = make_optimizer(train_config)
+  optimizer = _make_optimizer(config)
   lengths = sequence_lengths(train_config)
   num_rows = sharding.num_seed_shards(train_config, num_devices)
   row_length = num_devices // num_rows
@@ -327,7 +326,7 @@ def make_update(
 
     def at_length(seq_length: int) -> Callable[[], Any]:
       def loss_and_grads():
-        batch, _ = generator.sample_from_keys(data_keys, seq_length)
+        batch, parameters = generator.sample_from_keys(data_keys, seq_length)
         return losses.loss_and_grads(
           predictor,
           state.params,
@@ -337,6 +336,9 @@ def make_update(
           train_config.gradient_chunk_length,
           losses.microbatch_size(
             train_config, predictor, device_batch_size, seq_length
+          ),
+          losses.target_probs(
+            train_config.target, generator, batch, parameters
           ),
         )
 

@@ -27,7 +27,7 @@ ORDER = (
     'models.transformer',
   ),
   ('predictors',),
-  ('predictor_factories', 'base_constants', 'losses'),
+  ('predictor_factories', 'base_constants', 'losses', 'optimizers'),
   (
     'runtime.devices',
     'runtime.sharding',

@@ -11,6 +11,7 @@ import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import losses as losses_lib
+from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
@@ -89,7 +90,7 @@ def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
 
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
-  optimizer = train.make_optimizer(config.train)
+  optimizer = optimizers.make_optimizer(config.train, 1)
   keys = train.step_keys(config.seed, 0, 0)
   params = predictor.init_params(keys.predictor, jnp.zeros((4, 2, 2)), None)
   opt_state = optimizer.init(params)
@@ -475,7 +476,7 @@ def test_members_under_one_vmap_train_as_one_after_another(monkeypatch):
 
 def test_gradients_are_clipped_by_their_global_norm():
   config = base_config.TrainConfig(clip_grad_norm=0.5, learning_rate=1.0)
-  optimizer = train.make_optimizer(config)
+  optimizer = optimizers.make_optimizer(config, 1)
   grads = {'a': jnp.array([30.0, 0.0]), 'b': jnp.array([40.0])}
   state = optimizer.init(grads)
   _, state = optimizer.update(grads, state)
