@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
 from nonstationary_mbml import predictors
+from nonstationary_mbml.models import backend
 
 # For a network that reads whole sequences, on a CPU: at T = 256, twice and half
 # as many symbols were no quicker.
@@ -249,7 +250,7 @@ def microbatch_size(
   """
   if config.microbatch_size is not None:
     return config.microbatch_size
-  if predictor.has_state or jax.default_backend() != 'cpu':
+  if predictor.has_state or not backend.is_cpu():
     return device_batch_size
   # The activations of so many symbols stay in the cache. Recurrent networks
   # have large products only with large batches.

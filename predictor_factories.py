@@ -35,6 +35,8 @@ CORES = base_config.Registry(
     'vanilla_rnn': recurrent.VanillaRNN,
   },
 )
+# These take a hidden size, and no other arguments than the defaults below.
+_BUILT_IN_CORES = frozenset(CORES.values())
 
 _RNN_DEFAULTS = {
   'core': 'lstm',
@@ -64,8 +66,8 @@ def make_rnn_predictor(
       `after_mlp_layers` (none), `gradient_checkpointing` (False; True keeps the
       state only every sqrt(T) symbols for the backward pass). For `stack_rnn`
       also `stack_cell_size` (8), `stack_size` (30), `n_stacks` (1) and
-      `inner_core` (`vanilla_rnn`). What is None takes its default. A Haiku
-      class is given all other arguments.
+      `inner_core` (`vanilla_rnn`). What is None takes its default. A core of
+      the user's own is given all other arguments.
 
   Raises:
     ValueError: If an argument is unknown or its value not allowed.
@@ -92,7 +94,7 @@ def make_rnn_predictor(
     defaults = _RNN_DEFAULTS | _STACK_DEFAULTS
   else:
     defaults = _RNN_DEFAULTS
-  if core in CORES.values():
+  if core in _BUILT_IN_CORES:
     base_config.check_kwargs(core.__name__, kwargs, defaults)
     kwargs['hidden_size'] = base_config.check_int(
       'hidden_size', kwargs['hidden_size'], 1
@@ -102,8 +104,8 @@ def make_rnn_predictor(
     if architecture_kwargs.get('hidden_size') is None and (
       hidden_size is None or hidden_size.default is not hidden_size.empty
     ):
-      del kwargs['hidden_size']  # Our default is for a class that needs one.
-    base_config.check_constructor('architecture_kwargs', core, kwargs)
+      del kwargs['hidden_size']  # The default is for a core that needs one.
+    base_config.check_constructor(core.__name__, core, kwargs)
     # Its arguments may be called as some of `make_rnn` are.
     core, kwargs = functools.partial(core, **kwargs), {}
   network = basic.make_rnn(output_size, core, **of_network, **kwargs)
@@ -294,26 +296,30 @@ def build_predictor(
     return factory(output_size, _Arguments(config.architecture_kwargs))
 
 
-def resolved_kwargs(
+def resolved(
   config: base_config.ModelConfig, seq_length: int
-) -> dict[str, Any]:
-  """Returns the arguments of a network, with sizes that follow from T.
+) -> base_config.ModelConfig:
+  """Returns a copy with the sizes that follow from T where they are not given.
 
-  That are the window of a sliding-window Transformer and the size of stacks,
-  where they are not given.
+  Those are the window of a sliding-window Transformer and the size of stacks.
 
   Args:
     config: Model type and architecture.
     seq_length: T of training.
   """
-  kwargs = base_config.plain(config.architecture_kwargs)
   model_type = config.model_type.lower()
+  kwargs = base_config.plain(config.architecture_kwargs)
   follows = {}
   if model_type == 'sliding_window_transformer':
     follows['context_length'] = seq_length
   if 'stack_rnn' in (model_type, str(kwargs.get('core')).lower()):
     follows['stack_size'] = seq_length
-  return _with_defaults(follows, kwargs) if follows else kwargs
+  for name, size in follows.items():
+    if kwargs.get(name) is None:
+      kwargs[name] = size
+  return base_config.ModelConfig(
+    model_type=model_type, architecture_kwargs=kwargs
+  )
 
 
 # Python's messages for arguments that a function does not take.

@@ -49,6 +49,7 @@ from nonstationary_mbml import losses
 from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml.models import backend
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption
@@ -386,8 +387,8 @@ def make_run_steps(
 
     (state, sums, number of steps) -> (state, sums, numbers of steps done `[M]`)
 
-  A step whose loss or gradient is not finite is the last one of its member, and
-  is not counted; the state after it is of no use.
+  A step whose loss or gradient is not finite is the last one in the sums of its
+  member, and is not counted; the member's state after it is of no use.
 
   It is compiled once, for any number of steps, and many steps in one call are
   bit for bit as many calls. The state is donated: it cannot be used after the
@@ -407,19 +408,25 @@ def make_run_steps(
   ) -> tuple[Any, ...]:
     seed, sums, *state_fields = member
 
+    # The number of steps is the same for all members: under `vmap`, a loop that
+    # ends by each member's own losses would make all of its carry a member's
+    # own, `step` as well, and compute every length at every step.
     def cond(carry):
-      num_done, is_finite, *_ = carry
-      return is_finite & (num_done < num_steps)
+      index, *_ = carry
+      return index < num_steps
 
     def body(carry):
-      num_done, _, state, sums = carry
+      index, num_done, is_finite, state, sums = carry
       state, new = update(state, seed)
-      sums = jax.tree.map(jnp.add, sums, new)
-      is_finite = jnp.isfinite(new.loss) & jnp.isfinite(new.grad_norm)
-      return num_done + is_finite, is_finite, state, sums
+      sums = jax.tree.map(
+        lambda total, x: jnp.where(is_finite, total + x, total), sums, new
+      )
+      is_finite &= jnp.isfinite(new.loss) & jnp.isfinite(new.grad_norm)
+      return index + 1, num_done + is_finite, is_finite, state, sums
 
-    init = jnp.int32(0), jnp.bool(True), TrainState(step, *state_fields), sums
-    num_done, _, state, sums = jax.lax.while_loop(cond, body, init)
+    zero = jnp.int32(0)
+    init = zero, zero, jnp.bool(True), TrainState(step, *state_fields), sums
+    _, num_done, _, state, sums = jax.lax.while_loop(cond, body, init)
     return num_done, sums, *state[1:]
 
   def run_steps(
@@ -460,7 +467,7 @@ def _map_members(function: Callable[[Any], Any], members: Any) -> Any:
     return jax.tree.map(lambda x: x[None], function(only))
   # One member's activations stay in the cache of a CPU; those of all do not,
   # and a batched product of small matrices is no quicker than one by one.
-  if jax.default_backend() == 'cpu':
+  if backend.is_cpu():
     return jax.lax.map(function, members)
   return jax.vmap(function)(members)
 

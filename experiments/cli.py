@@ -4,13 +4,15 @@
     define_flags()
     cli.run(main)
 
-Whatever is wrong on the command line is one line on stderr.
+Whatever is wrong on the command line is one line on stderr. All scripts know
+what a file of the user's own has registered, with --register=my_source.py.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import functools
+import importlib.util
 import io
 import os
 import pathlib
@@ -40,6 +42,32 @@ _EXIT_UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
 
 # So that --help of a script shows the flags that are defined here.
 flags.disclaim_key_flags()
+
+
+def flags_of_runs(values: flags.FlagValues) -> list[str]:
+  """Returns those flags of every script that its own runs are given as well."""
+  given = [f'--register={path}' for path in values.register]
+  if not values.compilation_cache:
+    given.append('--nocompilation_cache')
+  return given
+
+
+class _FileParser(flags.ArgumentParser):
+  """Runs a Python file.
+
+  Flags are checked when all are parsed: by then, its names are known.
+  """
+
+  def parse(self, argument: str) -> str:
+    path = pathlib.Path(argument).absolute()
+    if path.suffix != '.py' or not path.is_file():
+      raise ValueError('there is no such Python file')
+    # Not by its own name, which may be that of another module.
+    name = f'registered_{path.stem}'
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(path)
 
 
 class _IntegerParser(flags.IntegerParser):
@@ -73,6 +101,15 @@ class FlagDefiner:
       True,
       'Keep compiled programs for the next start, in '
       '~/.cache/nonstationary_mbml/jax or $JAX_COMPILATION_CACHE_DIR.',
+    )
+    flags.DEFINE_multi(
+      _FileParser(),
+      flags.ArgumentSerializer(),
+      'register',
+      [],
+      'Python file of your own to run first, which registers sources, '
+      'networks, exact predictors or sweeps; may be given several times.',
+      flag_values=values,
     )
 
   def strings(self, name: str, doc: str) -> None:

@@ -154,8 +154,7 @@ class ExperimentConfig(base_config.ExperimentConfig):
     )
     evaluation.optimal_predictors = tuple(kwargs)
     evaluation.optimal_predictors_kwargs = kwargs
-    config.model.model_type = config.model.model_type.lower()
-    config.model.architecture_kwargs = predictor_factories.resolved_kwargs(
+    config.model = predictor_factories.resolved(
       config.model, config.train.seq_length
     )
     return config

@@ -71,6 +71,23 @@ def labels(
   }
 
 
+def in_figures(names: Mapping[str, str], exact: str | None) -> dict[str, str]:
+  """Returns the predictors that the figure of a sequence shows.
+
+  All of them but KT, whose line follows no switch and would hide others; where
+  it is the exact one, it is shown.
+
+  Args:
+    names: Labels of predictors, by name.
+    exact: Name of the source's own Bayes predictor, if it has one.
+  """
+  return {
+    name: label
+    for name, label in names.items()
+    if name != 'kt' or name == exact
+  }
+
+
 def check(config: base_config.ExperimentConfig) -> None:
   """Raises ValueError, naming the field, if the parts do not fit together.
 

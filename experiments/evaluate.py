@@ -305,7 +305,7 @@ def main(argv: list[str]) -> None:
     )
     if multihost.is_primary():
       _print(config, content)
-    path = multihost.on_primary(lambda: write(folder, content))
+    path = multihost.on_primary(lambda: str(write(folder, content)))
   except (ValueError, OSError) as error:
     cli.end_with(error)
   if multihost.is_primary():

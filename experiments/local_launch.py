@@ -176,11 +176,18 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
   return config
 
 
+def build_components(config: config_lib.ExperimentConfig) -> train.Components:
+  """Returns what a config describes; raises ValueError if it is not valid."""
+  return train.build_components(
+    config, constants.build_data_generator, evaluator_lib.build_evaluator
+  )
+
+
 def run(
   config: config_lib.ExperimentConfig,
-  components: train.Components,
   folder: pathlib.Path,
   num_sequences: int,
+  components: train.Components | None = None,
 ) -> list[dict[str, Any]]:
   """Trains and evaluates as configured, and writes the results.
 
@@ -189,9 +196,9 @@ def run(
 
   Args:
     config: Config of the run.
-    components: What is trained, as from `build_components`.
     folder: Folder of the run.
     num_sequences: Number of sequences for the table.
+    components: What `build_components` made of the config; None makes it here.
 
   Returns:
     The rows of the table.
@@ -202,6 +209,8 @@ def run(
     StoppedError: If it was asked to stop.
     SaveError: If the folder cannot be written to.
   """
+  if components is None:
+    components = build_components(config)
   start = time.monotonic()
   with devices.count_compilations() as compilations:
     trained = train.train_components(
@@ -258,11 +267,7 @@ def _write_table(
   sequence = evaluator_lib.draw_sequence(
     trained.evaluator, trained.member(0), rng
   )
-  drawn = {
-    name: shown
-    for name, shown in table.names.items()
-    if name in (evaluator_lib.NETWORK, 'ptw', 'lad', table.exact)
-  }
+  drawn = constants.in_figures(table.names, table.exact)
   png = atomic_files.to_png(sequence_figure(sequence, drawn))
   try:
     atomic_files.write_whole(folder / 'figure.png', png)
@@ -300,7 +305,7 @@ def clear(folder: pathlib.Path) -> None:
 def sequence_figure(
   sequence: evaluator_lib.DrawnSequence, names: dict[str, str]
 ) -> figure.Figure:
-  """Draws a sequence, predicted by the network and by PTW and LAD.
+  """Draws a sequence and its predictions.
 
   Args:
     sequence: Sequence from `draw_sequence`.
@@ -414,9 +419,7 @@ def main(argv: list[str]) -> None:
       default = devices.num_cpu_devices(config.train.batch_size)
     cli.start(argv, values.cpu_devices or default)
     # An error in a config is found before the folder is touched.
-    components = train.build_components(
-      config, constants.build_data_generator, evaluator_lib.build_evaluator
-    )
+    components = build_components(config)
     multihost.check_same(
       'their flags',
       {
@@ -429,7 +432,7 @@ def main(argv: list[str]) -> None:
       clear(folder)
     if values.stop_with_stdin:
       preemption.terminate_with_stdin()
-    run(config, components, folder, values.num_sequences)
+    run(config, folder, values.num_sequences, components)
   except train.StoppedError as error:
     print(error, file=sys.stderr)
     sys.exit(cli.EXIT_STOPPED)

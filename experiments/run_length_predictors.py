@@ -54,13 +54,13 @@ from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import hazards as hazards_lib
 
-# The room for starts of a state that goes on grows from this many symbols, a
+# The capacity of a state that goes on grows from this many symbols, a
 # power of two: 64, 96, 128, 192, ... More steps would do less work, and compile
 # more.
-_LEAST_ROOM = 64
-# A whole sequence is read in so many parts. Each has room only for the starts
-# that there can be by its end, which is 5/8 of the work of a single part.
-_NUM_PARTS = 4
+_MIN_CAPACITY = 64
+# A whole sequence is read in so many chunks. Each has capacity only for the
+# starts that there can be by its end: 5/8 of the work of a single chunk.
+_NUM_CHUNKS = 4
 # Power of two of a scaled 0: less than any other, and sums of few do not wrap.
 _ZERO_EXPONENT = -(10**8)
 # In a sum above this, terms too small for a float do not count.
@@ -84,10 +84,10 @@ class Scaled(NamedTuple):
 class RunLengthState(NamedTuple):
   """The posterior over the start of the current segment.
 
-  There is room for S > t starts, so that arrays change their shape only when it
-  is used up and grows; entries beyond t are zeros. `run_length_posterior` of
-  the predictor turns it into probabilities. It is of one hazard and one prior:
-  another RunLengthPredictor cannot go on from it.
+  It has a capacity of S > t starts, so that arrays change their shape only when
+  that is used up and grows; entries beyond t are zeros. `run_length_posterior`
+  of the predictor turns it into probabilities. It is of one hazard and one
+  prior: another RunLengthPredictor cannot go on from it.
 
   Attributes:
     time: t, symbols seen so far, int32, the same for all sequences.
@@ -107,10 +107,10 @@ class RunLengthPredictor(predictors.OptimalPredictor):
 
   It takes O(T^2) time and O(T) memory, and a whole sequence one compiled
   program. Its state grows with time, in steps if it goes on; where the time is
-  not concrete (inside `jit`), room is made for all symbols of every chunk. With
-  a `max_length` the state has room for so many symbols from the start, and can
-  be carried through a `lax.scan`; it must not go on for longer, which is an
-  error wherever the time is concrete.
+  not concrete (inside `jit`), its capacity grows by the length of every chunk.
+  With a `max_length` that is its capacity from the start, and it can be carried
+  through a `lax.scan`; it must not go on for longer, which is an error wherever
+  the time is concrete.
 
   Attributes:
     hazard: Segment-length distribution.
@@ -135,7 +135,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
         have its last hazard), a constant, or a distribution from hazards.py.
       concentration: Dirichlet concentration of a segment's prior; 1/2 is KT.
       alphabet_size: K, as in OptimalPredictor.
-      max_length: Symbols that there is room for; None is as many as come.
+      max_length: Capacity of the state, in symbols; None lets it grow.
 
     Raises:
       ValueError: If a hazard is outside [0, 1], or an argument out of range.
@@ -170,7 +170,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     self._check_state(state)
     dtype = state.mantissas.dtype
     prior = self.prior(state.counts.shape[-1], dtype)
-    survival, _ = _tables(self.hazard, self._room(state), np.dtype(dtype))
+    survival, _ = _tables(self.hazard, self._capacity(state), np.dtype(dtype))
     return jnp.log(_next_probs(state, prior, survival))
 
   def unroll(
@@ -235,7 +235,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     """
     state = self._start(batch, None)
     seq_length, dtype = batch.shape[1], predictors.compute_dtype(batch)
-    self._room_after(state, seq_length)
+    self._capacity_after(state, seq_length)
     posterior = _switch_posterior(
       jnp.asarray(batch, dtype),
       state,
@@ -253,14 +253,14 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     """Predictions, final state and, if asked for, w_t(s) before each symbol."""
     state = self._start(batch, init_state)
     seq_length, dtype = batch.shape[1], predictors.compute_dtype(batch)
-    room = self._room_after(state, seq_length)
+    capacity = self._capacity_after(state, seq_length)
     is_begin = not isinstance(state.time, jax.core.Tracer) and state.time == 0
     log_probs, final_state, weights = _unroll(
       jnp.asarray(batch, dtype),
       state,
       self.prior(batch.shape[-1], dtype),
-      _tables(self.hazard, room, np.dtype(dtype)),
-      _parts(seq_length) if is_begin else ((0, seq_length, room),),
+      _tables(self.hazard, capacity, np.dtype(dtype)),
+      _chunks(seq_length) if is_begin else ((0, seq_length, capacity),),
       with_weights,
     )
     # Concrete where it was: the time inside of a compiled function is not.
@@ -273,34 +273,34 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   def _weights(self, state: RunLengthState) -> jax.Array:
     """w_t(s), `[B, S]`."""
     dtype = state.mantissas.dtype
-    survival, _ = _tables(self.hazard, self._room(state), np.dtype(dtype))
+    survival, _ = _tables(self.hazard, self._capacity(state), np.dtype(dtype))
     return _start_weights(state, survival)
 
-  def _room(self, state: RunLengthState) -> int:
-    """Symbols that a state has room for."""
-    room = state.mantissas.shape[1] - 1
+  def _capacity(self, state: RunLengthState) -> int:
+    """The capacity of a state, in symbols."""
+    capacity = state.mantissas.shape[1] - 1
     is_concrete = not isinstance(state.time, jax.core.Tracer)
-    if is_concrete and int(state.time) > room:
+    if is_concrete and int(state.time) > capacity:
       raise ValueError(
-        f'the state has room for {room} symbols, but its time is '
+        f'the state has capacity for {capacity} symbols, but its time is '
         f'{int(state.time)}'
       )
-    return room
+    return capacity
 
-  def _room_after(self, state: RunLengthState, seq_length: int) -> int:
-    """The room that a state needs to take in T more symbols."""
-    room = state.mantissas.shape[1] - 1
+  def _capacity_after(self, state: RunLengthState, seq_length: int) -> int:
+    """The capacity that a state needs to take in T more symbols."""
+    capacity = state.mantissas.shape[1] - 1
     is_concrete = not isinstance(state.time, jax.core.Tracer)
     time = int(state.time) if is_concrete else None
     if self.max_length is None:
       if time is None:
-        return room + seq_length
-      if time + seq_length <= room:
-        return room
-      return _room_for(time + seq_length) if time else seq_length
-    if room != self.max_length:
+        return capacity + seq_length
+      if time + seq_length <= capacity:
+        return capacity
+      return _capacity_for(time + seq_length) if time else seq_length
+    if capacity != self.max_length:
       raise ValueError(
-        f'init_state has room for {room} symbols, but max_length is '
+        f'init_state has capacity for {capacity} symbols, but max_length is '
         f'{self.max_length}'
       )
     if (time or 0) + seq_length > self.max_length:
@@ -308,7 +308,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
         f'max_length {self.max_length} is less than the '
         f'{(time or 0) + seq_length} symbols'
       )
-    return room
+    return capacity
 
 
 def regular_shift_predictor(
@@ -381,25 +381,25 @@ def length_distribution_predictor(
   )
 
 
-def _parts(seq_length: int) -> tuple[tuple[int, int, int], ...]:
-  """Begin and end of the parts of a sequence, and the room for each."""
-  num = _NUM_PARTS if seq_length >= _LEAST_ROOM else 1
+def _chunks(seq_length: int) -> tuple[tuple[int, int, int], ...]:
+  """Begin and end of the chunks of a sequence, and the capacity of each."""
+  num = _NUM_CHUNKS if seq_length >= _MIN_CAPACITY else 1
   ends = [-(-seq_length * i // num) for i in range(num + 1)]
   return tuple((begin, end, end) for begin, end in itertools.pairwise(ends))
 
 
-def _room_for(num: int) -> int:
+def _capacity_for(num: int) -> int:
   """The least of 2^k and 3 * 2^(k - 1) that is `num` or more."""
   power = 1 << (num - 1).bit_length()
-  return max(_LEAST_ROOM, 3 * power // 4 if num <= 3 * power // 4 else power)
+  return max(_MIN_CAPACITY, 3 * power // 4 if num <= 3 * power // 4 else power)
 
 
 @functools.lru_cache(maxsize=128)
 def _tables(
-  hazard: hazards_lib.Hazard, room: int, dtype: np.dtype
+  hazard: hazards_lib.Hazard, capacity: int, dtype: np.dtype
 ) -> tuple[Scaled, Scaled]:
-  """S(n) and f(n + 1) for n = room, ..., 0, and zeros for as many n < 0."""
-  log_pmf, log_survival = hazard.log_probs(room + 1)
+  """S(n) and f(n + 1) for n = capacity, ..., 0, and zeros for as many n < 0."""
+  log_pmf, log_survival = hazard.log_probs(capacity + 1)
 
   def scaled(logs: np.ndarray) -> Scaled:
     logs = np.pad(logs[::-1], (0, len(logs)), constant_values=-np.inf)
@@ -443,13 +443,15 @@ def _up_to_time(posterior: jax.Array, time: jax.Array) -> jax.Array:
   return jax.device_put(np.asarray(posterior)[..., :end])
 
 
-def _with_room(state: RunLengthState, room: int, dtype: Any) -> RunLengthState:
-  """A state with room for so many symbols, to compute in a dtype."""
+def _with_capacity(
+  state: RunLengthState, capacity: int, dtype: Any
+) -> RunLengthState:
+  """A state of another capacity, to compute in a dtype."""
   return RunLengthState(
     jnp.asarray(state.time),
-    _resize(state.mantissas.astype(dtype), room + 1, 0),
-    _resize(state.exponents, room + 1, _ZERO_EXPONENT),
-    _resize(state.counts, room + 1, 0),
+    _resize(state.mantissas.astype(dtype), capacity + 1, 0),
+    _resize(state.exponents, capacity + 1, _ZERO_EXPONENT),
+    _resize(state.counts, capacity + 1, 0),
   )
 
 
@@ -535,7 +537,7 @@ def _unroll(
   state: RunLengthState,
   prior: jax.Array,
   tables: tuple[Scaled, Scaled],
-  parts: tuple[tuple[int, int, int], ...],
+  chunks: tuple[tuple[int, int, int], ...],
   with_weights: bool,
 ) -> tuple[jax.Array, RunLengthState, jax.Array | None]:
   """Takes in the symbols of a batch.
@@ -544,9 +546,8 @@ def _unroll(
     symbols: `[B, T, K]`, one-hot.
     state: State before them.
     prior: Dirichlet concentration `[K]`.
-    tables: S and f, for the room that the state has in the end.
-    parts: Begin and end of the parts in which they are read, and the room for
-      starts in each.
+    tables: S and f, for the capacity that the state has in the end.
+    chunks: Begin, end and capacity of the chunks in which they are read.
     with_weights: Whether to return w.
 
   Returns:
@@ -554,22 +555,22 @@ def _unroll(
     them, and w_t(s) before every symbol `[B, T, S]` or None.
   """
   probs, weights = [], []
-  for begin, end, room in parts:
-    state, part_probs, part_weights = _forward(
+  for begin, end, capacity in chunks:
+    state, chunk_probs, chunk_weights = _forward(
       symbols[:, begin:end],
-      _with_room(state, room, symbols.dtype),
+      _with_capacity(state, capacity, symbols.dtype),
       prior,
       tables,
       with_weights,
     )
-    probs.append(part_probs)
-    weights.append(part_weights)
-  room = tables[0].mantissa.shape[0] // 2 - 1
-  state = _with_room(state, room, symbols.dtype)
+    probs.append(chunk_probs)
+    weights.append(chunk_weights)
+  capacity = tables[0].mantissa.shape[0] // 2 - 1
+  state = _with_capacity(state, capacity, symbols.dtype)
   # probs[t] is about symbol t, given those before it.
   probs.append(_next_probs(state, prior, tables[0])[:, None])
   if with_weights:
-    weights = [_resize(part, room + 1, 0, axis=2) for part in weights]
+    weights = [_resize(chunk, capacity + 1, 0, axis=2) for chunk in weights]
   return (
     jnp.log(jnp.concatenate(probs, axis=1)[:, 1:]),
     state,
@@ -592,25 +593,29 @@ def _switch_posterior(
     prior: Dirichlet concentration `[K]`.
     tables: S and f.
   """
-  parts = _parts(symbols.shape[1])
+  chunks = _chunks(symbols.shape[1])
   probs = []
-  for begin, end, room in parts:
-    part = symbols[:, begin:end]
-    state, part_probs, _ = _forward(
-      part, _with_room(state, room, symbols.dtype), prior, tables, False
+  for begin, end, capacity in chunks:
+    chunk = symbols[:, begin:end]
+    state, chunk_probs, _ = _forward(
+      chunk,
+      _with_capacity(state, capacity, symbols.dtype),
+      prior,
+      tables,
+      False,
     )
-    probs.append((part * part_probs).sum(axis=-1))  # p(x_t)
+    probs.append((chunk * chunk_probs).sum(axis=-1))  # p(x_t)
   r = Scaled(state.mantissas, state.exponents)  # r_T
   weights = _start_weights(state, tables[0])  # u_T
   posteriors = []
-  for (_, end, room), part_probs in zip(
-    reversed(parts), reversed(probs), strict=True
+  for (_, end, capacity), chunk_probs in zip(
+    reversed(chunks), reversed(probs), strict=True
   ):
     r, weights, posterior = _backward(
       symbols[:, :end],
-      part_probs,
-      Scaled(*(array[:, : room + 1] for array in r)),
-      weights[:, : room + 1],
+      chunk_probs,
+      Scaled(*(array[:, : capacity + 1] for array in r)),
+      weights[:, : capacity + 1],
       prior,
       tables[1],
     )
@@ -666,11 +671,11 @@ def _forward(
   tables: tuple[Scaled, Scaled],
   with_weights: bool,
 ) -> tuple[RunLengthState, jax.Array, jax.Array | None]:
-  """Takes in the symbols of a batch, for which there is room.
+  """Takes in the symbols of a batch, for which the state has capacity.
 
   Args:
     symbols: `[B, T, K]`, one-hot.
-    state: Before them, with room for them.
+    state: State before them.
     prior: Dirichlet concentration `[K]`.
     tables: S and f.
     with_weights: Whether to return w.

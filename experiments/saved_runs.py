@@ -4,6 +4,7 @@ run = load_run('runs/lstm_ptw_seed0')
 logits, _ = run.predictor.unroll(run.member(0), None, batch)
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -44,13 +45,32 @@ def load_config(path: str | pathlib.Path) -> config_lib.ExperimentConfig:
   config = run_folder.config_from_file(path, config_lib.ExperimentConfig)
   with base_config.naming(str(path)):
     config.validate()
-    # Runs of before have their defaults written out.
-    evaluation = config_lib.EvalConfig(
-      batch_size=config.eval.batch_size, chunk_length=config.eval.chunk_length
+    return _without_defaults(config)
+
+
+def _without_defaults(
+  config: config_lib.ExperimentConfig,
+) -> config_lib.ExperimentConfig:
+  """An older config, which has defaults written out, as it would be today.
+
+  So that the evaluation follows from other fields where these are changed.
+  """
+  given = config.eval
+  default = config_lib.EvalConfig.optimal_predictors
+  for names in (default, given.optimal_predictors):
+    reduced = dataclasses.replace(
+      config,
+      eval=config_lib.EvalConfig(
+        batch_size=given.batch_size,
+        chunk_length=given.chunk_length,
+        optimal_predictors=names,
+      ),
     )
-    reduced = dataclasses.replace(config, eval=evaluation)
-    is_default = reduced.resolved() == config.resolved()
-  return reduced if is_default else config
+    # A name that is not registered here may not be needed.
+    with contextlib.suppress(ValueError):
+      if reduced.resolved() == config.resolved():
+        return reduced
+  return config
 
 
 def load_run(
@@ -73,7 +93,7 @@ def load_run(
   """
   folder = pathlib.Path(folder)
   config = run_folder.read_config(folder, config_lib.ExperimentConfig)
-  config = config.resolved()
+  config = _without_defaults(config)
   entries, torn = run_folder.read_metrics(folder / run_folder.METRICS)
   if torn:
     warnings.warn(
@@ -81,7 +101,10 @@ def load_run(
       stacklevel=2,
     )
   alphabet_size = constants.build_data_generator(config.data).alphabet_size
-  predictor = predictor_factories.build_predictor(config.model, alphabet_size)
+  predictor = predictor_factories.build_predictor(
+    predictor_factories.resolved(config.model, config.train.seq_length),
+    alphabet_size,
+  )
   form = train.abstract_state(config, predictor, alphabet_size)
   step, params = _load_params(
     folder, step, train.saved_form(config.train, form)
@@ -277,8 +300,8 @@ def evaluator_of(
 
   Args:
     run: Run from `load_run`.
-    source: Source to evaluate on, with its own Bayes predictor and the
-      references; None is the one of the run's evaluation.
+    source: Source to evaluate on, whose own Bayes predictor is 'exact'; None
+      is the one of the run's evaluation.
     seq_length: T; None is that of the run's evaluation.
     batch_size: Sequences at a time; None is that of the run's evaluation.
 
@@ -286,19 +309,15 @@ def evaluator_of(
     ValueError: If the network, the source or a predictor cannot be that long,
       or the source has another alphabet than the run's.
   """
-  given = run.config.eval
-  evaluation = copy.deepcopy(given)
-  if source is not None or seq_length not in (None, given.seq_length):
-    # The exact predictors of the run's evaluation are for another sequence.
-    evaluation = config_lib.EvalConfig(
-      batch_size=given.batch_size,
-      chunk_length=given.chunk_length,
-      seq_length=given.seq_length if seq_length is None else seq_length,
-      data=copy.deepcopy(given.data if source is None else source),
-    )
-  if batch_size is not None:
-    evaluation.batch_size = batch_size
-  return build_evaluator(run, dataclasses.replace(run.config, eval=evaluation))
+  config = copy.deepcopy(run.config)
+  for field, value in (
+    ('data', copy.deepcopy(source)),
+    ('seq_length', seq_length),
+    ('batch_size', batch_size),
+  ):
+    if value is not None:
+      setattr(config.eval, field, value)
+  return build_evaluator(run, config)
 
 
 def build_evaluator(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nonstationary_mbml.models import backend
 from nonstationary_mbml.models import positional_encodings as pos_encs_lib
 
 # Queries of a block, unless the sequence is so long that there would be more
@@ -83,8 +84,7 @@ def causal_attention(
     window: Each query sees this many most recent keys, its own included; None
       is all of them.
   """
-  on_cpu = jax.default_backend() == 'cpu'
-  attend = blocked_attention if on_cpu else fused_attention
+  attend = blocked_attention if backend.is_cpu() else fused_attention
   return attend(query, key, value, encoding, window)
 
 
@@ -104,7 +104,7 @@ def fused_attention(
   times = range(seq_length)
   bias = encoding.bias(by_head, times, times)
   has_cudnn = (
-    _is_ampere_or_newer()
+    backend.has_flash_attention()
     and query.dtype in (jnp.float16, jnp.bfloat16)
     and bias is None
     and size % 8 == 0
@@ -119,16 +119,6 @@ def fused_attention(
     local_window_size=None if window is None else (window - 1, 0),
     implementation='cudnn' if has_cudnn else 'xla',
   )
-
-
-def _is_ampere_or_newer() -> bool:
-  """Whether the device is a GPU of NVIDIA that cuDNN has attention for."""
-  if jax.default_backend() != 'gpu':
-    return False
-  try:
-    return float(jax.local_devices()[0].compute_capability) >= 8
-  except (AttributeError, ValueError):  # A GPU of another maker.
-    return False
 
 
 def blocked_attention(

@@ -6,12 +6,17 @@ since a bit that a disk has lost need not make a file unreadable. Of several
 processes (`multihost`) each writes and reads its part, so that all must call
 `save`, `restore` and `move`; the folder is one that they share. What was saved
 by some processes can be restored by others.
+
+Checkpoints and snapshots have a folder, and a manager of Orbax, each. One
+manager for both would have to keep whole states for good (with Adam, 2.5 times
+the bytes of the parameters): a preservation policy chooses among steps,
+whatever was saved at them, and snapshots would push out the checkpoints.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import pathlib
 import shutil
-import time
 from typing import Any
 
 import jax
@@ -58,16 +63,13 @@ class Checkpoints:
         lambda: self.folder.mkdir(parents=True, exist_ok=True)
       )
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=self._keep, cleanup_tmp_directories=True
+        create=False,
+        cleanup_tmp_directories=True,
+        preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+        multiprocessing_options=_processes(
+          range(jax.process_count()), self.folder.name
+        ),
       )
-      if multihost.is_multiprocess():
-        # Processes then wait for each other in the coordinator: collectives of
-        # a background thread could be mixed up with those of training.
-        options.multiprocessing_options = ocp.options.MultiprocessingOptions(
-          active_processes=set(range(jax.process_count())),
-          barrier_sync_key_prefix=self.folder.name,
-        )
-        options.create = False
       self._manager = ocp.CheckpointManager(self.folder, options=options)
     return self._manager
 
@@ -115,12 +117,12 @@ class Checkpoints:
       FormError: If it has other arrays, or arrays of other shapes or dtypes.
       DamagedError: If it cannot be read.
     """
-    everywhere = jax.tree.leaves(abstract)[0].sharding
-    if isinstance(everywhere, jax.sharding.NamedSharding):
-      everywhere = sharding.replicated(everywhere.mesh)
+    replicated = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(replicated, jax.sharding.NamedSharding):
+      replicated = sharding.replicated(replicated.mesh)
     wanted = {
       'tree': abstract,
-      'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
+      'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated),
     }
     # A step that one process cannot read is restored in none of them.
     saved = multihost.on_all(lambda: self._read(step, wanted, keep_dtypes))
@@ -137,22 +139,15 @@ class Checkpoints:
 
   def _read(self, step: int, wanted: Any, keep_dtypes: bool) -> Any:
     """Reads what this process has of a step; waits for no other process."""
-    deadline = time.monotonic() + multihost.SHARED_SECONDS
-    while step not in self.steps():
-      if not multihost.is_multiprocess() or time.monotonic() > deadline:
-        raise ValueError(
-          f'{self.folder} has no step {step}; it has '
-          f'{", ".join(map(str, self.steps())) or "none"}'
-        )
-      time.sleep(0.1)
+    if not multihost.becomes_true(lambda: step in self.steps()):
+      raise ValueError(
+        f'{self.folder} has no step {step}; it has '
+        f'{", ".join(map(str, self.steps())) or "none"}'
+      )
     path = self.folder / str(step)
     # Not by the manager, which takes all steps to be like the newest one, and
     # would wait for other processes, even for one that has failed.
-    alone = ocp.options.MultiprocessingOptions(
-      primary_host=jax.process_index(),
-      active_processes={jax.process_index()},
-      barrier_sync_key_prefix=f'process_{jax.process_index()}',
-    )
+    alone = _processes([jax.process_index()], f'process_{jax.process_index()}')
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     try:
       with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
@@ -186,9 +181,9 @@ class Checkpoints:
       target = free_path(folder / f'{self.folder.name}_{step}')
       folder.mkdir(parents=True, exist_ok=True)
       shutil.move(self.folder / str(step), target)
-      return target
+      return str(target)
 
-    target = multihost.on_primary(move)
+    target = pathlib.Path(multihost.on_primary(move))
     if self._manager is not None:
       self._manager.reload()
     return target
@@ -197,6 +192,22 @@ class Checkpoints:
     """Waits until all is on disk, and stops writing."""
     if self._manager is not None:
       self._manager.close()
+
+
+def _processes(
+  indices: Iterable[int], prefix: str
+) -> ocp.options.MultiprocessingOptions:
+  """Orbax's options for some processes, which wait for each other only.
+
+  They meet in the coordinator: collectives of a background thread could be
+  mixed up with those of training.
+  """
+  indices = set(indices)
+  return ocp.options.MultiprocessingOptions(
+    primary_host=min(indices),
+    active_processes=indices,
+    barrier_sync_key_prefix=prefix,
+  )
 
 
 def shown_problems(problems: Sequence[str]) -> str:
@@ -228,12 +239,11 @@ def snapshot_steps(config: base_config.ScheduleConfig) -> tuple[int, ...]:
   num = min(config.num_saves, last - first + 1)
   if num <= 1:
     return (last,) * max(num, 0)
-  spaced = (
-    np.linspace if config.saving_schedule_type == 'linear' else (np.geomspace)
-  )
+  is_linear = config.saving_schedule_type == 'linear'
+  spaced = np.linspace if is_linear else np.geomspace
   order = np.arange(num)
   steps = np.rint(spaced(first, last, num)).astype(int)
-  # Each later than the one before, and with room for those after it.
+  # Each later than the one before, and early enough for those after it.
   steps = np.maximum.accumulate(steps - order) + order
   steps = np.minimum(steps, last - order[::-1])
   return tuple(int(step) for step in steps)

@@ -65,7 +65,8 @@ def start(cpu_devices: int = 1, use_compilation_cache: bool = True) -> None:
     jax.config.update('jax_num_cpu_devices', cpu_devices)
   except RuntimeError as error:
     raise ValueError(
-      f'cpu_devices {cpu_devices} comes too late: JAX has started'
+      f'cpu_devices {cpu_devices} comes too late: JAX has started. Until it is '
+      'set up, a file, constructor or factory of your own may use NumPy only'
     ) from error
   folder = jax.config.jax_compilation_cache_dir or cache_folder()
   if folder is None:

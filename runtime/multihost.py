@@ -15,12 +15,13 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import json
 import os
-import pickle
 import re
 import socket
 import sys
 import threading
+import time
 from typing import Any
 from typing import TypeVar
 
@@ -160,12 +161,10 @@ def _check_port(coordinator: str) -> None:
   """Raises ValueError if the coordinator cannot listen: JAX would crash."""
   port = int(coordinator.rpartition(':')[2])
   try:
-    if socket.has_dualstack_ipv6():
-      family, host = socket.AF_INET6, '::'
-    else:
-      family, host = socket.AF_INET, ''
+    is_dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
     socket.create_server(
-      (host, port), family=family, dualstack_ipv6=bool(host)
+      ('', port), family=family, dualstack_ipv6=is_dual
     ).close()
   except OSError as error:
     raise ValueError(
@@ -187,18 +186,16 @@ def on_primary(function: Callable[[], _T]) -> _T:
   """Calls a function in the first process, and returns its result in all.
 
   Args:
-    function: Its result, or the exception that it raises, can be pickled.
+    function: Function of plain data. It travels as JSON: where there are
+      several processes, tuples are returned as lists.
 
   Raises:
-    Exception: Exception of the function, in all processes.
+    Exception: Exception of the function, in all processes; see `on_all`.
   """
   if not is_multiprocess():
     return function()
-  outcome = _try(function) if is_primary() else None
-  value, error = _broadcast(outcome, source=0)
-  if error is not None:
-    raise error
-  return value
+  text = on_all(lambda: json.dumps(function()) if is_primary() else '')
+  return json.loads(_broadcast(text, source=0))
 
 
 def on_all(function: Callable[[], _T]) -> _T:
@@ -211,15 +208,22 @@ def on_all(function: Callable[[], _T]) -> _T:
     Result of the function in this process.
 
   Raises:
-    Exception: Exception of the first process in which the function failed.
+    Exception: Exception of the first process in which the function failed; in
+      the others, of its nearest base class that takes plain data.
   """
   if not is_multiprocess():
     return function()
-  value, error = _try(function)
+  value = error = None
+  try:
+    value = function()
+  except Exception as raised:
+    error = raised
   failed = multihost_utils.process_allgather(np.array([error is not None]))
   if failed.any():
-    _, error = _broadcast((None, error), source=int(failed.ravel().argmax()))
-    raise error
+    source = int(failed.ravel().argmax())
+    described = [[*map(repr, type(error).__mro__)], getattr(error, 'args', ())]
+    text = _broadcast(json.dumps(described, default=str), source)
+    raise error if jax.process_index() == source else _error_from_text(text)
   return value
 
 
@@ -235,16 +239,31 @@ def max_over_processes(values: Sequence[int]) -> list[int]:
   return of_all.max(axis=0).tolist()
 
 
+def becomes_true(is_seen: Callable[[], bool]) -> bool:
+  """Whether a process sees a change of a shared folder, now or soon.
+
+  Args:
+    is_seen: Whether it sees the change now.
+  """
+  deadline = time.monotonic() + SHARED_SECONDS
+  while not is_seen():
+    if not is_multiprocess() or time.monotonic() > deadline:
+      return False
+    time.sleep(0.1)
+  return True
+
+
 def check_same(what: str, values: Mapping[str, Any]) -> None:
   """Raises ValueError, in all processes, unless they have the same values.
 
   Args:
-    what: They are, for the message.
+    what: Name of the values, for the message.
     values: Plain data.
   """
   if not is_multiprocess():
     return
   of_first = on_primary(lambda: values)
+  values = json.loads(json.dumps(values))  # With lists for tuples, as those.
 
   def check() -> None:
     differences = base_config.differences(of_first, values)
@@ -272,34 +291,33 @@ def exit_now(code: int) -> None:
   """
   if is_multiprocess():
     for stream in (sys.stdout, sys.stderr):
-      with contextlib.suppress(
-        OSError, ValueError
-      ):  # A full disk, a closed pipe.
+      # The disk may be full, or the pipe closed.
+      with contextlib.suppress(OSError, ValueError):
         stream.flush()
     os._exit(code)
 
 
-def _try(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-  try:
-    return function(), None
-  except Exception as error:
-    return None, error
+def _error_from_text(text: str) -> Exception:
+  """The error of another process, from its classes and arguments."""
+  names, args = json.loads(text)
+  kinds = [Exception]
+  for kind in kinds:  # Grows on the way.
+    kinds += kind.__subclasses__()
+  known = {repr(kind): kind for kind in kinds}
+  for name in names:
+    # It may take other arguments than it has, or be unknown here.
+    with contextlib.suppress(Exception):
+      return known[name](*args)
+  return RuntimeError(text)
 
 
-def _broadcast(content: Any, source: int) -> Any:
-  """Returns the content of the source process, in all processes."""
+def _broadcast(text: str, source: int) -> str:
+  """Returns the text of the source process, in all processes."""
   is_source = jax.process_index() == source
-  message = b''
-  if is_source:
-    try:
-      message = pickle.dumps(content)
-      pickle.loads(message)
-    except Exception:  # Some exceptions cannot be pickled.
-      _, error = content
-      message = pickle.dumps((None, RuntimeError(repr(error or content))))
+  message = text.encode() if is_source else b''
   (size,) = max_over_processes([len(message)])
   # The size is a power of two, so that few programs are compiled.
   buffer = np.zeros(max(_MIN_MESSAGE_BYTES, 1 << size.bit_length()), np.uint8)
   buffer[: len(message)] = np.frombuffer(message, np.uint8)
   buffer = multihost_utils.broadcast_one_to_all(buffer, is_source)
-  return pickle.loads(np.asarray(buffer)[:size].tobytes())
+  return np.asarray(buffer)[:size].tobytes().decode()

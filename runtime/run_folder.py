@@ -29,7 +29,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from typing import Any
 
 import jax
@@ -178,6 +177,10 @@ class RunFolder:
     self.path = pathlib.Path(path)
     self._entries = []
     self._metrics = None
+    self._checkpoints = checkpointing.Checkpoints(
+      self.path / CHECKPOINTS, _KEPT_CHECKPOINTS
+    )
+    self._snapshots = checkpointing.Checkpoints(self.path / SNAPSHOTS)
 
   def check(self, config: base_config.Config) -> None:
     """Raises ValueError if the folder holds a run with another config.
@@ -188,14 +191,12 @@ class RunFolder:
     multihost.on_primary(lambda: self._check(config))
 
   def _check(self, config: base_config.Config) -> None:
-    try:
+    with self._saving():
       holds_run = (self.path / METRICS).exists() or any(
         (self.path / name).is_dir() for name in (CHECKPOINTS, SNAPSHOTS)
       )
-      if not holds_run:
-        return
-    except OSError as error:
-      raise save_error(self.path, error) from error
+    if not holds_run:
+      return
     present = read_config(self.path, type(config))
     # As they resolve: a default may be written out in one of them.
     with base_config.naming(str(self.path / CONFIG)):
@@ -222,15 +223,25 @@ class RunFolder:
   def _clear(self) -> None:
     if not self.path.is_dir():
       return
+    with self._saving(), self._locked():
+      for name in (CHECKPOINTS, SNAPSHOTS, SET_ASIDE):
+        if (self.path / name).is_dir():
+          shutil.rmtree(self.path / name)
+      for name in (METRICS, ENVIRONMENT, CONFIG):
+        (self.path / name).unlink(missing_ok=True)
+
+  @contextlib.contextmanager
+  def _saving(self, kind: type[Exception] = OSError) -> Iterator[None]:
+    """Raises errors of a kind, inside a `with`, as SaveError."""
     try:
-      with self._locked():
-        for name in (CHECKPOINTS, SNAPSHOTS, SET_ASIDE):
-          if (self.path / name).is_dir():
-            shutil.rmtree(self.path / name)
-        for name in (METRICS, ENVIRONMENT, CONFIG):
-          (self.path / name).unlink(missing_ok=True)
-    except OSError as error:
-      raise save_error(self.path, error) from error
+      yield
+    except kind as error:
+      if multihost.is_peer_failure(error):
+        raise
+      last = None
+      with contextlib.suppress(OSError):  # Perhaps nothing can be read, either.
+        last = self.last_checkpoint
+      raise save_error(self.path, error, last) from error
 
   @contextlib.contextmanager
   def open(self, config: base_config.Config) -> Iterator['RunFolder']:
@@ -248,35 +259,39 @@ class RunFolder:
     with contextlib.ExitStack() as stack:
 
       def hold() -> None:
-        try:
+        with self._saving():
           self.path.mkdir(parents=True, exist_ok=True)
           stack.enter_context(self._locked())
           atomic_files.write_json(
             self.path / CONFIG, base_config.to_dict(config)
           )
-        except OSError as error:
-          raise save_error(self.path, error) from error
 
       multihost.on_primary(hold)
       multihost.on_all(lambda: self._check_shared(config))
-      self._checkpoints = checkpointing.Checkpoints(
-        self.path / CHECKPOINTS, _KEPT_CHECKPOINTS
-      )
-      self._snapshots = checkpointing.Checkpoints(self.path / SNAPSHOTS)
-      stack.push(self._close)
-      yield self
+      try:
+        yield self
+      except BaseException:
+        # With several processes, closing would wait for one that has died.
+        if not multihost.is_multiprocess():
+          self._close()
+        raise
+      self._close()
+
+  def _close(self) -> None:
+    # Any error here was reported before: by `finish`, or by the error that ends
+    # the run.
+    for opened in (self._metrics, self._checkpoints, self._snapshots):
+      with contextlib.suppress(Exception):
+        opened.close()
 
   def _check_shared(self, config: base_config.Config) -> None:
     """Raises ValueError if this process does not see what the first wrote."""
-    deadline = time.monotonic() + multihost.SHARED_SECONDS
-    while not self._holds(config):
-      if time.monotonic() > deadline:
-        raise ValueError(
-          f'process {jax.process_index()} on {socket.gethostname()} does not '
-          f'see the {self.path} of process 0: all processes must share the '
-          'folder (--output_dir)'
-        )
-      time.sleep(0.1)
+    if not multihost.becomes_true(lambda: self._holds(config)):
+      raise ValueError(
+        f'process {jax.process_index()} on {socket.gethostname()} does not '
+        f'see the {self.path} of process 0: all processes must share the '
+        'folder (--output_dir)'
+      )
 
   def _holds(self, config: base_config.Config) -> bool:
     try:
@@ -291,32 +306,15 @@ class RunFolder:
     Waits a little: another process may just be checking whether it is held.
     """
     with contextlib.ExitStack() as stack:
-      lock = atomic_files.locked(self.path / '.lock', wait_seconds)
       try:
-        stack.enter_context(lock)
+        stack.enter_context(
+          atomic_files.locked(self.path / '.lock', wait_seconds)
+        )
       except BlockingIOError as error:
         raise ValueError(
           f'{self.path} is being trained by another process'
         ) from error
       yield
-
-  def _close(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: types.TracebackType | None,
-  ) -> None:
-    # With several processes, closing would wait for one that has died.
-    if error is not None and multihost.is_multiprocess():
-      return
-    # Any error here was reported before: by `finish`, or by the error that ends
-    # the run.
-    with contextlib.suppress(Exception):
-      if self._metrics is not None:
-        self._metrics.close()
-    for checkpoints in (self._checkpoints, self._snapshots):
-      with contextlib.suppress(Exception):
-        checkpoints.close()
 
   def restore(
     self,
@@ -345,31 +343,17 @@ class RunFolder:
       ValueError: If there is nothing to go on from; nothing was changed.
       SaveError: If the folder cannot be written to.
     """
-    entries, torn, candidates, snapshots = multihost.on_primary(
+    entries, torn, checkpoints, snapshots = multihost.on_primary(
       lambda: (
         *read_metrics(self.path / METRICS),
-        tuple(reversed(self._checkpoints.steps())),
+        self._checkpoints.steps(),
         self._snapshots.steps(),
       )
     )
     logged = {entry['step'] for entry in entries}
-    passed_over, unreadable = {}, {}
-    step, tree = 0, None
-    for candidate in candidates:
-      missing = [n for n in log_steps if n <= candidate and n not in logged]
-      try:
-        if missing:
-          raise ValueError(
-            f'{self.path / METRICS} has no entry of step {missing[0]}, which '
-            f'comes before the checkpoint of step {candidate}'
-          )
-        tree = self._checkpoints.restore(candidate, abstract)
-        step = candidate
-        break
-      except ValueError as error:
-        if multihost.is_peer_failure(error):
-          raise
-        passed_over[candidate] = str(error)
+    step, tree, passed_over = self._newest(
+      checkpoints, abstract, sorted({*log_steps} - logged)
+    )
     if tree is None and (passed_over or max(logged, default=0) > max_lost):
       problems = checkpointing.shown_problems(
         list(passed_over.values())
@@ -380,35 +364,59 @@ class RunFolder:
         'was changed: mend it, choose another name or folder '
         '(--name, --output_dir), or begin anew (--overwrite)'
       )
+    unreadable = {}
     if abstract_params is not None:
-      for candidate in (n for n in snapshots if n > step):
-        try:
-          self._snapshots.restore(candidate, abstract_params)
-        except ValueError as error:
-          if multihost.is_peer_failure(error):
-            raise
-          unreadable[candidate] = str(error)
+      for newer in (n for n in snapshots if n > step):
+        _, problem = _try_restore(self._snapshots, newer, abstract_params)
+        if problem is not None:
+          unreadable[newer] = problem
     messages = []
     if torn:
       messages.append(
         f'{self.path / METRICS}: the last line is torn, and left out: '
         f'{torn[:60]!r}'
       )
-    try:
+    with self._saving():
       for states, problems in (
         (self._checkpoints, passed_over),
         (self._snapshots, unreadable),
       ):
-        for candidate, problem in problems.items():
-          target = states.move(candidate, self.path / SET_ASIDE)
+        for damaged, problem in problems.items():
+          target = states.move(damaged, self.path / SET_ASIDE)
           messages.append(f'{problem}; moved it to {target}')
-    except OSError as error:
-      raise save_error(self.path, error) from error
     kept = [entry for entry in entries if entry['step'] <= step]
     is_cut = bool(torn or (passed_over and len(kept) < len(entries)))
     messages += multihost.on_primary(lambda: self._begin(step, kept, is_cut))
     self._entries = kept
     return step, tree, messages
+
+  def _newest(
+    self, steps: Sequence[int], abstract: Any, not_logged: Sequence[int]
+  ) -> tuple[int, Any, dict[int, str]]:
+    """The newest checkpoint to go on from, and why later ones are none.
+
+    Args:
+      steps: Steps of the checkpoints, in order.
+      abstract: Form of the state.
+      not_logged: Steps whose entry the log lacks, in order.
+
+    Returns:
+      The step, what was saved then (0 and None if there is none), and the
+      problem of every later step.
+    """
+    problems = {}
+    for step in reversed(steps):
+      if not_logged and not_logged[0] <= step:
+        problems[step] = (
+          f'{self.path / METRICS} has no entry of step {not_logged[0]}, which '
+          f'comes before the checkpoint of step {step}'
+        )
+        continue
+      tree, problem = _try_restore(self._checkpoints, step, abstract)
+      if problem is None:
+        return step, tree, problems
+      problems[step] = problem
+    return 0, None, problems
 
   def _begin(
     self, step: int, kept: Sequence[Mapping[str, Any]], is_cut: bool
@@ -425,7 +433,7 @@ class RunFolder:
     """
     path = self.path / METRICS
     messages = []
-    try:
+    with self._saving():
       if is_cut:
         (self.path / SET_ASIDE).mkdir(exist_ok=True)
         target = checkpointing.free_path(self.path / SET_ASIDE / METRICS)
@@ -434,8 +442,6 @@ class RunFolder:
       if kept or path.exists():
         atomic_files.write_whole(path, _format_entries(kept))
       self._metrics = path.open('ab')
-    except OSError as error:
-      raise save_error(self.path, error) from error
     if step:
       messages.append(f'{self.path}: going on from step {step}')
     try:
@@ -469,12 +475,10 @@ class RunFolder:
       line[_MEMBERS] = list(members)
     self._check_there()
     if multihost.is_primary():
-      try:
+      with self._saving():
         self._metrics.write(_format_entries([line]))
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-      except OSError as error:
-        raise save_error(self.path, error, self.last_checkpoint) from error
     self._entries.append(line)
 
   def _check_there(self) -> None:
@@ -515,42 +519,36 @@ class RunFolder:
     Raises:
       SaveError: If they, or those before, cannot be written.
     """
-    self._save(self._snapshots, step, params, wait=False)
+    self._save(self._snapshots, step, params)
 
   def _save(
     self,
-    checkpoints: checkpointing.Checkpoints,
+    states: checkpointing.Checkpoints,
     step: int,
     tree: Any,
-    wait: bool,
+    wait: bool = False,
   ) -> None:
     self._check_there()
-    try:
-      checkpoints.save(step, tree)
+    with self._saving(Exception):  # Orbax raises several for a full disk.
+      states.save(step, tree)
       if wait:
-        self._checkpoints.wait()
-        self._snapshots.wait()
-    except Exception as error:  # Whatever Orbax makes of a full disk.
-      if multihost.is_peer_failure(error):
-        raise
-      raise save_error(self.path, error, self.last_checkpoint) from error
+        self._wait()
 
-  def finish(self, step: int, how: str) -> None:
+  def _wait(self) -> None:
+    self._checkpoints.wait()
+    self._snapshots.wait()
+
+  def finish(self, step: int, status: str) -> None:
     """Notes how training ended, once all is on disk.
 
     Raises:
       SaveError: If something cannot be written.
     """
-    try:
-      self._checkpoints.wait()
-      self._snapshots.wait()
-    except Exception as error:  # As above.
-      if multihost.is_peer_failure(error):
-        raise
-      raise save_error(self.path, error, self.last_checkpoint) from error
-    self._note(step, how)
+    with self._saving(Exception):  # As above.
+      self._wait()
+    self._note(step, status)
 
-  def _note(self, step: int, how: str = 'running, or killed') -> None:
+  def _note(self, step: int, status: str = 'running, or killed') -> None:
     """Notes how far a start has come."""
     self._check_there()
     if not multihost.is_primary():
@@ -558,12 +556,22 @@ class RunFolder:
     self._starts[-1] |= {
       'last_step': step,
       'seconds': round(time.monotonic() - self._clock, 3),
-      'end': how,
+      'end': status,
     }
-    try:
+    with self._saving():
       atomic_files.write_json(self.path / ENVIRONMENT, {'starts': self._starts})
-    except OSError as error:
-      raise save_error(self.path, error, self.last_checkpoint) from error
+
+
+def _try_restore(
+  states: checkpointing.Checkpoints, step: int, abstract: Any
+) -> tuple[Any, str | None]:
+  """What was saved at a step; or None, and why it cannot be restored."""
+  try:
+    return states.restore(step, abstract), None
+  except ValueError as error:
+    if multihost.is_peer_failure(error):
+      raise
+    return None, str(error)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -19,6 +19,7 @@ PACKAGE = 'nonstationary_mbml'
 ORDER = (
   ('base_config',),
   (
+    'models.backend',
     'models.recurrent',
     'models.basic',
     'models.stack_rnn',

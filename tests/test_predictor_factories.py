@@ -1,8 +1,8 @@
 import copy
+import functools
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -69,7 +69,7 @@ def _build(name):
 
 def _batch(batch_size=3, seq_length=11):
   symbols = np.random.default_rng(0).integers(2, size=(batch_size, seq_length))
-  return jnp.eye(2)[symbols]
+  return np.eye(2, dtype=np.float32)[symbols]
 
 
 def _init(predictor, batch):
@@ -86,34 +86,40 @@ def _unroll(predictor):
   )
 
 
+@functools.cache
+def _network(name):
+  """A batch, parameters and the compiled `unroll`, once for all tests."""
+  predictor, batch = _build(name), _batch()
+  return batch, _init(predictor, batch), _unroll(predictor)
+
+
 @pytest.mark.parametrize('name', ALL)
 def test_predictions_of_a_prefix_are_those_of_the_whole(name):
-  predictor, batch = _build(name), _batch()
-  params = _init(predictor, batch)
-  whole, _ = _unroll(predictor)(params, batch)
+  batch, params, unroll = _network(name)
+  whole = np.asarray(unroll(params, batch)[0])
   assert whole.shape == batch.shape
   for length in (1, 6):
-    prefix, _ = _unroll(predictor)(params, batch[:, :length])
+    prefix, _ = unroll(params, batch[:, :length])
     np.testing.assert_allclose(prefix, whole[:, :length], atol=2e-5)
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_predictions_do_not_depend_on_the_rest_of_the_batch(name):
-  predictor, batch = _build(name), _batch()
-  params = _init(predictor, batch)
-  whole, _ = _unroll(predictor)(params, batch)
-  changed, _ = _unroll(predictor)(params, batch.at[0].set(1 - batch[0]))
+  batch, params, unroll = _network(name)
+  whole = np.asarray(unroll(params, batch)[0])
+  changed, _ = unroll(params, np.concatenate([1 - batch[:1], batch[1:]]))
+  changed = np.asarray(changed)
   np.testing.assert_allclose(changed[1:], whole[1:], atol=2e-5)
   assert np.max(np.abs(changed[0] - whole[0])) > 1e-3
 
 
 @pytest.mark.parametrize('name', STATEFUL)
 def test_chunks_with_the_state_carried_equal_the_whole(name):
-  predictor, batch = _build(name), _batch()
-  params = _init(predictor, batch)
-  whole, final_state = _unroll(predictor)(params, batch)
-  first, state = _unroll(predictor)(params, batch[:, :4])
-  second, state = _unroll(predictor)(params, batch[:, 4:], state)
+  batch, params, unroll = _network(name)
+  whole, final_state = unroll(params, batch)
+  # The first prefix that is tried above, and the rest.
+  first, state = unroll(params, batch[:, :6])
+  second, state = unroll(params, batch[:, 6:], state)
   np.testing.assert_allclose(
     np.concatenate([first, second], axis=1), whole, atol=2e-5
   )
@@ -170,13 +176,15 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
   batch = _batch()
   params = _init(predictor, batch)
 
+  unroll = jax.jit(predictor.unroll)
+
   def predict(rng):
-    return np.asarray(predictor.unroll(params, rng, batch)[0])
+    return np.asarray(unroll(params, rng, batch)[0])
 
   without = predictor_factories.PREDICTOR_FACTORIES['transformer'](
     2, {**kwargs, 'dropout_prob': 0.0}
   )
-  expected = np.asarray(without.unroll(params, None, batch)[0])
+  expected = np.asarray(jax.jit(without.unroll)(params, None, batch)[0])
   np.testing.assert_array_equal(predict(None), expected)
   first, second = jax.random.split(jax.random.key(1))
   assert np.any(predict(first) != expected)
@@ -185,11 +193,10 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
 
 
 def test_sliding_window_predicts_each_window_from_its_own_symbols():
-  predictor, batch = _build('sliding_window'), _batch(3, 11)
-  params = _init(predictor, batch)
-  whole, _ = _unroll(predictor)(params, batch)
+  batch, params, unroll = _network('sliding_window')
+  whole = np.asarray(unroll(params, batch)[0])
   for begin in (0, 4, 8):
-    alone, _ = _unroll(predictor)(params, batch[:, begin : begin + 4])
+    alone, _ = unroll(params, batch[:, begin : begin + 4])
     np.testing.assert_allclose(whole[:, begin : begin + 4], alone, atol=2e-5)
 
 
@@ -198,9 +205,11 @@ def test_attention_window_forgets_what_lies_before_it():
   predictor = predictor_factories.PREDICTOR_FACTORIES['transformer'](2, kwargs)
   batch = _batch(1, 8)
   params = _init(predictor, batch)
-  before, _ = predictor.unroll(params, None, batch)
-  changed, _ = predictor.unroll(
-    params, None, batch.at[:, 2].set(1 - batch[:, 2])
+  other = batch.copy()
+  other[:, 2] = 1 - batch[:, 2]
+  before, changed = (
+    np.asarray(_unroll(predictor)(params, symbols)[0])
+    for symbols in (batch, other)
   )
   differs = np.any(np.abs(changed - before) > 1e-6, axis=(0, 2))
   assert differs.tolist() == [False, False, True, True, True] + 3 * [False]
@@ -279,7 +288,7 @@ def test_wrong_architectures_are_named(model_type, kwargs, message):
 
 def test_wrong_arguments_of_a_haiku_class_are_named():
   make = predictor_factories.PREDICTOR_FACTORIES['rnn']
-  with pytest.raises(ValueError, match="architecture_kwargs has no 'size'"):
+  with pytest.raises(ValueError, match="ResetCore has no 'size'"):
     make(2, {'core': hk.ResetCore, 'size': 3})
 
 
@@ -303,6 +312,18 @@ def test_core_of_ones_own_may_call_its_arguments_as_it_likes():
     2, {'core': _OwnCore, 'output_size': 5}
   )
   assert predictor.initial_state({}, None, 3).shape == (3, 5)
+
+
+def test_registered_core_takes_its_own_arguments(monkeypatch):
+  monkeypatch.setitem(predictor_factories.CORES, 'own', _OwnCore)
+  config = base_config.ModelConfig(
+    model_type='rnn', architecture_kwargs={'core': 'own', 'output_size': 5}
+  )
+  predictor = predictor_factories.build_predictor(config, 2)
+  assert predictor.initial_state({}, None, 3).shape == (3, 5)
+  config.architecture_kwargs = {'core': 'own', 'output_sise': 5}
+  with pytest.raises(ValueError, match="_OwnCore has no 'output_sise'"):
+    predictor_factories.build_predictor(config, 2)
 
 
 def _with_a_size(output_size, size=8):

@@ -31,7 +31,8 @@ BAYES = {
 def _random_batch(batch_size, seq_length, alphabet_size=2, seed=0):
   rng = np.random.default_rng(seed)
   symbols = rng.integers(alphabet_size, size=(batch_size, seq_length))
-  return jnp.asarray(oracles.one_hot(symbols, alphabet_size))
+  # In NumPy, so that a slice of it compiles nothing.
+  return oracles.one_hot(symbols, alphabet_size, jnp.result_type(float))
 
 
 @pytest.mark.parametrize('prior', [(0.5, 0.5), (3.0, 0.2), (0.5, 0.5, 2.0)])
@@ -60,8 +61,8 @@ def test_kt_refuses_more_symbols_than_it_can_count():
 
 @pytest.mark.parametrize('name', BAYES)
 def test_bayes_computes_narrow_floats_in_float32(name):
-  batch = jnp.concatenate(
-    [_random_batch(2, 20), jnp.tile(jnp.eye(2)[:1], (2, 44, 1))], axis=1
+  batch = np.concatenate(
+    [_random_batch(2, 20), np.tile(np.eye(2)[:1], (2, 44, 1))], axis=1
   )
   predictor = BAYES[name]
   narrow, _ = predictor.unroll({}, None, batch.astype(jnp.float16))
@@ -75,12 +76,13 @@ def test_bayes_computes_narrow_floats_in_float32(name):
 
 
 @pytest.mark.parametrize(
-  'predictor',
-  [BAYES['kt'], ptw_predictors.PTWPredictor(17)],
+  ('predictor', 'seq_length'),
+  # The largest float16 is 65,504; whole numbers end at 2,048.
+  [(BAYES['kt'], 66_000), (ptw_predictors.PTWPredictor(12), 4096)],
   ids=['kt', 'ptw'],
 )
-def test_narrow_floats_count_beyond_their_largest_number(predictor):
-  batch = np.tile(np.eye(2, dtype=np.float16)[:1], (1, 66_000, 1))
+def test_narrow_floats_count_beyond_their_largest_number(predictor, seq_length):
+  batch = np.tile(np.eye(2, dtype=np.float16)[:1], (1, seq_length, 1))
   narrow, _ = predictor.unroll({}, None, batch)
   wide, _ = predictor.unroll({}, None, batch.astype(np.float32))
   assert np.all(np.isfinite(narrow))
@@ -104,7 +106,7 @@ def test_float64_arrays_of_numpy_are_read_without_warnings(name):
 
 def test_kt_counts_do_not_overflow():
   predictions, _ = BAYES['kt'].unroll(
-    {}, None, jnp.tile(jnp.eye(2)[0], (1, 70_000, 1))
+    {}, None, np.tile(np.float32([1, 0]), (1, 70_000, 1))
   )
   np.testing.assert_allclose(
     np.exp(predictions[0, -1, 1]), 0.5 / 70_001, rtol=1e-5
@@ -113,7 +115,7 @@ def test_kt_counts_do_not_overflow():
 
 @pytest.mark.parametrize('name', BAYES)
 def test_bayes_predictions_are_normalised(x64, name):
-  predictions, _ = BAYES[name].unroll({}, None, _random_batch(3, 50))
+  predictions, _ = BAYES[name].unroll({}, None, _random_batch(3, 20))
   np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), 1, rtol=1e-12)
 
 
@@ -141,34 +143,31 @@ def test_float32_holds_with_the_smallest_concentration():
   batch = jnp.asarray(symbols, jnp.float32)
   predictor = ptw_predictors.PTWPredictor(6, 1.4e-20)
   predictions, _ = predictor.unroll({}, None, batch)
-  np.testing.assert_allclose(jnp.exp(predictions).sum(axis=-1), 1, rtol=1e-6)
-  assert jnp.all(jnp.isfinite(predictions))
+  np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), 1, rtol=1e-6)
+  assert np.all(np.isfinite(predictions))
 
 
 @pytest.mark.parametrize('name', BAYES)
-@pytest.mark.parametrize('alphabet_size', [2, 3])
-def test_bayes_predictions_of_a_prefix_are_those_of_the_whole(
-  x64, name, alphabet_size
-):
-  batch = _random_batch(3, 50, alphabet_size)
-  whole, _ = BAYES[name].unroll({}, None, batch)
-  for length in (1, 33):
+def test_bayes_predictions_of_a_prefix_are_those_of_the_whole(x64, name):
+  batch = _random_batch(3, 20, 3)
+  whole = np.asarray(BAYES[name].unroll({}, None, batch)[0])
+  for length in (1, 13):
     prefix, _ = BAYES[name].unroll({}, None, batch[:, :length])
     np.testing.assert_allclose(prefix, whole[:, :length], atol=1e-12)
 
 
 @pytest.mark.parametrize('name', BAYES)
 def test_bayes_predictions_do_not_depend_on_the_rest_of_the_batch(x64, name):
-  batch = _random_batch(5, 20)
-  whole, _ = BAYES[name].unroll({}, None, batch)
-  alone, _ = BAYES[name].unroll({}, None, batch[3:4])
-  np.testing.assert_allclose(alone, whole[3:4], atol=1e-12)
+  batch = _random_batch(3, 20)
+  whole = np.asarray(BAYES[name].unroll({}, None, batch)[0])
+  alone, _ = BAYES[name].unroll({}, None, batch[2:])
+  np.testing.assert_allclose(alone, whole[2:], atol=1e-12)
 
 
 @pytest.mark.parametrize('name', BAYES)
-@pytest.mark.parametrize('chunk_length', [1, 16, 21])
+@pytest.mark.parametrize('chunk_length', [1, 7, 8])
 def test_bayes_chunks_equal_the_whole(x64, name, chunk_length):
-  batch = _random_batch(3, 50)
+  batch = _random_batch(3, 20)
   state = BAYES[name].initial_state({}, None, 3)
   whole, _ = BAYES[name].unroll({}, None, batch, state)
   chunks, _ = predictors.unroll_in_chunks(
@@ -197,6 +196,7 @@ def test_bayes_computes_in_the_dtype_of_the_batch(x64, name):
 @pytest.mark.parametrize('name', BAYES)
 def test_bayes_state_can_be_jitted_and_scanned(x64, name):
   predictor, batch = BAYES[name], _random_batch(2, 12)
+  batch = jnp.asarray(batch)
   whole, _ = predictor.unroll({}, None, batch)
 
   @jax.jit
@@ -271,24 +271,27 @@ def test_rnn_initialises_with_any_batch_size():
   for batch_size in (1, 7):
     batch = _random_batch(batch_size, 4).astype(jnp.float32)
     state = _lstm().initial_state({}, None, batch_size)
-    params = _lstm().init_params(jax.random.key(0), batch, state)
-    predictions, _ = _lstm().unroll(params, None, batch, state)
+    params = jax.jit(_lstm().init_params)(jax.random.key(0), batch, state)
+    predictions, _ = jax.jit(_lstm().unroll)(params, None, batch, state)
     assert predictions.shape == (batch_size, 4, 2)
 
 
 def test_rnn_unroll_states_are_the_states_of_prefixes():
-  batch = _random_batch(3, 6).astype(jnp.float32)
-  params = _lstm().init_params(jax.random.key(0), batch, None)
-  states = _lstm().unroll_states(params, None, batch)
-  for time in range(6):
-    _, state = _lstm().unroll(params, None, batch[:, : time + 1])
-    np.testing.assert_allclose(states.hidden[:, time], state.hidden, atol=1e-6)
-    np.testing.assert_allclose(states.cell[:, time], state.cell, atol=1e-6)
+  batch = _random_batch(3, 4).astype(jnp.float32)
+  params = _parameters(_lstm(), batch)
+  hidden, cell = map(
+    np.asarray, jax.jit(_lstm().unroll_states)(params, None, batch)
+  )
+  unroll = jax.jit(_lstm().unroll)
+  for time in range(4):
+    _, state = unroll(params, None, batch[:, : time + 1])
+    np.testing.assert_allclose(hidden[:, time], state.hidden, atol=1e-6)
+    np.testing.assert_allclose(cell[:, time], state.cell, atol=1e-6)
 
 
 def test_state_of_another_batch_size_is_refused():
   batch = _random_batch(3, 6).astype(jnp.float32)
-  params = _lstm().init_params(jax.random.key(0), batch, None)
+  params = _parameters(_lstm(), batch)
   with pytest.raises(ValueError, match='for 2 sequences, the batch has 3'):
     _lstm().unroll(params, None, batch, _lstm().initial_state({}, None, 2))
 
@@ -296,7 +299,7 @@ def test_state_of_another_batch_size_is_refused():
 def test_predictor_without_state_refuses_one():
   predictor = predictors.InContextPredictor(basic.make_cnn(2))
   batch = _random_batch(3, 6).astype(jnp.float32)
-  params = predictor.init_params(jax.random.key(0), batch, None)
+  params = _parameters(predictor, batch)
   assert predictor.initial_state(params, None, 3) is None
   with pytest.raises(ValueError, match='init_state must be None'):
     predictor.unroll(params, None, batch, jnp.zeros(3))
@@ -305,10 +308,11 @@ def test_predictor_without_state_refuses_one():
 def test_chunks_of_a_predictor_without_state_are_contexts_of_their_own():
   predictor = predictors.InContextPredictor(basic.make_cnn(2))
   batch = _random_batch(3, 7).astype(jnp.float32)
-  params = predictor.init_params(jax.random.key(0), batch, None)
+  params = _parameters(predictor, batch)
   chunks, _ = predictors.unroll_in_chunks(
     predictor, params, None, batch, None, 3
   )
+  chunks = np.asarray(chunks)
   for begin in (0, 3, 6):
     alone, _ = predictor.unroll(params, None, batch[:, begin : begin + 3])
     np.testing.assert_allclose(chunks[:, begin : begin + 3], alone, atol=1e-6)
@@ -317,12 +321,12 @@ def test_chunks_of_a_predictor_without_state_are_contexts_of_their_own():
 def test_features_are_what_the_last_linear_layer_reads():
   predictor = predictors.InContextPredictor(basic.make_cnn(3, (4, 5)))
   batch = _random_batch(2, 6)
-  params = predictor.init_params(jax.random.key(0), batch, None)
+  params = _parameters(predictor, batch)
   features = predictor.unroll_features(params, None, batch)
   assert features.shape == (2, 6, 5)
   logits, _ = predictor.unroll(params, None, batch)
-  head = params['linear']
-  np.testing.assert_allclose(features @ head['w'] + head['b'], logits, 1e-5)
+  w, b = (np.asarray(params['linear'][name]) for name in 'wb')
+  np.testing.assert_allclose(np.asarray(features) @ w + b, logits, 1e-5)
 
 
 def test_features_of_a_model_without_a_linear_layer_are_an_error():
@@ -442,14 +446,14 @@ def test_network_computes_in_16_bits_if_its_batch_has_them(name, dtype):
   narrow, state = unroll(batch.astype(dtype))
   leaves = jax.tree.leaves((narrow, state))
   assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
-  np.testing.assert_allclose(narrow.astype(float), whole, atol=0.03)
+  np.testing.assert_allclose(np.asarray(narrow, np.float32), whole, atol=0.03)
 
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_parameters_of_an_ensemble_are_recognised(name):
   network, batch = NETWORKS[name](), _random_batch(2, 4).astype(jnp.float32)
   params = _parameters(network, batch)
-  several = jax.tree.map(lambda array: jnp.stack([array, array]), params)
+  several = jax.tree.map(lambda array: np.stack([array, array]), params)
   message = r'of the 2 members of an ensemble; .* run.member\(0\)'
   with pytest.raises(ValueError, match=message):
     network.unroll(several, None, batch)

@@ -585,7 +585,6 @@ def test_training_leaves_its_config_as_it_is():
       'eval.data has an alphabet of 3 symbols, but data.* of 2',
     ),
     ({'train.seq_length': 2**31}, 'train.seq_length is 2147483648'),
-    ({'eval.data': None}, 'eval.data is None; post_process_config'),
     (
       {
         'eval.optimal_predictors': ('ptv',),

@@ -149,18 +149,15 @@ def sequence(
     seed: Seed of the sequence.
 
   Returns:
-    The sequence with probabilities and regrets by label: those of the network,
-    of the source's own exact predictor, of PTW and of LAD.
+    The sequence with probabilities and regrets by label, of the predictors that
+    `constants.in_figures` chooses.
   """
   evaluator = saved_runs.evaluator_of(run)
   drawn = evaluator_lib.draw_sequence(evaluator, run.member(0), _key(seed))
-  # The source's own exact predictor is the first of them.
-  exact = next(iter(evaluator.optimal_predictors), None)
-  shown = {
-    name: label
-    for name, label in labels(run, evaluator).items()
-    if name in (evaluator_lib.NETWORK, exact, 'ptw', 'lad')
-  }
+  exact = constants.exact_predictor(
+    evaluator.generator, evaluator.optimal_predictors, evaluator.seq_length
+  )
+  shown = constants.in_figures(labels(run, evaluator), exact)
   by_label = lambda values: {
     label: values[name] for name, label in shown.items()
   }
@@ -176,7 +173,7 @@ def default_sources(run: trained_run.Run) -> dict[str, config_lib.DataConfig]:
   The own one comes first, as the run has it; the others switch as
   `default_kwargs` of their classes say.
   """
-  own = run.config.eval.data
+  own = run.config.resolved().eval.data
   sources = {own.trajectory_generator: own}
   for name in constants.TRAJECTORY_GENERATORS:
     if name not in (*sources, *_ALIASES):

@@ -475,8 +475,7 @@ def points_from_flags(
         ):
           raise ValueError(
             f'--set {path}: the sweep itself sets {swept}; choose points with '
-            '--only, or write a sweep of your own '
-            '(experiments/sweeps/presets.py)'
+            '--only, or write a sweep of your own (docs/extending.md)'
           )
     config = config_lib.with_overrides(point.config, overrides)
     points.append(point._replace(config=config))
@@ -553,7 +552,7 @@ def main(argv: list[str]) -> None:
         values.num_sequences,
         chosen,
         values.cpu_devices,
-        () if values.compilation_cache else ('--nocompilation_cache',),
+        cli.flags_of_runs(values),
         use_tqdm=True,
         executor=executor,
         cluster=parse_parameters(values.cluster),

@@ -3,7 +3,7 @@
   SWEEPS['small']().points()
 
 A sweep of your own is a function that returns an ExperimentSweep, and a line in
-`SWEEPS`.
+`SWEEPS`: here, or in a file for `--register`.
 """
 
 from typing import Any

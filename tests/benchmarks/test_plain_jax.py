@@ -4,9 +4,6 @@ Otherwise the two would not be comparable. Parameters are matched in the order
 in which the networks make them.
 """
 
-import pathlib
-import sys
-
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -15,20 +12,7 @@ import pytest
 
 from nonstationary_mbml import predictor_factories
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / 'benchmarks'
 SEQ_LENGTH = 16
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-  """Makes the benchmarks' modules importable, as they are to each other."""
-  before = set(sys.modules)
-  monkeypatch.syspath_prepend(str(BENCHMARKS))
-  yield
-  for name in set(sys.modules) - before:
-    path = getattr(sys.modules[name], '__file__', None)
-    if path and pathlib.Path(path).parent == BENCHMARKS:
-      del sys.modules[name]
 
 
 def _in_order(params):

@@ -1,10 +1,20 @@
-"""Every Python block of the documents runs, as a reader would run it."""
+"""Every Python block of the documents runs, as a reader would run it.
+
+A block that begins with `# name.py` is a file of the reader's own; commands
+with `--register=name.py` are run as well, but small.
+"""
 
 import copy
+import importlib
+import json
 import pathlib
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
+from absl import flags
 import matplotlib.pyplot as plt
 import pytest
 
@@ -14,6 +24,9 @@ from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator
 from nonstationary_mbml.experiments import local_launch
+from nonstationary_mbml.experiments.sweeps import launch
+from nonstationary_mbml.experiments.sweeps import presets
+from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import checkpointing
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -33,19 +46,68 @@ _REGISTRIES = (
   constants.TRAJECTORY_GENERATORS,
   predictor_factories.CORES,
   predictor_factories.PREDICTOR_FACTORIES,
+  presets.SWEEPS,
 )
 # Trainings whose exact predictors no block reads.
-_WITHOUT_TABLE = ('mgu', 'averages', 'three_symbols')
+_WITHOUT_TABLE = (
+  'averages_ptw_seed0',
+  'lstm_host_seed0',
+  'mgu',
+  'three_symbols',
+)
 # Training steps of a block, and of the run that the documents load.
 _FEW = 2
 _STEP = 464
 
 
 def _blocks(document):
-  """Code of each block, with as many empty lines before it as in the page."""
+  """Language and code of each block, after the empty lines of the page."""
   text = document.read_text()
-  for match in re.finditer(r'```python\n(.*?)```', text, re.DOTALL):
-    yield '\n' * text.count('\n', 0, match.start(1)) + match[1]
+  for match in re.finditer(r'```(python|sh)\n(.*?)```', text, re.DOTALL):
+    yield match[1], '\n' * text.count('\n', 0, match.start(2)) + match[2]
+
+
+def _file_name(block):
+  """The file that a block is; None if it is none."""
+  file = re.match(r'# (\w+\.py)\n', block.lstrip())
+  return file and file[1]
+
+
+def _commands(block):
+  """Arguments of the commands that use a file of the reader's own."""
+  for line in block.replace('\\\n', ' ').splitlines():
+    if '--register' in line:
+      yield shlex.split(line)[1:]
+
+
+def _run_commands(block):
+  """Runs these commands; of the launch script, the first one trains."""
+  has_trained = False
+  for path, *arguments in _commands(block):
+    script = '.'.join(pathlib.PurePath(path).with_suffix('').parts)
+    values = flags.FlagValues()
+    importlib.import_module(f'nonstationary_mbml.{script}').define_flags(values)
+    sizes = ('train.seq_length=8', 'train.batch_size=4', 'eval.batch_size=8')
+    values([path, *arguments, *(f'--set={size}' for size in sizes)])
+    if path.endswith('/sweeps/launch.py'):
+      _run_first_point(values)
+      continue
+    config = local_launch.config_from_flags(values)
+    if not has_trained:
+      train.train(
+        config, constants.build_data_generator, evaluator.build_evaluator
+      )
+    has_trained = True
+
+
+def _run_first_point(values):
+  points, _ = launch.points_from_flags(values)
+  folder = sweep_folder.SweepFolder(
+    pathlib.Path(values.output_dir) / values.sweep
+  )
+  with folder.open(points, num_sequences=8):
+    config = points[0].config
+    local_launch.run(config, folder.run_path(config.name), num_sequences=8)
 
 
 @pytest.fixture(scope='module')
@@ -119,10 +181,48 @@ def test_python_blocks_of_a_document_run_one_after_another(
   document, folder, registries, short_trainings
 ):
   names = {'__name__': 'block'}  # Not a script: none is started.
-  for block in _blocks(document):
-    exec(compile(block, str(document), 'exec'), names)
+  for language, block in _blocks(document):
+    if language == 'sh':
+      _run_commands(block)
+    elif _file_name(block):
+      pathlib.Path(_file_name(block)).write_text(block)
+    else:
+      exec(compile(block, str(document), 'exec'), names)
   for config in short_trainings:
     constants.check(config)
+
+
+# In a process of its own: in that of the tests, JAX has started.
+_CHECK_CONFIGS = """
+import json, sys
+from absl import flags
+import jax
+from nonstationary_mbml.experiments import local_launch
+for command in json.loads(sys.argv[1]):
+  values = flags.FlagValues()
+  local_launch.define_flags(values)
+  values(command)
+  local_launch.config_from_flags(values)
+jax.config.update('jax_num_cpu_devices', 3)  # Fails if JAX has started.
+"""
+
+
+def test_files_of_the_readers_own_are_used_and_do_not_start_jax(tmp_path):
+  files, commands = [], []
+  for language, block in _blocks(ROOT / 'docs' / 'extending.md'):
+    if language == 'sh':
+      commands += _commands(block)
+    elif _file_name(block):
+      files.append(_file_name(block))
+      (tmp_path / files[-1]).write_text(block)
+  assert len(files) == 6
+  assert {f'--register={file}' for file in files} <= set(sum(commands, []))
+  launches = [c for c in commands if c[0].endswith('local_launch.py')]
+  subprocess.run(
+    [sys.executable, '-c', _CHECK_CONFIGS, json.dumps(launches)],
+    cwd=tmp_path,
+    check=True,
+  )
 
 
 def test_run_that_the_documents_load_would_have_a_snapshot_of_that_step():

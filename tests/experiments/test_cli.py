@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+from absl import flags
 import pytest
 
 from nonstationary_mbml import base_config
@@ -228,6 +229,24 @@ def test_evaluation_is_printed_before_it_is_written(
   assert 'lstm' in printed and '1.2500 ± 0.5000' in printed
 
 
+@pytest.mark.parametrize(
+  ('text', 'problem'),
+  [
+    ('0', '0 is not an integer in the range'),
+    ('101', '101 is not an integer in the range'),
+    ('2.5', 'it is 2.5; it must be an int'),
+    ('true', 'it is True; it must be an int'),
+    ('ten', "it is 'ten'; it must be an int"),
+  ],
+)
+def test_integer_flag_has_its_bounds(text, problem):
+  values = flags.FlagValues()
+  cli.define_integer('num', 3, 'A number.', 1, 100, flag_values=values)
+  assert values(['script', '--num=1e2']) and values.num == 100
+  with pytest.raises(flags.IllegalFlagValueError, match=f'--num.*{problem}'):
+    values(['script', f'--num={text}'])
+
+
 _SCRIPT = """
 from absl import flags
 import jax.numpy as jnp
@@ -283,3 +302,28 @@ def test_platform_that_is_not_there_is_a_line(platform):
   assert line.startswith(
     f'error: JAX does not start on the platform {platform}'
   )
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'message'),
+  [
+    ('missing.py', None, '--register=missing.py: there is no such Python file'),
+    ('things.txt', '', '--register=things.txt: there is no such Python file'),
+    (
+      'things.py',
+      'from nonstationary_mbml.experiments import constants\n'
+      "constants.OPTIMAL_PREDICTORS['Own'] = None\n",
+      "--register=things.py: optimal_predictor 'Own' cannot be registered",
+    ),
+  ],
+)
+def test_file_that_registers_nothing_is_a_flag_error(
+  tmp_path, monkeypatch, name, text, message
+):
+  monkeypatch.chdir(tmp_path)
+  if text is not None:
+    (tmp_path / name).write_text(text)
+  values = flags.FlagValues()
+  cli.FlagDefiner(values)
+  with pytest.raises(flags.Error, match=message):
+    values(['script.py', f'--register={name}'])

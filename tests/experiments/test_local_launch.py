@@ -10,6 +10,8 @@ import pytest
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml import train
+from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluate
@@ -167,6 +169,30 @@ def test_second_start_compiles_nothing(tmp_path):
   assert sorted(path.name for path in cache.rglob('*-cache')) == kept
   # What came of it is the same, too.
   assert second.stdout.splitlines()[3:8] == first.stdout.splitlines()[3:8]
+
+
+def test_components_are_built_once_and_before_a_run_is_deleted(
+  monkeypatch, tmp_path
+):
+  values = flags.FlagValues()
+  local_launch.define_flags(values)
+  values(['', f'--output_dir={tmp_path}', '--overwrite'])
+  done = []
+
+  def stop(config, components, **kwargs):
+    done.append(components)
+    raise train.StoppedError('stopped')
+
+  monkeypatch.setattr(flags, 'FLAGS', values)
+  monkeypatch.setattr(cli, 'start', lambda *args: None)
+  monkeypatch.setattr(
+    train, 'build_components', lambda *args: done.append('built') or 'built'
+  )
+  monkeypatch.setattr(local_launch, 'clear', lambda path: done.append('clear'))
+  monkeypatch.setattr(train, 'train_components', stop)
+  with pytest.raises(SystemExit, match=str(cli.EXIT_STOPPED)):
+    local_launch.main([''])
+  assert done == ['built', 'clear', 'built']
 
 
 def test_default_config_is_the_documented_run():

@@ -39,7 +39,7 @@ def test_equals_enumeration_for_all_binary_sequences(x64, depth, form):
   np.testing.assert_allclose(predictions[:, :-1], truth[:, 1:], atol=1e-12)
 
 
-@pytest.mark.parametrize('seq_length', [1, 2, 3, 5, 6, 7])
+@pytest.mark.parametrize('seq_length', [1, 3, 6])
 def test_equals_enumeration_when_length_is_no_power_of_two(x64, seq_length):
   sequences = oracles.all_sequences(2, seq_length)
   longer = np.hstack([sequences, np.zeros_like(sequences[:, :1])])
@@ -134,11 +134,11 @@ def test_run_lengths_inside_jit_are_those_outside(x64):
 
 def test_streaming_state_does_not_grow():
   predictor = ptw_predictors.PTWPredictor(30)
-  batch = _random_batch(6, 1, 48).astype(np.float32)
+  batch = _random_batch(6, 1, 12).astype(np.float32)
   sizes = set()
   state = None
-  for begin in range(0, 48, 16):
-    _, state = _unroll(predictor, batch[:, begin : begin + 16], state)
+  for begin in range(0, 12, 4):
+    _, state = _unroll(predictor, batch[:, begin : begin + 4], state)
     sizes.add(sum(np.size(leaf) for leaf in state))
   # Time, counts [d + 1, K], log-odds and what they lack [d].
   assert sizes == {1 + 31 * 2 + 2 * 30}
@@ -166,8 +166,7 @@ def test_depth_zero_predicts_prior_mean(x64):
   np.testing.assert_allclose(np.exp(predictions), 0.5)
 
 
-@pytest.mark.parametrize('depth', [6, 9])
-@pytest.mark.parametrize('seq_length', [1, 33, 64])
+@pytest.mark.parametrize(('depth', 'seq_length'), [(6, 1), (6, 64), (7, 33)])
 def test_parallel_and_streaming_forms_are_equal(x64, depth, seq_length):
   batch = _random_batch(0, 3, seq_length, 3)
   predictor = ptw_predictors.PTWPredictor(depth, alphabet_size=3)
@@ -182,11 +181,11 @@ def test_parallel_and_streaming_forms_are_equal(x64, depth, seq_length):
 
 
 def test_streaming_continues_from_a_parallel_state(x64):
-  batch = _random_batch(1, 2, 32)
-  predictor = ptw_predictors.PTWPredictor(5)
+  batch = _random_batch(1, 2, 16)
+  predictor = ptw_predictors.PTWPredictor(4)
   whole, _ = _unroll(predictor, batch)
-  first, state = _unroll(predictor, batch[:, :13])
-  second, _ = _unroll(predictor, batch[:, 13:], state)
+  first, state = _unroll(predictor, batch[:, :5])
+  second, _ = _unroll(predictor, batch[:, 5:], state)
   np.testing.assert_allclose(
     np.concatenate([first, second], axis=1), whole, atol=1e-12
   )
@@ -202,12 +201,12 @@ def test_counts_do_not_overflow_on_long_constant_sequences():
 
 def test_float32_code_length_of_a_long_sequence_is_that_of_float64():
   rng = np.random.default_rng(2)
-  probabilities = np.repeat([0.02, 0.6, 0.98, 0.3], 2**12)
-  symbols = (rng.random((1, 2**14)) < probabilities).astype(int)
+  probabilities = np.repeat([0.02, 0.6, 0.98, 0.3], 2**10)
+  symbols = (rng.random((1, 2**12)) < probabilities).astype(int)
 
   def code_length(dtype):
     batch = jnp.asarray(oracles.one_hot(symbols, 2, dtype))
-    predictor = ptw_predictors.PTWPredictor(14)
+    predictor = ptw_predictors.PTWPredictor(12)
     predictions, _ = jax.jit(lambda b: predictor.unroll({}, None, b))(batch)
     assert predictions.dtype == dtype
     return np.sum(
@@ -229,7 +228,7 @@ def test_chunks_do_not_run_past_the_horizon():
 
 def test_both_forms_of_a_much_deeper_tree_are_equal(x64):
   predictor = ptw_predictors.PTWPredictor(30)
-  batch = _random_batch(3, 1, 20)
+  batch = _random_batch(3, 1, 6)
   whole, _ = _unroll(predictor, batch)
   streamed, _ = _stream(predictor, batch)
   np.testing.assert_allclose(whole, streamed, atol=1e-12)
@@ -333,9 +332,9 @@ def test_float32_log_odds_equal_float64_on_switching_data(form, alphabet_size):
   )
 
 
-@pytest.mark.parametrize('seq_length', [5])
-def test_gradient_is_that_of_the_prefix_of_a_longer_sequence(x64, seq_length):
+def test_gradient_is_that_of_the_prefix_of_a_longer_sequence(x64):
   """Whatever the length is padded with."""
+  seq_length = 5
   batch = jnp.asarray(_random_batch(0, 2, 8))
 
   def code_length(batch):
@@ -343,8 +342,10 @@ def test_gradient_is_that_of_the_prefix_of_a_longer_sequence(x64, seq_length):
     terms = predictions[:, : seq_length - 1] * batch[:, 1:seq_length]
     return -terms.sum()
 
-  gradient = jax.grad(code_length)(batch[:, :seq_length])
-  whole = jax.grad(code_length)(batch)
+  gradient, whole = (
+    np.asarray(jax.jit(jax.grad(code_length))(symbols))
+    for symbols in (batch[:, :seq_length], batch)
+  )
   assert np.all(np.isfinite(whole)) and np.any(whole != 0)
   np.testing.assert_allclose(gradient, whole[:, :seq_length], atol=1e-12)
   np.testing.assert_array_equal(whole[:, seq_length:], 0)

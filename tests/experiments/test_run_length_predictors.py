@@ -39,7 +39,8 @@ HAZARDS = {
 def _random_batch(seed, batch_size, seq_length, alphabet_size=2):
   rng = np.random.default_rng(seed)
   symbols = rng.integers(alphabet_size, size=(batch_size, seq_length))
-  return jnp.asarray(oracles.one_hot(symbols, alphabet_size))
+  # In NumPy, so that a slice of it compiles nothing.
+  return oracles.one_hot(symbols, alphabet_size, jnp.result_type(float))
 
 
 @pytest.mark.parametrize(('hazard', 'truth'), HAZARDS.values(), ids=HAZARDS)
@@ -198,23 +199,23 @@ def test_narrow_floats_are_computed_in_float32():
 
 
 @pytest.mark.parametrize('seq_length', [1, 12, 64, 999])
-def test_parts_have_room_for_their_past_and_no_more(seq_length):
-  parts = run_length_predictors._parts(seq_length)
-  assert [begin for begin, _, _ in parts] == [
+def test_chunks_have_capacity_for_their_past_and_no_more(seq_length):
+  chunks = run_length_predictors._chunks(seq_length)
+  assert [begin for begin, _, _ in chunks] == [
     0,
-    *(end for _, end, _ in parts[:-1]),
+    *(end for _, end, _ in chunks[:-1]),
   ]
-  assert parts[-1][1] == seq_length
-  assert all(room == end for _, end, room in parts)
-  work = sum((end - begin) * room for begin, end, room in parts)
+  assert chunks[-1][1] == seq_length
+  assert all(capacity == end for _, end, capacity in chunks)
+  work = sum((end - begin) * capacity for begin, end, capacity in chunks)
   assert seq_length < 64 or work < 0.63 * seq_length**2
 
 
 @pytest.mark.parametrize('num', [1, 64, 65, 96, 97, 1000])
-def test_room_grows_in_steps_of_a_half_or_less(num):
-  room = run_length_predictors._room_for(num)
-  assert num <= room <= max(64, 1.5 * num)
-  assert run_length_predictors._room_for(room) == room
+def test_capacity_grows_in_steps_of_a_half_or_less(num):
+  capacity = run_length_predictors._capacity_for(num)
+  assert num <= capacity <= max(64, 1.5 * num)
+  assert run_length_predictors._capacity_for(capacity) == capacity
 
 
 @pytest.mark.parametrize(
@@ -419,7 +420,7 @@ def test_run_lengths_continue_from_a_state(x64):
     np.testing.assert_allclose(rest, whole[:, 9:], atol=1e-12)
 
 
-def test_posteriors_with_a_fixed_room_and_inside_jit(x64):
+def test_posteriors_with_a_fixed_capacity_and_inside_jit(x64):
   batch = _random_batch(7, 2, 20)
   fixed, growing = _Predictor(0.1, max_length=30), _Predictor(0.1)
   switches = jax.jit(fixed.switch_posterior)(batch)
@@ -438,12 +439,14 @@ def test_posteriors_with_a_fixed_room_and_inside_jit(x64):
   )
 
 
-def test_state_that_ran_past_its_room_inside_jit_is_refused():
+def test_state_that_ran_past_its_capacity_inside_jit_is_refused():
   predictor = _Predictor(0.1, max_length=10)
   batch = _random_batch(8, 1, 6).astype(jnp.float32)
   unroll = jax.jit(lambda state: predictor.unroll({}, None, batch, state)[1])
   state = unroll(unroll(predictor.initial_state({}, None, 1)))
-  with pytest.raises(ValueError, match='room for 10 symbols, .* time is 12'):
+  with pytest.raises(
+    ValueError, match='capacity for 10 symbols, .* time is 12'
+  ):
     predictor.run_length_posterior(state)
 
 

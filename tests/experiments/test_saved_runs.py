@@ -56,7 +56,7 @@ def _assert_same_params(run, other):
 def test_loaded_run_is_what_was_trained(trained):
   folder, config, result = trained
   run = saved_runs.load_run(str(folder))
-  assert run.config == config.resolved()
+  assert run.config == config
   assert run.step == 6
   assert run.history == result.history
   assert run.member_histories == result.member_histories
@@ -163,7 +163,7 @@ def test_run_of_an_older_config_loads_with_the_defaults(folder, trained):
   values = json.loads(path.read_text())
   del values['train']['microbatch_size']
   path.write_text(json.dumps(values))
-  assert saved_runs.load_run(folder).config == trained[1].resolved()
+  assert saved_runs.load_run(folder).config == trained[1]
 
 
 def test_evaluator_has_the_exact_predictor_of_its_source(trained):
@@ -175,7 +175,7 @@ def test_evaluator_has_the_exact_predictor_of_its_source(trained):
   assert (other.seq_length, other.batch_size) == (16, 2)
   assert other.optimal_predictors['ptw'].depth == 4
   # The run's own config is as it was.
-  assert run.config == trained[1].resolved()
+  assert run.config == trained[1]
 
 
 def test_evaluation_on_no_symbols_is_refused(trained):
@@ -264,7 +264,7 @@ def test_committed_model_loses_what_its_table_says(name):
   run = saved_runs.load_run(MODELS / name)
   evaluator = saved_runs.evaluator_of(run)
   network, *_ = atomic_files.read_json(MODELS / name / 'table.json')['table']
-  own = run.config.eval.optimal_predictors[0]
+  own = next(iter(evaluator.optimal_predictors))
   for member, committed in enumerate(network['seeds'][:2]):
     regrets = evaluator.evaluate(run.member(member), jax.random.key(123), 2048)
     for values, column, stderr in (

@@ -19,18 +19,20 @@ _ENCODINGS = ('NONE', 'ALIBI', 'RELATIVE')
 
 def _inputs(encoding, seq_length, batch_size=3, dtype=jnp.float32):
   """Query, key, value, the encoding, and weights of what is read."""
-  rngs = jax.random.split(jax.random.key(0), 7)
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return rng.standard_normal(shape).astype(dtype)
+
   shape = (batch_size, seq_length, _HEADS, _SIZE)
-  query, key, value, weights = (
-    jax.random.normal(rng, shape, dtype) for rng in rngs[:4]
-  )
+  query, key, value, weights = (normal(*shape) for _ in range(4))
   learned = {
     'NONE': positional_encodings.Content,
     'ALIBI': positional_encodings.Alibi,
     'RELATIVE': lambda: positional_encodings.Relative(
-      jax.random.normal(rngs[4], (_HEADS, _SIZE), dtype),
-      jax.random.normal(rngs[5], (_HEADS, _SIZE), dtype),
-      jax.random.normal(rngs[6], (_HEADS, _SIZE, seq_length), dtype),
+      normal(_HEADS, _SIZE),
+      normal(_HEADS, _SIZE),
+      normal(_HEADS, _SIZE, seq_length),
     ),
   }[encoding]()
   return (query, key, value, learned), weights
@@ -138,7 +140,7 @@ def test_gpus_take_fused_attention(
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   monkeypatch.setattr(jax, 'local_devices', lambda: [device])
   monkeypatch.setattr(jax.nn, 'dot_product_attention', spy)
-  array = jnp.zeros((1, 4, 2, 8), dtype)
+  array = np.zeros((1, 4, 2, 8), dtype)
   attention.causal_attention(
     array, array, array, positional_encodings.Content(), window=3
   )
@@ -169,9 +171,9 @@ def test_vmap_over_an_ensemble_is_a_loop_over_it():
   attend = functools.partial(
     attention.blocked_attention, block_size=2, group_size=2
   )
-  stacked = jax.tree.map(lambda array: jnp.stack([array, 2 * array]), args)
+  stacked = jax.tree.map(lambda array: np.stack([array, 2 * array]), args)
   step = _with_grads(attend, weights)
-  (_, reads), grads = jax.vmap(step)(stacked)
+  (_, reads), grads = jax.tree.map(np.asarray, jax.jit(jax.vmap(step))(stacked))
   for member, factor in enumerate((1, 2)):
     (_, read), own = step(jax.tree.map(lambda a, f=factor: f * a, args))
     jax.tree.map(
@@ -210,7 +212,7 @@ def _loss_and_grads(**kwargs):
     2, embedding_dim=8, num_heads=2, num_layers=1, dropout_prob=0.3, **kwargs
   )
   transformed = hk.transform(model)
-  inputs = jax.random.normal(jax.random.key(1), (2, 5, 2))
+  inputs = np.random.default_rng(1).standard_normal((2, 5, 2), np.float32)
   params = jax.jit(transformed.init)(jax.random.key(0), inputs)
 
   def loss(params):

@@ -11,14 +11,24 @@ from nonstationary_mbml.models import stack_rnn
 from nonstationary_mbml.models import transformer
 
 
+def _normal(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def _apply(model, inputs):
   transformed = hk.transform(model)
-  params = transformed.init(jax.random.key(0), inputs)
-  return params, lambda x: transformed.apply(params, None, x)
+  params = jax.jit(transformed.init)(jax.random.key(0), inputs)
+  apply = jax.jit(transformed.apply)
+  return params, lambda x: np.asarray(apply(params, None, x))
+
+
+def _after_change_at(inputs, time):
+  """The same inputs but for one time."""
+  return inputs + (np.arange(inputs.shape[1]) == time)[:, None]
 
 
 def test_mlp_maps_the_last_axis():
-  inputs = jax.random.normal(jax.random.key(1), (4, 5, 3))
+  inputs = _normal(1, 4, 5, 3)
   params, apply = _apply(basic.make_mlp(2, (7, 6)), inputs)
   assert apply(inputs).shape == (4, 5, 2)
   assert [layer['w'].shape for layer in params.values()] == [
@@ -32,16 +42,16 @@ def test_mlp_maps_the_last_axis():
 
 
 def test_cnn_sees_the_last_kernel_size_to_the_layers_symbols():
-  inputs = jax.random.normal(jax.random.key(1), (1, 20, 3))
+  inputs = _normal(1, 1, 20, 3)
   _, apply = _apply(basic.make_cnn(2, (8, 8), kernel_size=3), inputs)
-  changed = apply(inputs.at[:, 5].add(1.0))
+  changed = apply(_after_change_at(inputs, 5))
   differs = np.any(np.abs(changed - apply(inputs)) > 1e-6, axis=(0, 2))
   np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(5, 14))
 
 
 @pytest.mark.parametrize('encoding', ['NONE', 'SIN_COS', 'ALIBI', 'RELATIVE'])
 def test_transformer_is_causal(encoding):
-  inputs = jax.random.normal(jax.random.key(1), (1, 9, 3))
+  inputs = _normal(1, 1, 9, 3)
   model = transformer.make_transformer_encoder(
     2,
     embedding_dim=8,
@@ -50,15 +60,15 @@ def test_transformer_is_causal(encoding):
     positional_encodings=encoding,
   )
   _, apply = _apply(model, inputs)
-  changed = apply(inputs.at[:, 4].add(1.0))
+  changed = apply(_after_change_at(inputs, 4))
   differs = np.any(np.abs(changed - apply(inputs)) > 1e-5, axis=(0, 2))
   np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(4, 9))
 
 
 @pytest.mark.parametrize('encoding', ['SIN_COS', 'ALIBI', 'RELATIVE'])
 def test_transformer_with_positions_tells_the_order_of_the_past(encoding):
-  inputs = jax.random.normal(jax.random.key(1), (1, 4, 3))
-  swapped = inputs[:, jnp.array([1, 0, 2, 3])]
+  inputs = _normal(1, 1, 4, 3)
+  swapped = inputs[:, [1, 0, 2, 3]]
 
   def difference(encoding):
     model = transformer.make_transformer_encoder(
@@ -77,7 +87,7 @@ def test_transformer_with_positions_tells_the_order_of_the_past(encoding):
 
 
 def test_transformer_sizes_follow_its_config():
-  inputs = jnp.zeros((1, 4, 3))
+  inputs = np.zeros((1, 4, 3), np.float32)
   model = transformer.make_transformer_encoder(
     2,
     embedding_dim=8,
@@ -136,7 +146,9 @@ def test_alibi_slopes_are_the_papers(num_heads, slopes):
 
 
 def test_alibi_bias_grows_with_the_distance():
-  bias = positional_encodings.alibi_bias(2, range(4), range(4), jnp.float32)
+  bias = np.asarray(
+    positional_encodings.alibi_bias(2, range(4), range(4), jnp.float32)
+  )
   for head, slope in enumerate((2.0**-4, 2.0**-8)):
     for query in range(4):
       for key in range(query + 1):
@@ -145,21 +157,23 @@ def test_alibi_bias_grows_with_the_distance():
 
 def test_relative_logits_are_the_formula():
   seq_length, num_heads, size = 5, 2, 3
-  rng = jax.random.split(jax.random.key(2))
-  query, key = (
-    jax.random.normal(r, (1, seq_length, num_heads, size)) for r in rng
-  )
+  query, key = _normal(2, 2, 1, seq_length, num_heads, size)
   transformed = hk.transform(
     lambda: positional_encodings.RelativePositions()(
       seq_length, num_heads, size, jnp.float32
     )
   )
-  params = transformed.init(jax.random.key(0))
-  encoding = transformed.apply(params, None)
-  by_head = query.swapaxes(1, 2)
-  times = range(seq_length)
-  logits = jnp.einsum('bhtd,bshd->bhts', encoding.content_query(by_head), key)
-  logits += np.sqrt(size) * encoding.bias(by_head, times, times)
+  params = jax.jit(transformed.init)(jax.random.key(0))
+
+  @jax.jit
+  def make_logits(params):
+    encoding = transformed.apply(params, None)
+    by_head = jnp.asarray(query).swapaxes(1, 2)
+    times = range(seq_length)
+    logits = jnp.einsum('bhtd,bshd->bhts', encoding.content_query(by_head), key)
+    return logits + np.sqrt(size) * encoding.bias(by_head, times, times)
+
+  logits = np.asarray(make_logits(params))
   own = params['relative_positions']
   u, v = np.asarray(own['content_bias']), np.asarray(own['position_bias'])
   w = np.asarray(params['relative_positions/position_key']['w'])
@@ -168,8 +182,8 @@ def test_relative_logits_are_the_formula():
   for head in range(num_heads):
     for i in range(seq_length):
       for j in range(i + 1):
-        q = np.asarray(query)[0, i, head]
-        expected = (q + u[head]) @ np.asarray(key)[0, j, head]
+        q = query[0, i, head]
+        expected = (q + u[head]) @ key[0, j, head]
         expected += (q + v[head]) @ keys[i - j, head]
         np.testing.assert_allclose(logits[0, head, i, j], expected, atol=1e-5)
 
@@ -183,7 +197,7 @@ def _layer_norm(x, layer):
 def test_transformer_is_the_papers_post_norm_block():
   """One layer, position by position and head by head, in NumPy."""
   seq_length, num_heads, size = 5, 2, 3
-  inputs = jax.random.normal(jax.random.key(4), (1, seq_length, 4))
+  inputs = _normal(4, 1, seq_length, 4)
   model = transformer.make_transformer_encoder(
     2, embedding_dim=6, num_heads=2, num_layers=1, emb_init_scale=0.5
   )
@@ -192,7 +206,7 @@ def test_transformer_is_the_papers_post_norm_block():
     name.removeprefix('transformer_encoder/'): jax.tree.map(np.asarray, layer)
     for name, layer in params.items()
   }
-  hidden = np.asarray(inputs[0]) @ params['~_embed/embedding']['w']
+  hidden = inputs[0] @ params['~_embed/embedding']['w']
   hidden = hidden * np.sqrt(6)
   hidden = hidden + positional_encodings.sinusoids(np.arange(seq_length), 6)
   query, key, value = (
@@ -226,10 +240,10 @@ def test_rnn_has_a_relu_and_mlps_around_its_core():
       'after_mlp_layers': (3,),
     },
   )
-  inputs = jax.random.normal(jax.random.key(5), (2, 6, 2))
-  params = predictor.init_params(jax.random.key(0), inputs, None)
-  logits, _ = predictor.unroll(params, None, inputs)
-  states = np.asarray(predictor.unroll_states(params, None, inputs))
+  inputs = _normal(5, 2, 6, 2)
+  params = jax.jit(predictor.init_params)(jax.random.key(0), inputs, None)
+  logits, _ = jax.jit(predictor.unroll)(params, None, inputs)
+  states = np.asarray(jax.jit(predictor.unroll_states)(params, None, inputs))
   hidden = np.maximum(states, 0)  # Outputs of a GRU are its states.
   for layer in (0, 1):
     weights = params[f'recurrent_network/~/after_mlp/~/linear_{layer}']
@@ -277,15 +291,17 @@ def test_stack_rnn_has_zeros_when_empty_and_pushes_what_is_linear():
       3, stack_size=4, n_stacks=2, hidden_size=5
     )(x, state)
   )
-  inputs = jax.random.normal(jax.random.key(3), (6, 2))
-  empty = stack_rnn.StackState(jnp.zeros((2, 4, 3)), jnp.zeros(5))
-  params = transformed.init(jax.random.key(0), inputs[0], empty)
+  inputs = _normal(3, 6, 2)
+  state = stack_rnn.StackState(
+    np.zeros((2, 4, 3), np.float32), np.zeros(5, np.float32)
+  )
+  params = jax.jit(transformed.init)(jax.random.key(0), inputs[0], state)
   # Larger weights than initial ones, so that the stacks fill.
-  params = jax.tree.map(lambda w: 1.5 * w, params)
-  state = empty
+  params = jax.tree.map(lambda w: np.float32(1.5) * np.asarray(w), params)
+  apply = jax.jit(transformed.apply)
   for symbol in inputs:
-    hidden, stacks = _stack_step(params, np.asarray(symbol), state)
-    outputs, state = transformed.apply(params, None, symbol, state)
+    hidden, stacks = _stack_step(params, symbol, state)
+    outputs, state = apply(params, None, symbol, state)
     np.testing.assert_allclose(outputs, hidden, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.stacks, stacks, rtol=1e-4, atol=1e-5)
 
@@ -297,16 +313,18 @@ def test_each_stack_has_a_softmax_of_its_own():
       1, stack_size=2, n_stacks=3, hidden_size=4
     )(x, state)
   )
-  ones = stack_rnn.StackState(jnp.ones((3, 2, 1)), jnp.zeros(4))
-  params = transformed.init(jax.random.key(0), jnp.ones(2), ones)
-  params = dict(params)
+  ones = stack_rnn.StackState(
+    np.ones((3, 2, 1), np.float32), np.zeros(4, np.float32)
+  )
+  inputs = np.ones(2, np.float32)
+  params = dict(jax.jit(transformed.init)(jax.random.key(0), inputs, ones))
   push = params['stack_rnn_core/push']
   params['stack_rnn_core/push'] = {
-    'w': jnp.zeros_like(push['w']),
-    'b': jnp.ones_like(push['b']),
+    'w': np.zeros_like(push['w']),
+    'b': np.ones_like(push['b']),
   }
-  _, state = transformed.apply(params, None, jnp.ones(2), ones)
-  np.testing.assert_allclose(state.stacks[:, 0], 1, rtol=1e-6)
+  _, state = jax.jit(transformed.apply)(params, None, inputs, ones)
+  np.testing.assert_allclose(np.asarray(state.stacks)[:, 0], 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['lstm', 'stack_rnn', 'rnn'])
@@ -315,14 +333,14 @@ def test_recurrent_networks_compute_in_the_dtype_of_the_batch(x64, name):
     2, {'hidden_size': 4}
   )
   for dtype in (jnp.float32, jnp.float64):
-    batch = jnp.zeros((1, 4, 2), dtype)
+    batch = np.zeros((1, 4, 2), dtype)
     params = jax.jit(predictor.init_params)(jax.random.key(0), batch, None)
     predictions, _ = jax.jit(predictor.unroll)(params, None, batch)
     assert predictions.dtype == dtype
 
 
 def test_models_compute_in_the_dtype_of_the_batch(x64):
-  inputs = jnp.zeros((1, 4, 3), jnp.float32)
+  inputs = np.zeros((1, 4, 3), np.float32)
   model = transformer.make_transformer_encoder(
     2, embedding_dim=8, num_heads=2, positional_encodings='RELATIVE'
   )

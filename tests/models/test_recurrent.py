@@ -45,24 +45,26 @@ class PlainStackRNN(stack_rnn.StackRNNCore):
     return outputs, stack_rnn.StackState(stacks, inner)
 
 
+def _normal(seed, shape):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def _noise(tree, seed):
   return jax.tree.map(
-    lambda leaf: (
-      leaf + 0.5 * jax.random.normal(jax.random.key(seed), leaf.shape)
-    ),
+    lambda leaf: np.asarray(leaf) + np.float32(0.5) * _normal(seed, leaf.shape),
     tree,
   )
 
 
 def _problem(core):
   """Parameters, inputs and a state for a builder of cores."""
-  inputs = jax.random.normal(jax.random.key(1), (T, B, F))
+  inputs = _normal(1, (T, B, F))
   transformed = hk.transform(
     lambda inputs: recurrent.unroll(core(), inputs, core().initial_state(B))
   )
   params = jax.jit(transformed.init)(jax.random.key(0), inputs)
   _, state = jax.eval_shape(transformed.apply, params, None, inputs)
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), state)
   return _noise(params, 2), inputs, _noise(zeros, 3)
 
 
@@ -104,12 +106,13 @@ def test_unroll_is_haikus_in_value_and_gradient(name):
 
 @pytest.mark.parametrize('name', CORES)
 def test_initial_parameters_are_haikus(name):
-  inputs = jnp.zeros((T, B, F))
+  inputs = np.zeros((T, B, F), np.float32)
 
   def init(core, unroll):
-    return hk.transform(
+    transformed = hk.transform(
       lambda: unroll(core(H), inputs, core(H).initial_state(B))
-    ).init(jax.random.key(0))
+    )
+    return jax.jit(transformed.init)(jax.random.key(0))
 
   ours, haikus = CORES[name]
   _assert_equal(
@@ -169,7 +172,7 @@ def test_gradient_checkpointing_changes_no_value(core, seq_length):
 
 def _temp_bytes(kwargs, seq_length=256):
   predictor = predictor_factories.PREDICTOR_FACTORIES['rnn'](2, kwargs)
-  batch = jnp.zeros((4, seq_length, 2))
+  batch = np.zeros((4, seq_length, 2), np.float32)
   params = jax.eval_shape(
     lambda: predictor.init_params(jax.random.key(0), batch, None)
   )
@@ -199,7 +202,7 @@ def test_loss_follows_the_batch_and_gradients_their_parameters(
   predictor = predictor_factories.PREDICTOR_FACTORIES['rnn'](
     2, {'core': name, 'hidden_size': 4}
   )
-  batch = jnp.zeros((2, 5, 2), jnp.float64)
+  batch = np.zeros((2, 5, 2), np.float64)
   loss, grads, _ = jax.eval_shape(
     lambda: losses.loss_and_grads(
       predictor,
@@ -222,7 +225,7 @@ def test_an_ensemble_is_its_members(name):
   predictor = predictor_factories.PREDICTOR_FACTORIES['rnn'](
     2, {'core': name, 'hidden_size': 4}
   )
-  batch = jax.nn.one_hot(jnp.arange(2 * T).reshape(2, T) % 3 % 2, 2)
+  batch = np.eye(2, dtype=np.float32)[np.arange(2 * T).reshape(2, T) % 3 % 2]
 
   @jax.jit
   def members(keys):
@@ -247,6 +250,6 @@ def test_subclass_with_a_step_of_its_own_is_unrolled_by_it():
   transformed = hk.transform(
     lambda x: recurrent.unroll(Silent(3), x, Silent(3).initial_state(2))[0]
   )
-  inputs = jnp.ones((4, 2, 2))
-  params = transformed.init(jax.random.key(0), inputs)
-  assert not np.any(transformed.apply(params, None, inputs))
+  inputs = np.ones((4, 2, 2), np.float32)
+  params = jax.jit(transformed.init)(jax.random.key(0), inputs)
+  assert not np.any(jax.jit(transformed.apply)(params, None, inputs))

@@ -177,13 +177,14 @@ def test_damaged_steps_leave_the_others_readable(tmp_path, capfd):
 
 def test_remains_of_a_killed_save_are_no_checkpoint(tmp_path):
   _saved(tmp_path, 1)
-  (tmp_path / '2.orbax-checkpoint-tmp').mkdir()
+  # Not of the step that is saved next, which would be in its way.
+  (tmp_path / '3.orbax-checkpoint-tmp').mkdir()
   reading = checkpointing.Checkpoints(tmp_path)
   assert reading.steps() == (1,)
   reading.restore(1, _abstract())
-  assert (tmp_path / '2.orbax-checkpoint-tmp').exists()
+  assert (tmp_path / '3.orbax-checkpoint-tmp').exists()
   _saved(tmp_path, 2)
-  assert not (tmp_path / '2.orbax-checkpoint-tmp').exists()
+  assert not (tmp_path / '3.orbax-checkpoint-tmp').exists()
 
 
 def test_moved_checkpoints_never_meet(tmp_path):

@@ -25,6 +25,7 @@ ENVIRONMENT = {
   **os.environ,
   'PYTHONPATH': str(ROOT),
   'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
 }
 FLAGS = (
   '--output_dir=runs',
@@ -101,43 +102,44 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     for process_id in range(2)
   ]
   alone = tmp_path / 'alone'
-  alone.mkdir()
-  expected = json.loads(json.dumps(two_processes.results(alone)))
+  trained = two_processes.train_all(alone)
+  expected = two_processes.params_and_logs(trained)
+  regrets = two_processes.regrets(trained['network'])
   _finish(started)
   both = [
     json.loads((tmp_path / f'{process_id}.json').read_text())
     for process_id in range(2)
   ]
-  agreement = both[0].pop('agreement')
-  assert both[1].pop('agreement') == agreement
-  assert agreement == {
-    'first': 10,
-    'agree': [1, 0, 7],
-    'everywhere': 'ValueError: wrong in process 1',
-    'fails_in_first': 'ZeroDivisionError: integer division or modulo by zero',
-    'fails_strangely': "RuntimeError: UnpicklableError('cannot be pickled')",
-    'same': None,
-    'other': 'ValueError: processes 0 and 1 differ in their x (x: 0 -> 1): '
-    'start all with the same command',
-    # They train on those of both.
-    'devices': [0, 1],
-    'large': 100_000,
-    'unseen': f'ValueError: {tmp_path}/checkpoints has no step 2; it has 1',
-    'unreadable': f'DamagedError: {tmp_path}/checkpoints/3 cannot be read'[:60],
-    'restored': [0.0, 1.0, 2.0],
-  }
   # To the bit: two devices add the same two numbers, wherever they are.
-  assert both[0] == expected
-  assert both[1] == expected
-  for name in ('network', 'ensemble'):
+  for process in both:
+    assert process['trained'] == expected
+    assert process['regrets'] == regrets
+    assert process['agreement'] == {
+      'in_two_parts': True,
+      'first': [10, None, 'ä'],
+      'agree': [1, 0, 7],
+      'everywhere': 'ValueError: wrong in process 1',
+      'fails_in_first': 'ZeroDivisionError: integer division or modulo by zero',
+      'disk_is_full': 'OSError: [Errno 28] No space left on device',
+      'no_plain_data': 'TypeError: Object of type set is not JSON serializable',
+      'same': None,
+      'other': 'ValueError: processes 0 and 1 differ in their x (x: 0 -> 1): '
+      'start all with the same command',
+      # They train on those of both.
+      'devices': [0, 1],
+      'large': 100_000,
+      'unseen': f'ValueError: {tmp_path}/checkpoints has no step 2; it has 1',
+      'unreadable': f'DamagedError: {tmp_path}/checkpoints/3 cannot be read'[
+        :60
+      ],
+      'restored': [0.0, 1.0, 2.0],
+    }
+  for name in two_processes.TRAININGS:
     logs = [path / name / 'metrics.jsonl' for path in (tmp_path, alone)]
     assert logs[0].read_bytes() == logs[1].read_bytes()
   # One process goes on with what two have saved.
-  for name in ('network', 'ensemble'):
-    (alone / name).rename(alone / f'{name}_alone')
-    (tmp_path / name).rename(alone / name)
-  resumed = json.loads(json.dumps(two_processes.results(alone)))
-  assert resumed == expected
+  resumed = two_processes.train_all(tmp_path)
+  assert two_processes.params_and_logs(resumed) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
+import functools
 import json
 import math
+import pathlib
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml.runtime import checkpointing
+from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
 
 CONFIG = base_config.ExperimentConfig(name='test')
@@ -32,7 +36,19 @@ def _restore(folder, log_steps=LOG_STEPS, config=CONFIG):
 
 
 def _run_to(folder, last):
-  """A run that logs and saves at every second step, killed after `last`."""
+  """Leaves a run that was killed after a step, as `_train_to` does."""
+  shutil.copytree(_trained_to(last).name, folder, dirs_exist_ok=True)
+
+
+@functools.cache
+def _trained_to(last):
+  folder = tempfile.TemporaryDirectory()
+  _train_to(pathlib.Path(folder.name), last)
+  return folder
+
+
+def _train_to(folder, last):
+  """Logs and saves at every second step, and is killed after `last`."""
   with run_folder.RunFolder(folder).open(CONFIG) as run:
     run.restore(_abstract(), LOG_STEPS, max_lost=4)
     run.save_checkpoint(0, _tree(0))
@@ -114,6 +130,42 @@ def test_damaged_snapshot_that_is_yet_to_come_is_made_again(tmp_path):
     run.save_snapshot(8, _tree(8))
   np.testing.assert_array_equal(snapshots.restore(8, _abstract())['w'], 8.0)
   assert (tmp_path / 'set_aside' / 'snapshots_8').is_dir()
+
+
+def test_damaged_snapshot_that_is_not_made_again_stays_where_it_is(tmp_path):
+  with run_folder.RunFolder(tmp_path).open(CONFIG) as run:
+    run.restore(_abstract(), LOG_STEPS, max_lost=4)
+    for step in (2, 4):
+      run.save_snapshot(step, _tree(step))
+      run.log({'step': step, 'loss': 0.5})
+    run.save_checkpoint(4, _tree(4), wait=True)
+  for step in (2, 4):
+    shutil.rmtree(tmp_path / 'snapshots' / str(step) / 'default')
+  with run_folder.RunFolder(tmp_path).open(CONFIG) as run:
+    messages = run.restore(_abstract(), LOG_STEPS, 4, _abstract())[2]
+  assert messages == [f'{tmp_path}: going on from step 4']
+  assert not (tmp_path / 'set_aside').exists()
+
+
+def test_process_that_dies_is_no_damage_of_what_is_restored(
+  tmp_path, monkeypatch
+):
+  _run_to(tmp_path, 4)
+  before = sorted(tmp_path.rglob('*'))
+
+  restore = checkpointing.Checkpoints.restore
+
+  def fail(self, step, abstract):
+    if step == 4:
+      raise ValueError('UNAVAILABLE: connection reset')
+    return restore(self, step, abstract)
+
+  monkeypatch.setattr(checkpointing.Checkpoints, 'restore', fail)
+  # As with several processes.
+  monkeypatch.setattr(multihost, 'is_peer_failure', lambda error: True)
+  with pytest.raises(ValueError, match='^UNAVAILABLE'):
+    _restore(tmp_path)
+  assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_run_of_another_dtype_is_refused_and_nothing_is_changed(tmp_path):
@@ -313,7 +365,7 @@ def test_environment_of_another_form_is_begun_anew(tmp_path, content):
   (tmp_path / 'environment.json').write_text(content)
   with pytest.raises(ValueError, match='environment.json has no list of'):
     run_folder.read_starts(tmp_path)
-  _run_to(tmp_path, 2)
+  _train_to(tmp_path, 2)
   (start,) = run_folder.read_starts(tmp_path)
   assert start['last_step'] == 2
 

@@ -12,15 +12,13 @@ from nonstationary_mbml.experiments.analysis import regret_curves
 from nonstationary_mbml.runtime import trained_run
 
 
-def _run(**kwargs):
+def _run(optimal_predictors=('ptw',), **kwargs):
   """A run whose network is KT, with PTW beside it."""
-  config = config_lib.post_process_config(
-    config_lib.ExperimentConfig(
-      eval=config_lib.EvalConfig(
-        batch_size=4, seq_length=6, optimal_predictors=('ptw',)
-      ),
-      **kwargs,
-    )
+  config = config_lib.ExperimentConfig(
+    eval=config_lib.EvalConfig(
+      batch_size=4, seq_length=6, optimal_predictors=optimal_predictors
+    ),
+    **kwargs,
   )
   network = predictors.OptimalCategoricalPredictor()
   return trained_run.Run(
@@ -85,7 +83,7 @@ def test_length_without_a_prediction_is_refused():
 
 
 def test_curves_by_source_are_beside_the_exact_predictors_of_each():
-  run = _run()
+  run = _run(('exact', 'ptw', 'kt'))
   source = config_lib.DataConfig(
     trajectory_generator='regular_shift',
     trajectory_generator_kwargs={'shift_period': 2},
@@ -98,7 +96,6 @@ def test_curves_by_source_are_beside_the_exact_predictors_of_each():
     'LSTM',
     'known period',
     'PTW',
-    'LAD',
     'KT',
   ]
   # The network is KT itself.
@@ -129,7 +126,9 @@ def test_default_sources_are_all_with_the_symbols_of_the_own_which_is_first():
 def test_labels_tell_ensembles_and_predictors_of_one_kind():
   run = _run(train=base_config.TrainConfig(model_init_seed=(0, 1)))
   evaluator = saved_runs.evaluator_of(run)
-  evaluator.optimal_predictors = dict.fromkeys(('lad', 'lin', 'kt'))
+  evaluator.optimal_predictors = {
+    name: constants.OPTIMAL_PREDICTORS[name]() for name in ('lad', 'lin', 'kt')
+  }
   assert regret_curves.labels(run, evaluator) == {
     'network': 'LSTM, 1 of 2 seeds',
     'lad': 'lad',
