@@ -144,6 +144,7 @@ def make_optimizer(
   with base_config.naming(path):
     try:
       optimizer = factory(rate, **config.optimizer_kwargs)
+      jax.eval_shape(lambda: _first_update(optimizer))
     except TypeError as error:
       raise ValueError(str(error)) from error
   if config.clip_grad_norm is None:
@@ -151,3 +152,9 @@ def make_optimizer(
   return optax.chain(
     optax.clip_by_global_norm(config.clip_grad_norm), optimizer
   )
+
+
+def _first_update(optimizer: optax.GradientTransformation) -> optax.Updates:
+  """An update of a matrix and a vector, to be traced: it uses all arguments."""
+  params = {'matrix': jnp.zeros((2, 2)), 'vector': jnp.zeros(2)}
+  return optimizer.update(params, optimizer.init(params), params)

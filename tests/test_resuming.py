@@ -126,8 +126,14 @@ def _assert_same(first, second):
 @pytest.mark.parametrize(
   'train_kwargs',
   [
-    # Each member on a device of its own.
-    {'model_init_seed': (0, 1), 'reset_predictor_init_state': False},
+    # Each member on a device of its own; stopped in the middle of warmup.
+    {
+      'model_init_seed': (0, 1),
+      'reset_predictor_init_state': False,
+      'schedule': 'warmup_linear',
+      'warmup_steps': 12,
+      'target': 'bayes',
+    },
     # Shares of the batch on both devices.
     {
       'seq_length': 4,
