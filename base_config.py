@@ -628,6 +628,8 @@ class TrainConfig(Config):
     target: Distribution of the next symbol that the loss of training is taken
       against: 'symbols', 'parameters' or 'bayes'. What is logged is the loss of
       the symbols.
+    ema_decay: Decay of an average of the parameters over the steps, which is
+      kept and evaluated beside them; in (0, 1), or None for no average.
     seq_length: T, symbols per sequence.
     seq_length_fixed: If False, each step draws its length uniformly from
       2, 4, 8, ..., the largest power of two up to `seq_length`.
@@ -655,6 +657,7 @@ class TrainConfig(Config):
   schedule: str = 'constant'
   warmup_steps: int = limited(0, 0)
   target: str = 'symbols'
+  ema_decay: float | None = limited(None, 0.0, 1.0)
   seq_length: int = limited(32, 2, MAX_SEQ_LENGTH)
   seq_length_fixed: bool = True
   batch_size: int = limited(128, 1)
@@ -681,6 +684,8 @@ class TrainConfig(Config):
     check_choice('train.target', self.target, TARGETS)
     if self.learning_rate == 0:
       raise ValueError('train.learning_rate is 0; nothing would be learned')
+    if self.ema_decay == 0:
+      raise ValueError('train.ema_decay is 0; None turns averaging off')
     if self.clip_grad_norm == 0:
       raise ValueError('train.clip_grad_norm is 0; None turns clipping off')
 

@@ -14,10 +14,15 @@ All of them begin with `train.warmup_steps` W in which it grows as n / W.
                        et al., 2024)
 
 None is 0 in a step that is done.
+
+With `train.ema_decay`, the state of the optimiser has an average of the
+parameters (`averaging`), which changes nothing about training.
 """
 
 from collections.abc import Callable
 import math
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +131,7 @@ def learning_rate(
 def make_optimizer(
   config: base_config.TrainConfig, num_steps: int
 ) -> optax.GradientTransformation:
-  """Returns the optimiser, after clipping by the global norm where configured.
+  """Returns the optimiser that is configured, with clipping and averaging.
 
   Args:
     config: Config of the training.
@@ -147,14 +152,72 @@ def make_optimizer(
       jax.eval_shape(lambda: _first_update(optimizer))
     except TypeError as error:
       raise ValueError(str(error)) from error
-  if config.clip_grad_norm is None:
-    return optimizer
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_grad_norm), optimizer
-  )
+  if config.clip_grad_norm is not None:
+    clip = optax.clip_by_global_norm(config.clip_grad_norm)
+    optimizer = optax.chain(clip, optimizer)
+  if config.ema_decay is not None:
+    optimizer = averaging(optimizer, config.ema_decay)
+  return optimizer
 
 
 def _first_update(optimizer: optax.GradientTransformation) -> optax.Updates:
   """An update of a matrix and a vector, to be traced: it uses all arguments."""
   params = {'matrix': jnp.zeros((2, 2)), 'vector': jnp.zeros(2)}
   return optimizer.update(params, optimizer.init(params), params)
+
+
+class AveragingState(NamedTuple):
+  """State of an optimiser that averages the parameters.
+
+  Attributes:
+    optimizer: State of the optimiser itself.
+    num_steps: Steps in the average, n; int32.
+    average: The average a_n; before the first step, the initial parameters.
+  """
+
+  optimizer: optax.OptState
+  num_steps: jax.Array
+  average: optax.Params
+
+
+def averaging(
+  optimizer: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformation:
+  """Returns an optimiser with an average of the parameters in its state.
+
+  The parameters p_k after step k have weights in proportion to d^(n - k), k =
+  1, ..., n, as in the bias-corrected moments of Adam (Kingma & Ba, 2015); the
+  initial parameters have none:
+
+    a_n = a_{n-1} + (1 - d) / (1 - d^n) (p_n - a_{n-1})
+
+  Args:
+    optimizer: The optimiser, whose updates stay as they are.
+    decay: Decay d of the weights, in (0, 1).
+  """
+
+  def init(params: optax.Params) -> AveragingState:
+    return AveragingState(optimizer.init(params), jnp.int32(0), params)
+
+  def update(
+    updates: optax.Updates, state: AveragingState, params: optax.Params
+  ) -> tuple[optax.Updates, AveragingState]:
+    updates, inner = optimizer.update(updates, state.optimizer, params)
+    num_steps = state.num_steps + 1
+    # 1 - d^n, to full precision even if d is near 1.
+    weights = -jnp.expm1(num_steps * math.log(decay))
+    rate = (1 - decay) / weights
+    average = jax.tree.map(
+      lambda old, new: old + rate.astype(old.dtype) * (new - old),
+      state.average,
+      optax.apply_updates(params, updates),
+    )
+    return updates, AveragingState(inner, num_steps, average)
+
+  return optax.GradientTransformation(init, update)
+
+
+def average(opt_state: Any) -> optax.Params | None:
+  """Returns the average in the state of an optimiser, if there is one."""
+  is_averaging = isinstance(opt_state, AveragingState)
+  return opt_state.average if is_averaging else None

@@ -118,6 +118,26 @@ class RunState(NamedTuple):
   sums: StepMetrics
 
 
+class AveragedParams(NamedTuple):
+  """What a snapshot of a run with `train.ema_decay` holds.
+
+  Attributes:
+    params: Predictor parameters.
+    average: Their average over the steps.
+  """
+
+  params: predictors.Params
+  average: predictors.Params
+
+
+def snapshot(state: TrainState) -> predictors.Params | AveragedParams:
+  """Returns what is kept of a state for good: parameters, and any average."""
+  average = optimizers.average(state.opt_state)
+  return (
+    state.params if average is None else AveragedParams(state.params, average)
+  )
+
+
 class NonFiniteError(ArithmeticError):
   """A loss, gradient or parameter that is infinite or not a number."""
 
@@ -193,6 +213,7 @@ def build_components(
   """
   config.validate()
   config = config.resolved()
+  _make_optimizer(config)  # Its errors name its fields only.
   devices = jax.devices()
   sharding.check(config.train, len(devices))
   generator = build_data_generator(config.data)
@@ -636,10 +657,12 @@ class _Training:
       self._folder.finish(self._step, 'finished')
       _, received = self._interrupts.over_processes(0.0)
       self._stop_if(received)
+    params, average = self._collect_params()
     return trained_run.Run(
       config=config,
       predictor=predictor,
-      all_params=sharding.collect(self._state.params),
+      all_params=params,
+      all_ema_params=average,
       step=self._step,
       history=self._history,
       member_histories=tuple(self._member_histories),
@@ -653,7 +676,7 @@ class _Training:
       self._saved_form,
       self._log_steps,
       self._config.schedule.ckpt_frequency,
-      self._saved_form.train.params,
+      snapshot(self._saved_form.train),
     )
     for message in messages if multihost.is_primary() else ():
       print(message, file=sys.stderr, flush=True)
@@ -686,18 +709,18 @@ class _Training:
     """Evaluates every member, and adds to the histories."""
     index = self._log_steps.index(self._step)
     num_steps = self._step - (self._log_steps[index - 1] if index else 0)
-    params = sharding.collect(self._state.params)
+    params, average = self._collect_params()
     entries = []
     for member, seed in enumerate(self._seeds):
-      keys = step_keys(self._config.seed, seed, self._step)
-      evaluated = self._components.evaluator.step(
-        trained_run.take(params, member), None, keys.evaluation
-      )
+      evaluated = self._evaluate(params, member, seed)
+      if average is not None:
+        averaged = self._evaluate(average, member, seed)
+        evaluated |= {f'ema/{name}': x for name, x in averaged.items()}
       values = {
         'loss': self._sums.loss[member] / num_steps,
         'grad_norm': self._sums.grad_norm[member] / num_steps,
         'param_norm': param_norms[member],
-        **jax.device_get(evaluated),
+        **evaluated,
       }
       floats = {name: float(value) for name, value in values.items()}
       entries.append({'step': self._step, **floats})
@@ -710,6 +733,24 @@ class _Training:
     if self._folder is not None:
       self._folder.log(entry, members)
 
+  def _evaluate(
+    self, params: predictors.Params, member: int, seed: int
+  ) -> dict[str, Any]:
+    """Metrics of one member; other parameters see the same sequences."""
+    keys = step_keys(self._config.seed, seed, self._step)
+    return jax.device_get(
+      self._components.evaluator.step(
+        trained_run.take(params, member), None, keys.evaluation
+      )
+    )
+
+  def _collect_params(
+    self,
+  ) -> tuple[predictors.Params, predictors.Params | None]:
+    """Parameters of all members, and their averages if there are any."""
+    average = optimizers.average(self._state.opt_state)
+    return sharding.collect((self._state.params, average))
+
   def _save(
     self, is_snapshot: bool, is_checkpoint: bool, wait: bool = False
   ) -> None:
@@ -718,7 +759,7 @@ class _Training:
       return
     saved = self._to_saved(RunState(self._state, self._sums))
     if is_snapshot:
-      self._folder.save_snapshot(self._step, saved.train.params)
+      self._folder.save_snapshot(self._step, snapshot(saved.train))
     if is_checkpoint:
       # Without waiting, a kill could lose two steps.
       wait |= self._config.schedule.ckpt_frequency == 1

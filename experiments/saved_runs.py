@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 import warnings
 
 import numpy as np
@@ -106,14 +107,20 @@ def load_run(
     alphabet_size,
   )
   form = train.abstract_state(config, predictor, alphabet_size)
-  step, params = _load_params(
+  step, saved = _load_snapshot(
     folder, step, train.saved_form(config.train, form)
   )
+  saved = sharding.reshaping(train.snapshot(form.train))(saved)
+  if isinstance(saved, train.AveragedParams):
+    params, average = saved
+  else:
+    params, average = saved, None
   history, member_histories = run_folder.split_entries(entries)
   return trained_run.Run(
     config=config,
     predictor=predictor,
-    all_params=sharding.reshaping(form.train.params)(params),
+    all_params=params,
+    all_ema_params=average,
     step=step,
     history=history,
     member_histories=member_histories,
@@ -142,9 +149,9 @@ def _open(
   )
 
 
-def _load_params(
+def _load_snapshot(
   folder: pathlib.Path, step: int | None, abstract: train.RunState
-) -> tuple[int, predictors.Params]:
+) -> tuple[int, predictors.Params | train.AveragedParams]:
   """The parameters of a step, or of the newest that can be read."""
   checkpoints, snapshots = _open(folder)
   # Several processes may each see another state of the folder.
@@ -158,10 +165,12 @@ def _load_params(
       f'{", ".join(map(str, steps)) or "none"}'
     )
 
-  def read(kept: checkpointing.Checkpoints, step: int) -> predictors.Params:
+  def read(kept: checkpointing.Checkpoints, step: int) -> Any:
     if kept is snapshots:
-      return kept.restore(step, abstract.train.params, keep_dtypes=True)
-    return kept.restore(step, abstract, keep_dtypes=True).train.params
+      form = train.snapshot(abstract.train)
+      return kept.restore(step, form, keep_dtypes=True)
+    state = kept.restore(step, abstract, keep_dtypes=True)
+    return train.snapshot(state.train)
 
   problems = []
   for candidate in reversed(steps if step is None else (step,)):
@@ -172,7 +181,7 @@ def _load_params(
       if candidate not in kept_steps:
         continue
       try:
-        params = read(kept, candidate)
+        saved = read(kept, candidate)
       except ValueError as error:
         if multihost.is_peer_failure(error):
           raise
@@ -180,7 +189,7 @@ def _load_params(
         continue
       for problem in problems:
         warnings.warn(str(problem), stacklevel=3)
-      return candidate, params
+      return candidate, saved
   if not problems:
     raise ValueError(f'{folder} has no parameters to load: no step was saved')
   # The steps are of another network, or damaged: as the newest step is.

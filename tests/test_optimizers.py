@@ -116,6 +116,29 @@ def test_kwargs_reach_the_optimiser():
   assert second == pytest.approx(-0.15)
 
 
+@pytest.mark.parametrize('decay', [0.5, 0.9999])
+def test_average_is_of_the_parameters_after_the_steps(decay):
+  """Not of the initial ones; and training is as without it."""
+  config = base_config.TrainConfig(learning_rate=0.1)
+  plain = optimizers.make_optimizer(config, 5)
+  config.ema_decay = decay
+  averaging = optimizers.make_optimizer(config, 5)
+  params = {'w': jnp.array([3.0, -2.0])}
+  state, plain_state = averaging.init(params), plain.init(params)
+  assert optimizers.average(plain_state) is None
+  np.testing.assert_array_equal(optimizers.average(state)['w'], params['w'])
+  seen = []
+  for _ in range(5):
+    expected, plain_state = plain.update(params, plain_state, params)
+    updates, state = averaging.update(params, state, params)
+    np.testing.assert_array_equal(updates['w'], expected['w'])
+    params = optax.apply_updates(params, updates)
+    seen.append(params['w'])
+    weights = decay ** np.arange(len(seen))[::-1]
+    mean = np.average(seen, axis=0, weights=weights)
+    np.testing.assert_allclose(optimizers.average(state)['w'], mean, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [

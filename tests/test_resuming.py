@@ -118,9 +118,8 @@ def _build(config):
 def _assert_same(first, second):
   assert first.history == second.history
   assert first.member_histories == second.member_histories
-  jax.tree.map(
-    np.testing.assert_array_equal, first.all_params, second.all_params
-  )
+  params = lambda run: (run.all_params, run.all_ema_params)
+  jax.tree.map(np.testing.assert_array_equal, params(first), params(second))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +132,7 @@ def _assert_same(first, second):
       'schedule': 'warmup_linear',
       'warmup_steps': 12,
       'target': 'bayes',
+      'ema_decay': 0.9,
     },
     # Shares of the batch on both devices.
     {
@@ -171,6 +171,8 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
   # On disk, an int seed has no axis of members.
   is_ensemble = 'model_init_seed' in train_kwargs
   expected = whole.all_params if is_ensemble else whole.params
+  if whole.all_ema_params is not None:
+    expected = train.AveragedParams(expected, whole.all_ema_params)
   snapshots = checkpointing.Checkpoints(tmp_path / 'whole' / 'snapshots')
   saved = snapshots.restore(14, sharding.abstract(expected, None))
   jax.tree.map(np.testing.assert_array_equal, saved, expected)

@@ -485,6 +485,51 @@ def test_gradients_are_clipped_by_their_global_norm():
   np.testing.assert_allclose(state[1][0].mu['b'], [0.04], rtol=1e-5)
 
 
+@pytest.mark.parametrize('seeds', [3, (3, 7)])
+def test_average_is_kept_and_evaluated_beside_the_parameters(seeds):
+  """Over two devices, which share a batch or the members."""
+  config = _config(model_init_seed=seeds, ema_decay=0.75, steps=3)
+  config.logger.log_frequency = 1
+  params = []
+
+  def build_evaluator(predictor, eval_config):
+    evaluator = evaluator_lib.build_evaluator(predictor, eval_config)
+    step = evaluator.step
+
+    def spy(*args):
+      params.append(jax.device_get(args[0]))
+      return step(*args)
+
+    evaluator.step = spy
+    return evaluator
+
+  run = train.train(config, constants.build_data_generator, build_evaluator)
+  num_members = np.size(seeds)
+  for member in range(num_members):
+    # Parameters and average take turns, member by member.
+    raw, averaged = (params[2 * member + i :: 2 * num_members] for i in (0, 1))
+    for last in (1, 2, 3):
+      weights = 0.75 ** np.arange(last)[::-1]
+      mean = jax.tree.map(
+        lambda *steps, w=weights: np.average(steps, axis=0, weights=w),
+        *raw[:last],
+      )
+      _assert_trees_close(averaged[last - 1], mean, atol=1e-6)
+    _assert_trees_close(run.member(member), raw[-1], rtol=0)
+    _assert_trees_close(run.ema_member(member), averaged[-1], rtol=0)
+  first, *_, last = run.history
+  assert first['ema/mean_regret'] == pytest.approx(first['mean_regret'])
+  assert last['ema/mean_regret'] != last['mean_regret']
+  # On the same sequences.
+  name = 'optimal_cumulative_regret/ptw'
+  assert last[f'ema/{name}'] == last[name]
+
+
+def test_average_of_a_run_without_one_is_refused():
+  with pytest.raises(ValueError, match='train.ema_decay is None'):
+    _train(_config(steps=0)).ema_member(0)
+
+
 def test_training_leaves_its_config_as_it_is():
   config = _config(steps=1)
   before = base_config.to_dict(config)
@@ -519,12 +564,14 @@ def test_training_leaves_its_config_as_it_is():
     ({'train.learning_rate': -1.0}, 'train.learning_rate is -1.0'),
     ({'train.learning_rate': 0.0}, 'train.learning_rate is 0'),
     ({'train.target': 'symbol'}, "train.target 'symbol'.*mean 'symbols'"),
-    ({'train.optimizer': 'adm'}, "train.optimizer 'adm'.*mean 'adam'"),
+    ({'train.optimizer': 'adm'}, "^train.optimizer 'adm'.*mean 'adam'"),
     (
       {'train.optimizer_kwargs': {'b1': 'no'}},
-      'train.optimizer_kwargs of adam: ',
+      '^train.optimizer_kwargs of adam: ',
     ),
-    ({'train.warmup_steps': 7}, 'warmup_steps is 7, more than the 6 steps'),
+    ({'train.warmup_steps': 7}, '^train.warmup_steps is 7, more than the 6 '),
+    ({'train.ema_decay': 0.0}, 'train.ema_decay is 0; None turns'),
+    ({'train.ema_decay': 1.0}, 'train.ema_decay is 1.0'),
     ({'train.clip_grad_norm': 0.0}, 'train.clip_grad_norm is 0'),
     ({'train.seq_length_fixed': 1}, 'train.seq_length_fixed is 1'),
     ({'train.gradient_chunk_length': 0}, 'gradient_chunk_length is 0'),
