@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nonstationary_mbml import base_config
@@ -126,6 +127,38 @@ def learning_rate(
     return config.learning_rate * factor
 
   return rate
+
+
+def check_more_steps(
+  config: base_config.TrainConfig,
+  num_steps: int,
+  more_steps: int,
+  num_done: int,
+) -> None:
+  """Raises ValueError unless a run can be given more steps.
+
+  It can while a training of more steps would have done the same ones so far:
+  with a constant learning rate always, and else while it is in the part of the
+  schedule, such as warmup, that does not depend on N.
+
+  Args:
+    config: Config of the training.
+    num_steps: Steps that the run was to have, N.
+    more_steps: Steps that it shall have.
+    num_done: Steps that it has done.
+  """
+  rates = [learning_rate(config, total) for total in (num_steps, more_steps)]
+  if not callable(rates[0]):
+    return
+  before, after = (np.asarray(rate(np.arange(num_done))) for rate in rates)
+  is_other = before != after
+  if is_other.any():
+    raise ValueError(
+      f'train.schedule {config.schedule!r} knows its length, and with '
+      f'schedule.training_steps {more_steps} instead of {num_steps} the '
+      f'learning rate would have been another one after step '
+      f'{is_other.argmax()}, but {num_done} are done'
+    )
 
 
 def make_optimizer(

@@ -539,7 +539,8 @@ def train(
     use_tqdm: Show step, loss and regret: a progress bar on a terminal, else a
       line for every log.
     folder: Folder of the run; `run_folder` says what is kept there. If it holds
-      a checkpoint of the same config, training goes on from it. None keeps
+      a checkpoint of the same config, training goes on from it; also if the
+      config has more steps now, where its schedule allows that. None keeps
       nothing.
 
   Returns:
@@ -707,8 +708,9 @@ class _Training:
 
   def _log(self, param_norms: np.ndarray) -> None:
     """Evaluates every member, and adds to the histories."""
-    index = self._log_steps.index(self._step)
-    num_steps = self._step - (self._log_steps[index - 1] if index else 0)
+    # Not from `_log_steps`: a shorter run has logged its last step, too.
+    last = self._history[-1]['step'] if self._history else 0
+    num_steps = self._step - last
     params, average = self._collect_params()
     entries = []
     for member, seed in enumerate(self._seeds):

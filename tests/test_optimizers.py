@@ -63,6 +63,18 @@ def test_stable_part_is_all_but_the_last_fifth():
   np.testing.assert_allclose(factors[17:], decay, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('schedule', 'most'),
+  [('constant', 100), ('warmup_stable_decay', 80), ('warmup_cosine', 10)],
+)
+def test_more_steps_are_for_runs_that_would_have_done_the_same(schedule, most):
+  config = base_config.TrainConfig(schedule=schedule, warmup_steps=10)
+  optimizers.check_more_steps(config, 100, 200, most)
+  if most < 100:
+    with pytest.raises(ValueError, match=f'200 instead of 100.* step {most},'):
+      optimizers.check_more_steps(config, 100, 200, most + 1)
+
+
 def _updates(optimizer, params, num_steps):
   """Updates of some steps with equal gradients, and the state after them."""
   state, updates = optimizer.init(params), []

@@ -308,6 +308,26 @@ def test_other_config_is_refused_before_anything_is_computed(tmp_path):
     _train(_config(learning_rate=0.1), tmp_path)
 
 
+def test_finished_run_with_more_steps_goes_on_as_if_it_had_had_them(tmp_path):
+  config = _config(schedule='constant', warmup_steps=2)
+  _train(config, tmp_path)
+  (tmp_path / 'table.json').touch()
+  config.schedule.training_steps = 18
+  longer = _train(config, tmp_path)
+  assert not (tmp_path / 'table.json').exists()
+  whole = _train(config, None)
+  jax.tree.map(np.testing.assert_array_equal, longer.params, whole.params)
+  # The log of the step that was the last one stays; the next is of the rest.
+  steps = [entry['step'] for entry in longer.history]
+  assert steps == [3, 6, 9, 12, 14, 15, 18]
+  *_, of_two, of_one, last = (entry['loss'] for entry in longer.history)
+  assert (2 * of_two + of_one) / 3 == pytest.approx(whole.history[4]['loss'])
+  assert last == whole.history[5]['loss']
+  # Snapshots of steps that have passed are neither made nor lost.
+  snapshots = checkpointing.Checkpoints(tmp_path / 'snapshots')
+  assert snapshots.steps() == (1, 4, 14, 18)
+
+
 def test_kill_loses_at_most_the_checkpoint_frequency(tmp_path):
   """Whenever a step is done, one not much older is on disk."""
   config = _config()
