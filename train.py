@@ -59,6 +59,11 @@ from nonstationary_mbml.runtime import sharding
 from nonstationary_mbml.runtime import statistics
 from nonstationary_mbml.runtime import trained_run
 
+# Called at every log in the first process, with the step, the entry of the log
+# and the parameters: of all members, with a leading axis, if `model_init_seed`
+# is a tuple. It may keep them.
+Callback = Callable[[int, dict[str, float], predictors.Params], None]
+
 # Target for the longest call: a signal waits until a call has ended.
 _MAX_CALL_SECONDS = 1.0
 
@@ -526,6 +531,7 @@ def train(
   build_evaluator: base_constants.EvaluatorBuilder,
   use_tqdm: bool = False,
   folder: str | pathlib.Path | None = None,
+  callbacks: Sequence[Callback] = (),
 ) -> trained_run.Run:
   """Trains a predictor as configured, on all devices of all processes.
 
@@ -542,6 +548,8 @@ def train(
       a checkpoint of the same config, training goes on from it; also if the
       config has more steps now, where its schedule allows that. None keeps
       nothing.
+    callbacks: Functions of step, entry and parameters, called at every log. An
+      exception in one of them ends the run.
 
   Returns:
     The run after its last step.
@@ -555,7 +563,7 @@ def train(
     run_folder.SaveError: If the folder cannot be written to.
   """
   components = build_components(config, build_data_generator, build_evaluator)
-  return train_components(config, components, use_tqdm, folder)
+  return train_components(config, components, use_tqdm, folder, callbacks)
 
 
 def train_components(
@@ -563,6 +571,7 @@ def train_components(
   components: Components,
   use_tqdm: bool = False,
   folder: str | pathlib.Path | None = None,
+  callbacks: Sequence[Callback] = (),
 ) -> trained_run.Run:
   """Trains what `build_components` has built of the config; see `train`."""
   multihost.check_same('the config', base_config.to_dict(config))
@@ -571,7 +580,10 @@ def train_components(
     interrupts = stack.enter_context(preemption.catch(folder is not None))
     if folder is not None:
       folder = stack.enter_context(run_folder.RunFolder(folder).open(config))
-    return _Training(config, components, folder, interrupts, use_tqdm).run()
+    training = _Training(
+      config, components, folder, interrupts, use_tqdm, callbacks
+    )
+    return training.run()
 
 
 class _Training:
@@ -584,12 +596,14 @@ class _Training:
     folder: run_folder.RunFolder | None,
     interrupts: preemption.Interrupts,
     use_tqdm: bool,
+    callbacks: Sequence[Callback],
   ):
     generator, predictor, _, devices = components
     self._config = config
     self._components = components
     self._folder = folder
     self._interrupts = interrupts
+    self._callbacks = callbacks
     self._use_tqdm = use_tqdm and multihost.is_primary()
     self._seeds = trained_run.member_seeds(config.train)
     is_ensemble = isinstance(config.train.model_init_seed, tuple)
@@ -734,6 +748,19 @@ class _Training:
       history.append(own)
     if self._folder is not None:
       self._folder.log(entry, members)
+    if self._callbacks:
+      multihost.on_primary(lambda: self._call_back(entry, params))
+
+  def _call_back(
+    self, entry: dict[str, float], params: predictors.Params
+  ) -> None:
+    # Copies: the next call of many steps takes the memory of the parameters.
+    if self._member_histories:
+      params = jax.tree.map(jnp.copy, params)
+    else:
+      params = trained_run.take(params, 0)
+    for callback in self._callbacks:
+      callback(self._step, dict(entry), params)
 
   def _evaluate(
     self, params: predictors.Params, member: int, seed: int

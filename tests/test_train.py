@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nonstationary_mbml import base_config
@@ -528,6 +529,32 @@ def test_average_is_kept_and_evaluated_beside_the_parameters(seeds):
 def test_average_of_a_run_without_one_is_refused():
   with pytest.raises(ValueError, match='train.ema_decay is None'):
     _train(_config(steps=0)).ema_member(0)
+
+
+@pytest.mark.parametrize('seeds', [3, (3, 7)])
+def test_callbacks_get_every_entry_and_parameters_to_keep(seeds):
+  calls = []
+  config = _config(model_init_seed=seeds)
+  run = train.train(
+    config,
+    constants.build_data_generator,
+    lambda *args: _NoEvaluator(),
+    callbacks=[lambda *args: args[1].clear(), lambda *args: calls.append(args)],
+  )
+  assert [step for step, _, _ in calls] == [3, 6]
+  assert [entry for _, entry, _ in calls] == run.history
+  first, last = (params for _, _, params in calls)
+  expected = run.all_params if isinstance(seeds, tuple) else run.params
+  _assert_trees_close(last, expected, rtol=0)
+  norms = [float(optax.tree.norm(params)) for params in (first, last)]
+  assert norms[0] != norms[1]
+
+
+class _NoEvaluator:
+  alphabet_size = 2
+
+  def step(self, params, state, rng):
+    return {}
 
 
 def test_training_leaves_its_config_as_it_is():
