@@ -628,6 +628,9 @@ class TrainConfig(Config):
     target: Distribution of the next symbol that the loss of training is taken
       against: 'symbols', 'parameters' or 'bayes'. What is logged is the loss of
       the symbols.
+    init_from: Folder of a saved run of the same network whose parameters
+      training begins with, or `folder@step`; None draws them. An ensemble takes
+      those of one network for all members, or of as many member by member.
     ema_decay: Decay of an average of the parameters over the steps, which is
       kept and evaluated beside them; in (0, 1), or None for no average.
     seq_length: T, symbols per sequence.
@@ -657,6 +660,7 @@ class TrainConfig(Config):
   schedule: str = 'constant'
   warmup_steps: int = limited(0, 0)
   target: str = 'symbols'
+  init_from: str | None = None
   ema_decay: float | None = limited(None, 0.0, 1.0)
   seq_length: int = limited(32, 2, MAX_SEQ_LENGTH)
   seq_length_fixed: bool = True

@@ -55,6 +55,7 @@ from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import saved_params
 from nonstationary_mbml.runtime import sharding
 from nonstationary_mbml.runtime import statistics
 from nonstationary_mbml.runtime import trained_run
@@ -252,10 +253,21 @@ def init_state(
   predictor: predictors.Predictor,
   alphabet_size: int,
   devices: Sequence[jax.Device],
+  params: predictors.Params | None = None,
 ) -> TrainState:
-  """Returns the state before the first step, laid out over the devices."""
+  """Returns the state before the first step, laid out over the devices.
+
+  Args:
+    config: Config of the experiment.
+    predictor: Predictor to train.
+    alphabet_size: K.
+    devices: Devices to train on.
+    params: Parameters of all members to begin with; None draws them.
+  """
   # Computed on one device: on several, XLA would have to split it first.
-  state = jax.jit(lambda: _init(config, predictor, alphabet_size))()
+  state = jax.jit(
+    lambda params: _init(config, predictor, alphabet_size, params)
+  )(params)
   mesh = sharding.device_mesh(config.train, devices)
   return TrainState(
     *(
@@ -269,21 +281,26 @@ def _init(
   config: base_config.ExperimentConfig,
   predictor: predictors.Predictor,
   alphabet_size: int,
+  all_params: predictors.Params | None = None,
 ) -> TrainState:
   batch_size = config.train.batch_size
   length = min(sequence_lengths(config.train))
   batch = jnp.zeros((batch_size, length, alphabet_size))
   optimizer = _make_optimizer(config)
 
-  def init_member(seed: jax.Array) -> tuple[Any, ...]:
+  def init_member(
+    seed: jax.Array, params: predictors.Params | None
+  ) -> tuple[Any, ...]:
     keys = step_keys(config.seed, seed, 0)
-    params = predictor.init_params(keys.predictor, batch, None)
+    if params is None:
+      params = predictor.init_params(keys.predictor, batch, None)
     predictor_state = None
     if not config.train.reset_predictor_init_state:
       predictor_state = predictor.initial_state(params, keys.state, batch_size)
     return params, optimizer.init(params), predictor_state
 
-  return TrainState(jnp.int32(0), *jax.vmap(init_member)(_seeds(config.train)))
+  seeds = _seeds(config.train)
+  return TrainState(jnp.int32(0), *jax.vmap(init_member)(seeds, all_params))
 
 
 def _make_optimizer(
@@ -525,6 +542,74 @@ def saved_form(config: base_config.TrainConfig, form: RunState) -> RunState:
   return RunState(TrainState(step, *state_fields), sums)
 
 
+def load_params(
+  folder: pathlib.Path,
+  step: int | None,
+  config: base_config.ExperimentConfig,
+  predictor: predictors.Predictor,
+  alphabet_size: int,
+) -> tuple[int, predictors.Params, predictors.Params | None]:
+  """Returns the step, parameters and any averages of a run that was saved.
+
+  Args:
+    folder: Folder of the run.
+    step: Step to load; None is the newest that can be read.
+    config: Config of the run.
+    predictor: Its network.
+    alphabet_size: K.
+
+  Raises:
+    ValueError: As `saved_params.load`.
+  """
+  form = abstract_state(config, predictor, alphabet_size)
+  step, saved = saved_params.load(
+    folder,
+    step,
+    saved_form(config.train, form),
+    lambda state: snapshot(state.train),
+  )
+  saved = sharding.reshaping(snapshot(form.train))(saved)
+  if isinstance(saved, AveragedParams):
+    return step, *saved
+  return step, saved, None
+
+
+def _goes_on(folder: str | pathlib.Path | None) -> bool:
+  """Whether a folder has a checkpoint, so that a run needs no beginning."""
+  return folder is not None and multihost.on_primary(
+    lambda: run_folder.RunFolder(folder).last_checkpoint is not None
+  )
+
+
+def _initial_params(
+  config: base_config.ExperimentConfig, components: Components
+) -> predictors.Params:
+  """Parameters of all members that `train.init_from` names."""
+  path = config.train.init_from
+  folder, at, step = path.rpartition('@')
+  if not (at and step.isdecimal()):
+    folder, step = path, None
+  seeds = trained_run.member_seeds(config.train)
+  with base_config.naming('train.init_from'):
+    saved = run_folder.read_config(pathlib.Path(folder), type(config))
+    num_saved = len(trained_run.member_seeds(saved.train))
+    if num_saved not in (1, len(seeds)):
+      raise ValueError(
+        f'{folder} has {num_saved} networks; one is needed, or one for each of '
+        f'the {len(seeds)} seeds of train.model_init_seed'
+      )
+    _, params, _ = load_params(
+      pathlib.Path(folder),
+      None if step is None else int(step),
+      saved,
+      components.predictor,
+      components.generator.alphabet_size,
+    )
+  return jax.tree.map(
+    lambda x: jnp.broadcast_to(x, (len(seeds), *x.shape[1:])), params
+  )
+
+
 def train(
   config: base_config.ExperimentConfig,
   build_data_generator: base_constants.DataGeneratorBuilder,
@@ -576,12 +661,15 @@ def train_components(
   """Trains what `build_components` has built of the config; see `train`."""
   multihost.check_same('the config', base_config.to_dict(config))
   config = copy.deepcopy(config)  # The run keeps it; others may edit theirs.
+  params = None
+  if config.train.init_from is not None and not _goes_on(folder):
+    params = _initial_params(config, components)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(preemption.catch(folder is not None))
     if folder is not None:
       folder = stack.enter_context(run_folder.RunFolder(folder).open(config))
     training = _Training(
-      config, components, folder, interrupts, use_tqdm, callbacks
+      config, components, params, folder, interrupts, use_tqdm, callbacks
     )
     return training.run()
 
@@ -593,6 +681,7 @@ class _Training:
     self,
     config: base_config.ExperimentConfig,
     components: Components,
+    params: predictors.Params | None,
     folder: run_folder.RunFolder | None,
     interrupts: preemption.Interrupts,
     use_tqdm: bool,
@@ -628,7 +717,7 @@ class _Training:
       self._snapshot_steps = checkpointing.snapshot_steps(schedule)
     self._step = 0
     self._state = init_state(
-      config, predictor, generator.alphabet_size, devices
+      config, predictor, generator.alphabet_size, devices, params
     )
     self._sums = zero_sums(self._state)
     self._form = sharding.abstract(

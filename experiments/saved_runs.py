@@ -11,23 +11,19 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any
 import warnings
 
 import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import predictors
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.runtime import atomic_files
-from nonstationary_mbml.runtime import checkpointing
-from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
-from nonstationary_mbml.runtime import sharding
+from nonstationary_mbml.runtime import saved_params
 from nonstationary_mbml.runtime import trained_run
 
 
@@ -106,15 +102,9 @@ def load_run(
     predictor_factories.resolved(config.model, config.train.seq_length),
     alphabet_size,
   )
-  form = train.abstract_state(config, predictor, alphabet_size)
-  step, saved = _load_snapshot(
-    folder, step, train.saved_form(config.train, form)
+  step, params, average = train.load_params(
+    folder, step, config, predictor, alphabet_size
   )
-  saved = sharding.reshaping(train.snapshot(form.train))(saved)
-  if isinstance(saved, train.AveragedParams):
-    params, average = saved
-  else:
-    params, average = saved, None
   history, member_histories = run_folder.split_entries(entries)
   return trained_run.Run(
     config=config,
@@ -134,69 +124,8 @@ def saved_steps(folder: str | pathlib.Path) -> tuple[int, ...]:
   Raises:
     ValueError: If there is no run.
   """
-  checkpoints, snapshots = _open(pathlib.Path(folder))
+  checkpoints, snapshots = saved_params.open_folder(pathlib.Path(folder))
   return tuple(sorted({*checkpoints.steps(), *snapshots.steps()}))
-
-
-def _open(
-  folder: pathlib.Path,
-) -> tuple[checkpointing.Checkpoints, checkpointing.Checkpoints]:
-  if not folder.is_dir():
-    raise ValueError(f'{folder} is no folder of a run')
-  return tuple(
-    checkpointing.Checkpoints(folder / name)
-    for name in (run_folder.CHECKPOINTS, run_folder.SNAPSHOTS)
-  )
-
-
-def _load_snapshot(
-  folder: pathlib.Path, step: int | None, abstract: train.RunState
-) -> tuple[int, predictors.Params | train.AveragedParams]:
-  """The parameters of a step, or of the newest that can be read."""
-  checkpoints, snapshots = _open(folder)
-  # Several processes may each see another state of the folder.
-  of_snapshots, of_checkpoints = multihost.on_primary(
-    lambda: (snapshots.steps(), checkpoints.steps())
-  )
-  steps = sorted({*of_snapshots, *of_checkpoints})
-  if step is not None and step not in steps:
-    raise ValueError(
-      f'{folder} has kept nothing of step {step}, only of '
-      f'{", ".join(map(str, steps)) or "none"}'
-    )
-
-  def read(kept: checkpointing.Checkpoints, step: int) -> Any:
-    if kept is snapshots:
-      form = train.snapshot(abstract.train)
-      return kept.restore(step, form, keep_dtypes=True)
-    state = kept.restore(step, abstract, keep_dtypes=True)
-    return train.snapshot(state.train)
-
-  problems = []
-  for candidate in reversed(steps if step is None else (step,)):
-    for kept, kept_steps in (
-      (snapshots, of_snapshots),
-      (checkpoints, of_checkpoints),
-    ):
-      if candidate not in kept_steps:
-        continue
-      try:
-        saved = read(kept, candidate)
-      except ValueError as error:
-        if multihost.is_peer_failure(error):
-          raise
-        problems.append(error)
-        continue
-      for problem in problems:
-        warnings.warn(str(problem), stacklevel=3)
-      return candidate, saved
-  if not problems:
-    raise ValueError(f'{folder} has no parameters to load: no step was saved')
-  # The steps are of another network, or damaged: as the newest step is.
-  shown = checkpointing.shown_problems([str(problem) for problem in problems])
-  if step is None:
-    shown = f'{folder} has no parameters to load: {shown}'
-  raise type(problems[0])(shown)
 
 
 _EXPORTED_ENTRIES = 20
@@ -230,7 +159,7 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     folder, config_lib.ExperimentConfig
   ).schedule
   steps = schedule.training_steps
-  checkpoints, snapshots = _open(folder)
+  checkpoints, snapshots = saved_params.open_folder(folder)
   if steps not in snapshots.steps():
     reason = 'its newest checkpoint says that it has not ended'
     if schedule.num_saves == 0:

@@ -40,6 +40,7 @@ ORDER = (
     'runtime.progress',
     'runtime.checkpointing',
     'runtime.run_folder',
+    'runtime.saved_params',
   ),
   ('train',),
   (
