@@ -688,6 +688,10 @@ class TrainConfig(Config):
     check_choice('train.target', self.target, TARGETS)
     if self.learning_rate == 0:
       raise ValueError('train.learning_rate is 0; nothing would be learned')
+    if self.init_from == '':
+      raise ValueError(
+        "train.init_from is ''; it must be the folder of a run, or None"
+      )
     if self.ema_decay == 0:
       raise ValueError('train.ema_decay is 0; None turns averaging off')
     if self.clip_grad_norm == 0:

@@ -20,6 +20,7 @@ parameters (`averaging`), which changes nothing about training.
 """
 
 from collections.abc import Callable
+import inspect
 import math
 from typing import Any
 from typing import NamedTuple
@@ -178,6 +179,10 @@ def make_optimizer(
   base_config.check_constructor(
     path, factory, config.optimizer_kwargs, given=('learning_rate',)
   )
+  for name, parameter in inspect.signature(factory).parameters.items():
+    kind = type(parameter.default)
+    if name in config.optimizer_kwargs and kind in (bool, int, float, str):
+      base_config.coerce(f'{path}: {name}', config.optimizer_kwargs[name], kind)
   rate = learning_rate(config, num_steps)
   with base_config.naming(path):
     try:

@@ -581,11 +581,21 @@ def _goes_on(folder: str | pathlib.Path | None) -> bool:
   )
 
 
-def _initial_params(
+def initial_params(
   config: base_config.ExperimentConfig, components: Components
-) -> predictors.Params:
-  """Parameters of all members that `train.init_from` names."""
+) -> predictors.Params | None:
+  """Returns parameters of all members to begin with; None draws them.
+
+  Args:
+    config: Config of the experiment.
+    components: What `build_components` has built of it.
+
+  Raises:
+    ValueError: If `train.init_from` names no run, step or parameters that fit.
+  """
   path = config.train.init_from
+  if path is None:
+    return None
   folder, at, step = path.rpartition('@')
   if not (at and step.isdecimal()):
     folder, step = path, None
@@ -663,7 +673,7 @@ def train_components(
   config = copy.deepcopy(config)  # The run keeps it; others may edit theirs.
   params = None
   if config.train.init_from is not None and not _goes_on(folder):
-    params = _initial_params(config, components)
+    params = initial_params(config, components)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(preemption.catch(folder is not None))
     if folder is not None:

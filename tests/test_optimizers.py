@@ -159,7 +159,8 @@ def test_average_is_of_the_parameters_after_the_steps(decay):
     ('warmup_steps', 11, 'train.warmup_steps is 11, more than the 10 steps'),
     ('optimizer_kwargs', {'b3': 1}, "kwargs of adam has no 'b3'.*mean 'b"),
     ('optimizer_kwargs', {'learning_rate': 1}, "has no 'learning_rate'"),
-    ('optimizer_kwargs', {'b1': 'no'}, 'kwargs of adam: unsupported operand'),
+    ('optimizer_kwargs', {'b1': 'no'}, "kwargs of adam: b1 is 'no'; it must"),
+    ('optimizer_kwargs', {'mu_dtype': 'f99'}, "kwargs of adam: .*'f99' not un"),
   ],
 )
 def test_what_cannot_be_is_named(field, value, message):
