@@ -70,16 +70,17 @@ def make_table(
     evaluator.generator, evaluator.optimal_predictors, evaluator.seq_length
   )
   names = {evaluator_lib.NETWORK: network}
+  averaged = {}
   if run.all_ema_params is not None:
-    averaged = measure(run.ema_member)
-    regrets[evaluator_lib.AVERAGED] = averaged[evaluator_lib.NETWORK]
-    names[evaluator_lib.AVERAGED] = f'{network}, averaged'
-  names |= constants.labels(evaluator.optimal_predictors)
-  rows = results_table(regrets, names, exact)
+    averaged[evaluator_lib.AVERAGED] = f'{network}, averaged'
+    of_average = measure(run.ema_member)
+    regrets[evaluator_lib.AVERAGED] = of_average[evaluator_lib.NETWORK]
+  optimal = constants.labels(evaluator.optimal_predictors)
+  rows = results_table(regrets, names | averaged | optimal, exact)
   for row in rows:
     if 'seeds' in row:
       row['seeds'] = network_rows([row], run.seeds)
-  return Table(rows, exact, names)
+  return Table(rows, exact, names | optimal)
 
 
 def results_table(

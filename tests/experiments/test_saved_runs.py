@@ -96,7 +96,9 @@ def test_averages_are_loaded_from_snapshots_and_checkpoints(tmp_path):
   make_table = lambda run: regret_table.make_table(
     run, result.evaluator, jax.random.key(0), 8
   )
-  rows = make_table(result).rows
+  rows, _, names = make_table(result)
+  # The evaluator knows no average, and its figure has none.
+  assert names.keys() == {'network', 'kt'}
   network, averaged, kt = rows
   assert averaged['predictor'] == f'{network["predictor"]}, averaged'
   assert averaged['cumulative_regret'] != network['cumulative_regret']
