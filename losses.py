@@ -10,8 +10,15 @@ past, -sum_k p_k log q_k, and `train.target` says which p stands for it:
 The mean of the first over the symbol is the second, and the mean of that over
 the parameters, given the past, the third; the gradient is linear in p. So all
 three have the same expected gradient and the same minimiser, q = the Bayes
-predictor, and each has less variance than the one before it (law of total
-variance).
+predictor. Of a single prediction, the gradient of each has at most the variance
+of the one before it (law of total variance).
+
+That of a sequence need not: errors of the symbols are independent over time,
+while the parameters stay for a segment, and so do their errors. Of a trained
+LSTM on the PTW source with T = 32, the variance of the gradient of a sequence
+is, beside that of the symbols, 0.9 times as large with the parameters (1.1
+early in training) and 0.01 times with Bayes, whose gradient is 0 in the
+minimum.
 
 Axes: B batch, T time, K alphabet size.
 """
