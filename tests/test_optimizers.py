@@ -75,6 +75,17 @@ def test_more_steps_are_for_runs_that_would_have_done_the_same(schedule, most):
       optimizers.check_more_steps(config, 100, 200, most + 1)
 
 
+def test_schedule_of_a_users_own_has_warmup_and_may_get_more_steps(monkeypatch):
+  def halved_after_10(step, num_steps, warmup_steps):
+    return jnp.where(step > 10, 0.5, 1.0)
+
+  monkeypatch.setitem(optimizers.SCHEDULES, 'halved', halved_after_10)
+  factors = _factors('halved', 12, 2)
+  np.testing.assert_array_equal(factors, [0.5, *[1] * 9, 0.5, 0.5])
+  config = base_config.TrainConfig(schedule='Halved', warmup_steps=2)
+  optimizers.check_more_steps(config, 12, 20, 12)
+
+
 def _updates(optimizer, params, num_steps):
   """Updates of some steps with equal gradients, and the state after them."""
   state, updates = optimizer.init(params), []
