@@ -531,7 +531,7 @@ def test_average_of_a_run_without_one_is_refused():
     _train(_config(steps=0)).ema_member(0)
 
 
-@pytest.mark.parametrize('seeds', [3, (3, 7)])
+@pytest.mark.parametrize('seeds', [3, (3, 7, 9)])
 def test_callbacks_get_every_entry_and_parameters_to_keep(seeds):
   calls = []
   config = _config(model_init_seed=seeds)
