@@ -34,6 +34,8 @@ import numpy as np
 # the random lengths of the steps, which all of them share.
 SEQ_LENGTH_STREAM = 2**32 - 1
 MAX_SEED = SEQ_LENGTH_STREAM - 1
+# What training goes down on; `losses` says what each is.
+TARGETS = ('symbols', 'parameters', 'bayes')
 SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
@@ -617,7 +619,20 @@ class TrainConfig(Config):
   Attributes:
     model_init_seed: Second seed, of the initial parameters and the batches. A
       tuple of them trains an ensemble, one member for each, together.
-    learning_rate: Learning rate of Adam.
+    optimizer: Optimiser, a key of `optimizers.OPTIMIZERS`.
+    optimizer_kwargs: Keyword arguments of it, but for the learning rate.
+    learning_rate: Learning rate; the peak of its schedule.
+    schedule: Schedule of the learning rate, a key of `optimizers.SCHEDULES`.
+    warmup_steps: Steps in which the learning rate grows to its peak, whatever
+      the schedule.
+    target: Distribution of the next symbol that the loss of training is taken
+      against: 'symbols', 'parameters' or 'bayes'. What is logged is the loss of
+      the symbols.
+    init_from: Folder of a saved run of the same network whose parameters
+      training begins with, or `folder@step`; None draws them. An ensemble takes
+      those of one network for all members, or of as many member by member.
+    ema_decay: Decay of an average of the parameters over the steps, which is
+      kept and evaluated beside them; in (0, 1), or None for no average.
     seq_length: T, symbols per sequence.
     seq_length_fixed: If False, each step draws its length uniformly from
       2, 4, 8, ..., the largest power of two up to `seq_length`.
@@ -639,7 +654,14 @@ class TrainConfig(Config):
   _path = 'train'
 
   model_init_seed: int | tuple[int, ...] = limited(0, 0, MAX_SEED)
+  optimizer: str = 'adam'
+  optimizer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
   learning_rate: float = limited(2e-3, 0.0)
+  schedule: str = 'constant'
+  warmup_steps: int = limited(0, 0)
+  target: str = 'symbols'
+  init_from: str | None = None
+  ema_decay: float | None = limited(None, 0.0, 1.0)
   seq_length: int = limited(32, 2, MAX_SEQ_LENGTH)
   seq_length_fixed: bool = True
   batch_size: int = limited(128, 1)
@@ -663,6 +685,15 @@ class TrainConfig(Config):
         f'train.num_seed_shards {self.num_seed_shards} does not divide the '
         f'{num_members} seeds of train.model_init_seed'
       )
+    check_choice('train.target', self.target, TARGETS)
+    if self.learning_rate == 0:
+      raise ValueError('train.learning_rate is 0; nothing would be learned')
+    if self.init_from == '':
+      raise ValueError(
+        "train.init_from is ''; it must be the folder of a run, or None"
+      )
+    if self.ema_decay == 0:
+      raise ValueError('train.ema_decay is 0; None turns averaging off')
     if self.clip_grad_norm == 0:
       raise ValueError('train.clip_grad_norm is 0; None turns clipping off')
 

@@ -45,6 +45,7 @@ import optax
 from nonstationary_mbml import base_config
 from nonstationary_mbml import base_constants
 from nonstationary_mbml import losses
+from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml.models import backend
@@ -53,9 +54,15 @@ from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import saved_params
 from nonstationary_mbml.runtime import sharding
 from nonstationary_mbml.runtime import statistics
 from nonstationary_mbml.runtime import trained_run
+
+# Called at every log in the first process, with the step, the entry of the log
+# and the parameters: of all members, with a leading axis, if `model_init_seed`
+# is a tuple. It may keep them.
+Callback = Callable[[int, dict[str, float], predictors.Params], None]
 
 # Target for the longest call: a signal waits until a call has ended.
 _MAX_CALL_SECONDS = 1.0
@@ -114,6 +121,26 @@ class RunState(NamedTuple):
 
   train: TrainState
   sums: StepMetrics
+
+
+class AveragedParams(NamedTuple):
+  """What a snapshot of a run with `train.ema_decay` holds.
+
+  Attributes:
+    params: Predictor parameters.
+    average: Their average over the steps.
+  """
+
+  params: predictors.Params
+  average: predictors.Params
+
+
+def snapshot(state: TrainState) -> predictors.Params | AveragedParams:
+  """Returns what is kept of a state for good: parameters, and any average."""
+  average = optimizers.average(state.opt_state)
+  return (
+    state.params if average is None else AveragedParams(state.params, average)
+  )
 
 
 class NonFiniteError(ArithmeticError):
@@ -191,10 +218,12 @@ def build_components(
   """
   config.validate()
   config = config.resolved()
+  _make_optimizer(config)  # Its errors name its fields only.
   devices = jax.devices()
   sharding.check(config.train, len(devices))
   generator = build_data_generator(config.data)
   for seq_length in sequence_lengths(config.train):
+    losses.check_target(config.train.target, generator, seq_length)
     # Traced but not compiled, to find out whether the source can be that long.
     jax.eval_shape(
       lambda length=seq_length: generator.sample(jax.random.key(0), 1, length)
@@ -218,25 +247,26 @@ def build_components(
   return Components(generator, predictor, evaluator, devices)
 
 
-def make_optimizer(
-  config: base_config.TrainConfig,
-) -> optax.GradientTransformation:
-  """Returns Adam, after clipping by the global norm where configured."""
-  adam = optax.adam(config.learning_rate)
-  if config.clip_grad_norm is None:
-    return adam
-  return optax.chain(optax.clip_by_global_norm(config.clip_grad_norm), adam)
-
-
 def init_state(
   config: base_config.ExperimentConfig,
   predictor: predictors.Predictor,
   alphabet_size: int,
   devices: Sequence[jax.Device],
+  params: predictors.Params | None = None,
 ) -> TrainState:
-  """Returns the state before the first step, laid out over the devices."""
+  """Returns the state before the first step, laid out over the devices.
+
+  Args:
+    config: Config of the experiment.
+    predictor: Predictor to train.
+    alphabet_size: K.
+    devices: Devices to train on.
+    params: Parameters of all members to begin with; None draws them.
+  """
   # Computed on one device: on several, XLA would have to split it first.
-  state = jax.jit(lambda: _init(config, predictor, alphabet_size))()
+  state = jax.jit(
+    lambda params: _init(config, predictor, alphabet_size, params)
+  )(params)
   mesh = sharding.device_mesh(config.train, devices)
   return TrainState(
     *(
@@ -250,20 +280,32 @@ def _init(
   config: base_config.ExperimentConfig,
   predictor: predictors.Predictor,
   alphabet_size: int,
+  all_params: predictors.Params | None = None,
 ) -> TrainState:
   batch_size = config.train.batch_size
   length = min(sequence_lengths(config.train))
   batch = jnp.zeros((batch_size, length, alphabet_size))
+  optimizer = _make_optimizer(config)
 
-  def init_member(seed: jax.Array) -> tuple[Any, ...]:
+  def init_member(
+    seed: jax.Array, params: predictors.Params | None
+  ) -> tuple[Any, ...]:
     keys = step_keys(config.seed, seed, 0)
-    params = predictor.init_params(keys.predictor, batch, None)
+    if params is None:
+      params = predictor.init_params(keys.predictor, batch, None)
     predictor_state = None
     if not config.train.reset_predictor_init_state:
       predictor_state = predictor.initial_state(params, keys.state, batch_size)
-    return params, make_optimizer(config.train).init(params), predictor_state
+    return params, optimizer.init(params), predictor_state
 
-  return TrainState(jnp.int32(0), *jax.vmap(init_member)(_seeds(config.train)))
+  seeds = _seeds(config.train)
+  return TrainState(jnp.int32(0), *jax.vmap(init_member)(seeds, all_params))
+
+
+def _make_optimizer(
+  config: base_config.ExperimentConfig,
+) -> optax.GradientTransformation:
+  return optimizers.make_optimizer(config.train, config.schedule.training_steps)
 
 
 def _seeds(config: base_config.TrainConfig) -> jax.Array:
@@ -298,7 +340,7 @@ def make_update(
     (state, the member's `model_init_seed`) -> (state, metrics of the step).
   """
   train_config = config.train
-  optimizer = make_optimizer(train_config)
+  optimizer = _make_optimizer(config)
   lengths = sequence_lengths(train_config)
   num_rows = sharding.num_seed_shards(train_config, num_devices)
   row_length = num_devices // num_rows
@@ -327,7 +369,7 @@ def make_update(
 
     def at_length(seq_length: int) -> Callable[[], Any]:
       def loss_and_grads():
-        batch, _ = generator.sample_from_keys(data_keys, seq_length)
+        batch, parameters = generator.sample_from_keys(data_keys, seq_length)
         return losses.loss_and_grads(
           predictor,
           state.params,
@@ -337,6 +379,9 @@ def make_update(
           train_config.gradient_chunk_length,
           losses.microbatch_size(
             train_config, predictor, device_batch_size, seq_length
+          ),
+          losses.target_probs(
+            train_config.target, generator, batch, parameters
           ),
         )
 
@@ -496,12 +541,91 @@ def saved_form(config: base_config.TrainConfig, form: RunState) -> RunState:
   return RunState(TrainState(step, *state_fields), sums)
 
 
+def load_params(
+  folder: pathlib.Path,
+  step: int | None,
+  config: base_config.ExperimentConfig,
+  predictor: predictors.Predictor,
+  alphabet_size: int,
+) -> tuple[int, predictors.Params, predictors.Params | None]:
+  """Returns the step, parameters and any averages of a run that was saved.
+
+  Args:
+    folder: Folder of the run.
+    step: Step to load; None is the newest that can be read.
+    config: Config of the run.
+    predictor: Its network.
+    alphabet_size: K.
+
+  Raises:
+    ValueError: As `saved_params.load`.
+  """
+  form = abstract_state(config, predictor, alphabet_size)
+  step, saved = saved_params.load(
+    folder,
+    step,
+    saved_form(config.train, form),
+    lambda state: snapshot(state.train),
+  )
+  saved = sharding.reshaping(snapshot(form.train))(saved)
+  if isinstance(saved, AveragedParams):
+    return step, *saved
+  return step, saved, None
+
+
+def _goes_on(folder: str | pathlib.Path | None) -> bool:
+  """Whether a folder has a checkpoint, so that a run needs no beginning."""
+  return folder is not None and multihost.on_primary(
+    lambda: run_folder.RunFolder(folder).last_checkpoint is not None
+  )
+
+
+def initial_params(
+  config: base_config.ExperimentConfig, components: Components
+) -> predictors.Params | None:
+  """Returns parameters of all members to begin with; None draws them.
+
+  Args:
+    config: Config of the experiment.
+    components: What `build_components` has built of it.
+
+  Raises:
+    ValueError: If `train.init_from` names no run, step or parameters that fit.
+  """
+  path = config.train.init_from
+  if path is None:
+    return None
+  folder, at, step = path.rpartition('@')
+  if not (at and step.isdecimal()):
+    folder, step = path, None
+  seeds = trained_run.member_seeds(config.train)
+  with base_config.naming('train.init_from'):
+    saved = run_folder.read_config(pathlib.Path(folder), type(config))
+    num_saved = len(trained_run.member_seeds(saved.train))
+    if num_saved not in (1, len(seeds)):
+      raise ValueError(
+        f'{folder} has {num_saved} networks; one is needed, or one for each of '
+        f'the {len(seeds)} seeds of train.model_init_seed'
+      )
+    _, params, _ = load_params(
+      pathlib.Path(folder),
+      None if step is None else int(step),
+      saved,
+      components.predictor,
+      components.generator.alphabet_size,
+    )
+  return jax.tree.map(
+    lambda x: jnp.broadcast_to(x, (len(seeds), *x.shape[1:])), params
+  )
+
+
 def train(
   config: base_config.ExperimentConfig,
   build_data_generator: base_constants.DataGeneratorBuilder,
   build_evaluator: base_constants.EvaluatorBuilder,
   use_tqdm: bool = False,
   folder: str | pathlib.Path | None = None,
+  callbacks: Sequence[Callback] = (),
 ) -> trained_run.Run:
   """Trains a predictor as configured, on all devices of all processes.
 
@@ -515,8 +639,11 @@ def train(
     use_tqdm: Show step, loss and regret: a progress bar on a terminal, else a
       line for every log.
     folder: Folder of the run; `run_folder` says what is kept there. If it holds
-      a checkpoint of the same config, training goes on from it. None keeps
+      a checkpoint of the same config, training goes on from it; also if the
+      config has more steps now, where its schedule allows that. None keeps
       nothing.
+    callbacks: Functions of step, entry and parameters, called at every log. An
+      exception in one of them ends the run.
 
   Returns:
     The run after its last step.
@@ -530,7 +657,7 @@ def train(
     run_folder.SaveError: If the folder cannot be written to.
   """
   components = build_components(config, build_data_generator, build_evaluator)
-  return train_components(config, components, use_tqdm, folder)
+  return train_components(config, components, use_tqdm, folder, callbacks)
 
 
 def train_components(
@@ -538,16 +665,23 @@ def train_components(
   components: Components,
   use_tqdm: bool = False,
   folder: str | pathlib.Path | None = None,
+  callbacks: Sequence[Callback] = (),
 ) -> trained_run.Run:
   """Trains what `build_components` has built of the config; see `train`."""
   multihost.check_same('the config', base_config.to_dict(config))
   # The run keeps it, as it is saved; others may edit theirs.
   config = base_config.copied(config)
+  params = None
+  if config.train.init_from is not None and not _goes_on(folder):
+    params = initial_params(config, components)
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(preemption.catch(folder is not None))
     if folder is not None:
       folder = stack.enter_context(run_folder.RunFolder(folder).open(config))
-    return _Training(config, components, folder, interrupts, use_tqdm).run()
+    training = _Training(
+      config, components, params, folder, interrupts, use_tqdm, callbacks
+    )
+    return training.run()
 
 
 class _Training:
@@ -557,15 +691,18 @@ class _Training:
     self,
     config: base_config.ExperimentConfig,
     components: Components,
+    params: predictors.Params | None,
     folder: run_folder.RunFolder | None,
     interrupts: preemption.Interrupts,
     use_tqdm: bool,
+    callbacks: Sequence[Callback],
   ):
     generator, predictor, _, devices = components
     self._config = config
     self._components = components
     self._folder = folder
     self._interrupts = interrupts
+    self._callbacks = callbacks
     self._use_tqdm = use_tqdm and multihost.is_primary()
     self._seeds = trained_run.member_seeds(config.train)
     is_ensemble = isinstance(config.train.model_init_seed, tuple)
@@ -590,7 +727,7 @@ class _Training:
       self._snapshot_steps = checkpointing.snapshot_steps(schedule)
     self._step = 0
     self._state = init_state(
-      config, predictor, generator.alphabet_size, devices
+      config, predictor, generator.alphabet_size, devices, params
     )
     self._sums = zero_sums(self._state)
     self._form = sharding.abstract(
@@ -634,10 +771,12 @@ class _Training:
       self._folder.finish(self._step, 'finished')
       _, received = self._interrupts.over_processes(0.0)
       self._stop_if(received)
+    params, average = self._collect_params()
     return trained_run.Run(
       config=config,
       predictor=predictor,
-      all_params=sharding.collect(self._state.params),
+      all_params=params,
+      all_ema_params=average,
       step=self._step,
       history=self._history,
       member_histories=tuple(self._member_histories),
@@ -651,7 +790,7 @@ class _Training:
       self._saved_form,
       self._log_steps,
       self._config.schedule.ckpt_frequency,
-      self._saved_form.train.params,
+      snapshot(self._saved_form.train),
     )
     for message in messages if multihost.is_primary() else ():
       print(message, file=sys.stderr, flush=True)
@@ -682,20 +821,21 @@ class _Training:
 
   def _log(self, param_norms: np.ndarray) -> None:
     """Evaluates every member, and adds to the histories."""
-    index = self._log_steps.index(self._step)
-    num_steps = self._step - (self._log_steps[index - 1] if index else 0)
-    params = sharding.collect(self._state.params)
+    # Not from `_log_steps`: a shorter run has logged its last step, too.
+    last = self._history[-1]['step'] if self._history else 0
+    num_steps = self._step - last
+    params, average = self._collect_params()
     entries = []
     for member, seed in enumerate(self._seeds):
-      keys = step_keys(self._config.seed, seed, self._step)
-      evaluated = self._components.evaluator.step(
-        trained_run.take(params, member), None, keys.evaluation
-      )
+      evaluated = self._evaluate(params, member, seed)
+      if average is not None:
+        averaged = self._evaluate(average, member, seed)
+        evaluated |= {f'ema/{name}': x for name, x in averaged.items()}
       values = {
         'loss': self._sums.loss[member] / num_steps,
         'grad_norm': self._sums.grad_norm[member] / num_steps,
         'param_norm': param_norms[member],
-        **jax.device_get(evaluated),
+        **evaluated,
       }
       floats = {name: float(value) for name, value in values.items()}
       entries.append({'step': self._step, **floats})
@@ -707,6 +847,37 @@ class _Training:
       history.append(own)
     if self._folder is not None:
       self._folder.log(entry, members)
+    if self._callbacks:
+      multihost.on_primary(lambda: self._call_back(entry, params))
+
+  def _call_back(
+    self, entry: dict[str, float], params: predictors.Params
+  ) -> None:
+    # Copies: the next call of many steps takes the memory of the parameters.
+    if self._member_histories:
+      params = jax.tree.map(jnp.copy, params)
+    else:
+      params = trained_run.take(params, 0)
+    for callback in self._callbacks:
+      callback(self._step, dict(entry), params)
+
+  def _evaluate(
+    self, params: predictors.Params, member: int, seed: int
+  ) -> dict[str, Any]:
+    """Metrics of one member; other parameters see the same sequences."""
+    keys = step_keys(self._config.seed, seed, self._step)
+    return jax.device_get(
+      self._components.evaluator.step(
+        trained_run.take(params, member), None, keys.evaluation
+      )
+    )
+
+  def _collect_params(
+    self,
+  ) -> tuple[predictors.Params, predictors.Params | None]:
+    """Parameters of all members, and their averages if there are any."""
+    average = optimizers.average(self._state.opt_state)
+    return sharding.collect((self._state.params, average))
 
   def _save(
     self, is_snapshot: bool, is_checkpoint: bool, wait: bool = False
@@ -716,7 +887,7 @@ class _Training:
       return
     saved = self._to_saved(RunState(self._state, self._sums))
     if is_snapshot:
-      self._folder.save_snapshot(self._step, saved.train.params)
+      self._folder.save_snapshot(self._step, snapshot(saved.train))
     if is_checkpoint:
       # Without waiting, a kill could lose two steps.
       wait |= self._config.schedule.ckpt_frequency == 1

@@ -7,6 +7,8 @@ import inspect
 from typing import Any
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import losses
+from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import distributions
@@ -114,6 +116,10 @@ def check(config: base_config.ExperimentConfig) -> None:
       f'eval.data has an alphabet of {eval_alphabet_size} symbols, but data, '
       f'to train on, of {alphabet_size}'
     )
+  losses.check_target(
+    config.train.target, generators[0], config.train.seq_length
+  )
+  optimizers.make_optimizer(config.train, config.schedule.training_steps)
   predictor = predictor_factories.build_predictor(config.model, alphabet_size)
   if not (config.train.reset_predictor_init_state or predictor.has_state):
     raise ValueError(

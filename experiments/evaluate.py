@@ -154,10 +154,20 @@ def format_content(content: dict[str, Any]) -> str:
   is_exact = content['exact_predictor'] is not None
   if len(steps) == 1:
     return regret_table.format_table(steps[0]['table'], is_exact=is_exact)
-  # The others are the same at every step.
   network = [{'step': by['step'], **by['table'][0]} for by in steps]
-  others = steps[-1]['table'][1:]
+  averaged = [
+    {'step, averaged': by['step'], **row}
+    for by in steps
+    for row in by['table']
+    if row.get('is_averaged')
+  ]
+  # The others are the same at every step.
+  others = regret_table.reference_rows(steps[-1]['table'])
   blocks = [regret_table.format_table(network, 'step', is_exact)]
+  if averaged:
+    blocks.append(
+      regret_table.format_table(averaged, 'step, averaged', is_exact)
+    )
   if others:
     blocks.append(regret_table.format_table(others, is_exact=is_exact))
   return '\n\n'.join(blocks)

@@ -32,6 +32,8 @@ from nonstationary_mbml.runtime import statistics
 
 # Name of the evaluated predictor among the regrets; the others have their own.
 NETWORK = 'network'
+# The same of a run's averaged parameters.
+AVERAGED = 'averaged_network'
 # Sequences among which that of a figure is chosen.
 _DRAWN_BATCH = 64
 
@@ -95,8 +97,9 @@ class MetaLearningEvaluator:
     seq_length = base_config.check_int('seq_length', seq_length, 2)
     if chunk_length is not None:
       chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
-    if NETWORK in optimal_predictors:
-      raise ValueError(f'optimal_predictors has the reserved name {NETWORK!r}')
+    for name in (NETWORK, AVERAGED):
+      if name in optimal_predictors:
+        raise ValueError(f'optimal_predictors has the reserved name {name!r}')
     self.alphabet_size = generator.alphabet_size
     self.predictor = predictor
     self.optimal_predictors = dict(optimal_predictors)

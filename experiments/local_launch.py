@@ -107,7 +107,7 @@ def make_config(
     name: Name of the run; if None, made of network, source and seeds.
     seq_length: T.
     batch_size: B.
-    learning_rate: Learning rate of Adam.
+    learning_rate: Learning rate; the peak of its schedule.
     num_seeds: Networks that are trained together; above 1, an ensemble.
 
   Raises:
@@ -359,7 +359,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   define.number(
     'learning_rate',
     2e-3,
-    'Adam learning rate.',
+    'Learning rate; the peak of its schedule.',
     lower_bound=0,
   )
   define.integer(
@@ -429,6 +429,7 @@ def main(argv: list[str]) -> None:
       },
     )
     if values.overwrite:
+      train.initial_params(config, components)  # Before anything is deleted.
       clear(folder)
     if values.stop_with_stdin:
       preemption.terminate_with_stdin()

@@ -1,5 +1,6 @@
 """Tables of regret: a network, or an ensemble of them, beside exact Bayes."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from nonstationary_mbml import predictor_factories
+from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.runtime import statistics
@@ -45,26 +47,40 @@ def make_table(
     num_sequences: Number of sequences, N.
     use_tqdm: Show progress.
   """
-  by_member = [
-    evaluator.evaluate(run.member(member), rng, num_sequences, use_tqdm)
-    for member in range(len(run.seeds))
-  ]
-  regrets = by_member[0]
+
+  def measure(
+    member_params: Callable[[int], predictors.Params],
+  ) -> dict[str, np.ndarray]:
+    by_member = [
+      evaluator.evaluate(member_params(member), rng, num_sequences, use_tqdm)
+      for member in range(len(run.seeds))
+    ]
+    regrets = by_member[0]
+    if len(run.seeds) > 1:
+      regrets[evaluator_lib.NETWORK] = np.stack(
+        [member[evaluator_lib.NETWORK] for member in by_member]
+      )
+    return regrets
+
+  regrets = measure(run.member)
   network = predictor_factories.label(run.config.model)
   if len(run.seeds) > 1:
     network += f', {len(run.seeds)} seeds'
-    regrets[evaluator_lib.NETWORK] = np.stack(
-      [member[evaluator_lib.NETWORK] for member in by_member]
-    )
   exact = constants.exact_predictor(
     evaluator.generator, evaluator.optimal_predictors, evaluator.seq_length
   )
   names = {evaluator_lib.NETWORK: network}
-  names |= constants.labels(evaluator.optimal_predictors)
-  rows = results_table(regrets, names, exact)
-  if 'seeds' in rows[0]:
-    rows[0]['seeds'] = network_rows(rows, run.seeds)
-  return Table(rows, exact, names)
+  averaged = {}
+  if run.all_ema_params is not None:
+    averaged[evaluator_lib.AVERAGED] = f'{network}, averaged'
+    of_average = measure(run.ema_member)
+    regrets[evaluator_lib.AVERAGED] = of_average[evaluator_lib.NETWORK]
+  optimal = constants.labels(evaluator.optimal_predictors)
+  rows = results_table(regrets, names | averaged | optimal, exact)
+  for row in rows:
+    if 'seeds' in row:
+      row['seeds'] = network_rows([row], run.seeds)
+  return Table(rows, exact, names | optimal)
 
 
 def results_table(
@@ -75,7 +91,8 @@ def results_table(
   `stderr_over` says what the standard errors of a row are over: `sequences`, or
   `seeds` for an ensemble. `is_optimum` is the row that the others are measured
   from: without an exact predictor (`is_exact`) it is only the best reference,
-  and what is better than it has a negative distance.
+  and what is better than it has a negative distance. The row of a network's
+  averaged parameters has `is_averaged`.
 
   Args:
     regrets: Cumulative regret of every sequence `[N]`, by predictor, as from
@@ -86,7 +103,8 @@ def results_table(
     exact: Name of the source's own Bayes predictor, from which the rows are
       measured; None measures from the best of the exact predictors.
   """
-  references = [name for name in regrets if name != evaluator_lib.NETWORK]
+  networks = (evaluator_lib.NETWORK, evaluator_lib.AVERAGED)
+  references = [name for name in regrets if name not in networks]
   optimum = exact or min(
     references,
     key=lambda name: regrets[name].mean(),
@@ -117,10 +135,19 @@ def results_table(
       'is_optimum': name == optimum,
       'is_exact': name == exact,
     }
+    if name == evaluator_lib.AVERAGED:
+      row['is_averaged'] = True
     if values.ndim == 2:
       row['seeds'] = [measured(member) for member in values]
     rows.append(row)
   return rows
+
+
+def reference_rows(
+  table: Sequence[Mapping[str, Any]],
+) -> list[Mapping[str, Any]]:
+  """Returns the rows of a table that are of exact predictors."""
+  return [row for row in table[1:] if not row.get('is_averaged')]
 
 
 def network_rows(

@@ -19,16 +19,13 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import predictors
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.runtime import atomic_files
-from nonstationary_mbml.runtime import checkpointing
-from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
-from nonstationary_mbml.runtime import sharding
+from nonstationary_mbml.runtime import saved_params
 from nonstationary_mbml.runtime import trained_run
 
 
@@ -127,15 +124,15 @@ def load_run(
     predictor_factories.resolved(config.model, config.train.seq_length),
     alphabet_size,
   )
-  form = train.abstract_state(config, predictor, alphabet_size)
-  step, params = _load_params(
-    folder, step, train.saved_form(config.train, form)
+  step, params, average = train.load_params(
+    folder, step, config, predictor, alphabet_size
   )
   history, member_histories = run_folder.split_entries(entries)
   return trained_run.Run(
     config=config,
     predictor=predictor,
-    all_params=sharding.reshaping(form.train.params)(params),
+    all_params=params,
+    all_ema_params=average,
     step=step,
     history=history,
     member_histories=member_histories,
@@ -149,67 +146,8 @@ def saved_steps(folder: str | pathlib.Path) -> tuple[int, ...]:
   Raises:
     ValueError: If there is no run.
   """
-  checkpoints, snapshots = _open(pathlib.Path(folder))
+  checkpoints, snapshots = saved_params.open_folder(pathlib.Path(folder))
   return tuple(sorted({*checkpoints.steps(), *snapshots.steps()}))
-
-
-def _open(
-  folder: pathlib.Path,
-) -> tuple[checkpointing.Checkpoints, checkpointing.Checkpoints]:
-  if not folder.is_dir():
-    raise ValueError(f'{folder} is no folder of a run')
-  return tuple(
-    checkpointing.Checkpoints(folder / name)
-    for name in (run_folder.CHECKPOINTS, run_folder.SNAPSHOTS)
-  )
-
-
-def _load_params(
-  folder: pathlib.Path, step: int | None, abstract: train.RunState
-) -> tuple[int, predictors.Params]:
-  """The parameters of a step, or of the newest that can be read."""
-  checkpoints, snapshots = _open(folder)
-  # Several processes may each see another state of the folder.
-  of_snapshots, of_checkpoints = multihost.on_primary(
-    lambda: (snapshots.steps(), checkpoints.steps())
-  )
-  steps = sorted({*of_snapshots, *of_checkpoints})
-  if step is not None and step not in steps:
-    raise ValueError(
-      f'{folder} has kept nothing of step {step}, only of '
-      f'{", ".join(map(str, steps)) or "none"}'
-    )
-
-  def read(kept: checkpointing.Checkpoints, step: int) -> predictors.Params:
-    if kept is snapshots:
-      return kept.restore(step, abstract.train.params, keep_dtypes=True)
-    return kept.restore(step, abstract, keep_dtypes=True).train.params
-
-  problems = []
-  for candidate in reversed(steps if step is None else (step,)):
-    for kept, kept_steps in (
-      (snapshots, of_snapshots),
-      (checkpoints, of_checkpoints),
-    ):
-      if candidate not in kept_steps:
-        continue
-      try:
-        params = read(kept, candidate)
-      except ValueError as error:
-        if multihost.is_peer_failure(error):
-          raise
-        problems.append(error)
-        continue
-      for problem in problems:
-        warnings.warn(str(problem), stacklevel=3)
-      return candidate, params
-  if not problems:
-    raise ValueError(f'{folder} has no parameters to load: no step was saved')
-  # The steps are of another network, or damaged: as the newest step is.
-  shown = checkpointing.shown_problems([str(problem) for problem in problems])
-  if step is None:
-    shown = f'{folder} has no parameters to load: {shown}'
-  raise type(problems[0])(shown)
 
 
 _EXPORTED_ENTRIES = 20
@@ -243,7 +181,7 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     folder, config_lib.ExperimentConfig
   ).schedule
   steps = schedule.training_steps
-  checkpoints, snapshots = _open(folder)
+  checkpoints, snapshots = saved_params.open_folder(folder)
   if steps not in snapshots.steps():
     reason = 'its newest checkpoint says that it has not ended'
     if schedule.num_saves == 0:

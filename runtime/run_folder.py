@@ -34,6 +34,7 @@ from typing import Any
 import jax
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml import optimizers
 from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import multihost
@@ -47,6 +48,8 @@ SET_ASIDE = 'set_aside'
 # Key of a log entry that holds the entries of an ensemble's members.
 _MEMBERS = 'members'
 _KEPT_CHECKPOINTS = 3
+# Whoever finds them takes the run for finished.
+_MADE_AT_THE_END = ('table.json', 'figure.png')
 _PACKAGES = (
   'jax',
   'jaxlib',
@@ -182,34 +185,49 @@ class RunFolder:
     )
     self._snapshots = checkpointing.Checkpoints(self.path / SNAPSHOTS)
 
-  def check(self, config: base_config.Config) -> None:
-    """Raises ValueError if the folder holds a run with another config.
+  def check(self, config: base_config.ExperimentConfig) -> bool:
+    """Returns whether the folder holds a run that is to have more steps now.
 
-    The message names every field that differs. A folder without checkpoint and
-    log has nothing to lose.
+    A folder without checkpoint and log has nothing to lose.
+
+    Raises:
+      ValueError: If it holds a run with another config, or one that cannot have
+        more steps. The message names every field that differs.
     """
-    multihost.on_primary(lambda: self._check(config))
+    return multihost.on_primary(lambda: self._check(config))
 
-  def _check(self, config: base_config.Config) -> None:
+  def _check(self, config: base_config.ExperimentConfig) -> bool:
     with self._saving():
       holds_run = (self.path / METRICS).exists() or any(
         (self.path / name).is_dir() for name in (CHECKPOINTS, SNAPSHOTS)
       )
     if not holds_run:
-      return
+      return False
     present = read_config(self.path, type(config))
     # As they resolve: a default may be written out in one of them.
     with base_config.naming(str(self.path / CONFIG)):
       present = present.resolved()
+    config = config.resolved()
     differences = base_config.differences(
-      base_config.to_dict(present), base_config.to_dict(config.resolved())
+      base_config.to_dict(present), base_config.to_dict(config)
     )
-    if differences:
-      raise ValueError(
-        f'{self.path} holds a run with another config '
-        f'({"; ".join(differences)}); choose another name or folder '
-        '(--name, --output_dir), or begin anew (--overwrite)'
-      )
+    if not differences:
+      return False
+    problem = f'holds a run with another config ({"; ".join(differences)})'
+    steps = present.schedule.training_steps, config.schedule.training_steps
+    present.schedule.training_steps = max(steps)
+    if present == config:
+      try:
+        optimizers.check_more_steps(
+          config.train, *steps, self.last_checkpoint or 0
+        )
+        return True
+      except ValueError as error:
+        problem = f'holds a run that cannot have more steps ({error})'
+    raise ValueError(
+      f'{self.path} {problem}; choose another name or folder '
+      '(--name, --output_dir), or begin anew (--overwrite)'
+    )
 
   def clear(self) -> None:
     """Deletes a run, to begin it anew.
@@ -244,24 +262,27 @@ class RunFolder:
       raise save_error(self.path, error, last) from error
 
   @contextlib.contextmanager
-  def open(self, config: base_config.Config) -> Iterator['RunFolder']:
+  def open(self, config: base_config.ExperimentConfig) -> Iterator['RunFolder']:
     """Holds the folder for training, inside a `with`.
 
     Args:
-      config: Config of the run.
+      config: Config of the run; that of the run that is there, if there is one,
+        or the same with more steps.
 
     Raises:
       ValueError: If it holds a run with another config, or if another process
         is training it.
       SaveError: If it cannot be written to.
     """
-    self.check(config)
+    has_more_steps = self.check(config)
     with contextlib.ExitStack() as stack:
 
       def hold() -> None:
         with self._saving():
           self.path.mkdir(parents=True, exist_ok=True)
           stack.enter_context(self._locked())
+          for name in _MADE_AT_THE_END if has_more_steps else ():
+            (self.path / name).unlink(missing_ok=True)
           atomic_files.write_json(
             self.path / CONFIG, base_config.to_dict(config)
           )
@@ -284,7 +305,7 @@ class RunFolder:
       with contextlib.suppress(Exception):
         opened.close()
 
-  def _check_shared(self, config: base_config.Config) -> None:
+  def _check_shared(self, config: base_config.ExperimentConfig) -> None:
     """Raises ValueError if this process does not see what the first wrote."""
     if not multihost.becomes_true(lambda: self._holds(config)):
       raise ValueError(
@@ -293,7 +314,7 @@ class RunFolder:
         'folder (--output_dir)'
       )
 
-  def _holds(self, config: base_config.Config) -> bool:
+  def _holds(self, config: base_config.ExperimentConfig) -> bool:
     try:
       return read_config(self.path, type(config)) == config
     except ValueError:

@@ -28,10 +28,13 @@ class Run:
     config: Config of the training.
     predictor: The network.
     all_params: Parameters of all M members, with a leading axis of them.
+    all_ema_params: Averages of them over the steps, likewise; None without
+      `train.ema_decay`.
     step: Training steps that the parameters have seen.
     history: One dict per log: `step`; `loss` (nats per symbol) and `grad_norm`
       (before clipping), means since the last log; `param_norm`; and the
-      evaluator's metrics. If `model_init_seed` is a tuple, means over the
+      evaluator's metrics, those of the averaged parameters under `ema/<name>`.
+      If `model_init_seed` is a tuple, means over the
       members, and under `seeds_stderr/<name>` their standard errors.
     member_histories: Histories of the members, as they would be alone, dropout
       masks aside; () if `model_init_seed` is an int.
@@ -42,6 +45,7 @@ class Run:
   config: base_config.ExperimentConfig
   predictor: predictors.Predictor
   all_params: predictors.Params
+  all_ema_params: predictors.Params | None = None
   step: int
   history: list[dict[str, float]] = dataclasses.field(default_factory=list)
   member_histories: tuple[list[dict[str, float]], ...] = ()
@@ -65,9 +69,20 @@ class Run:
 
   def member(self, index: int) -> predictors.Params:
     """Returns the parameters of one member, 0 <= index < M."""
-    last = len(self.seeds) - 1
-    index = base_config.check_int('member', index, 0, last)
-    return take(self.all_params, index)
+    return take(self.all_params, self._checked(index))
+
+  def ema_member(self, index: int) -> predictors.Params:
+    """Returns the averaged parameters of one member, 0 <= index < M.
+
+    Raises:
+      ValueError: If the run has no averages.
+    """
+    if self.all_ema_params is None:
+      raise ValueError('the run has no averages: its train.ema_decay is None')
+    return take(self.all_ema_params, self._checked(index))
+
+  def _checked(self, index: int) -> int:
+    return base_config.check_int('member', index, 0, len(self.seeds) - 1)
 
 
 @jax.jit

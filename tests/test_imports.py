@@ -28,7 +28,7 @@ ORDER = (
     'models.transformer',
   ),
   ('predictors',),
-  ('predictor_factories', 'base_constants', 'losses'),
+  ('predictor_factories', 'base_constants', 'losses', 'optimizers'),
   (
     'runtime.devices',
     'runtime.sharding',
@@ -40,6 +40,7 @@ ORDER = (
     'runtime.progress',
     'runtime.checkpointing',
     'runtime.run_folder',
+    'runtime.saved_params',
   ),
   ('train',),
   (

@@ -1,4 +1,7 @@
+import itertools
+
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,6 +9,9 @@ import pytest
 from nonstationary_mbml import base_config
 from nonstationary_mbml import losses
 from nonstationary_mbml import predictor_factories
+from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.tests import oracles
 
 
 def _assert_trees_close(first, second, **tolerance):
@@ -78,6 +84,120 @@ def test_chunks_change_the_gradient_but_not_the_loss(chunk_length):
   _assert_trees_close(grads, truncated, atol=1e-6)
 
 
+@pytest.mark.parametrize('microbatch_size', [None, 2])
+def test_symbols_given_as_targets_change_nothing(microbatch_size):
+  """Chunks and microbatches take the targets of their own symbols."""
+  predictor, params, batch = _predictor_and_batch(batch_size=6)
+  state = predictor.initial_state(params, None, 6)
+  loss_and_grads = jax.jit(
+    lambda size, targets: losses.loss_and_grads(
+      predictor, params, None, batch, state, 4, size, targets
+    ),
+    static_argnums=0,
+  )
+  symbols = losses.target_probs('parameters', None, batch, batch)
+  _assert_trees_close(
+    loss_and_grads(microbatch_size, symbols),
+    loss_and_grads(None, None),
+    atol=1e-6,
+  )
+
+
+class _TwoCoins:
+  """A source of 4 symbols that switches between two coins, enumerated.
+
+  Attributes:
+    symbols: One-hot symbols `[N, 4, 2]` of all pairs of symbols and coins.
+    parameters: Probabilities `[N, 4, 2]` that they were drawn from.
+    weights: Probabilities of the pairs `[N]`.
+  """
+
+  def __init__(self):
+    paths = np.array(list(itertools.product((0, 1), repeat=4)))
+    stays = paths[:, 1:] == paths[:, :-1]
+    path_probs = 0.5 * np.where(stays, 0.7, 0.3).prod(axis=1)
+    probs_of_one = np.array([0.2, 0.9])[paths]
+    self._coins = np.stack([1 - probs_of_one, probs_of_one], axis=-1)
+    self._path_probs = path_probs
+    self.symbols = np.repeat(np.eye(2)[paths], 16, axis=0)
+    self.parameters = np.tile(self._coins, (16, 1, 1))
+    likelihoods = (self.symbols * self.parameters).sum(-1).prod(-1)
+    self.weights = np.tile(path_probs, 16) * likelihoods
+
+  def bayes_predictor(self, seq_length):
+    assert seq_length == 4
+    return self
+
+  def unroll(self, params, rng, batch):
+    # Joint probability of the symbols so far and each path, [B, paths, T].
+    likelihoods = jnp.einsum('btk,ptk->bpt', batch, self._coins)
+    joint = self._path_probs[:, None] * jnp.cumprod(likelihoods, axis=-1)
+    posterior = joint / joint.sum(axis=1, keepdims=True)
+    coins = np.roll(self._coins, -1, axis=1)
+    return jnp.log(jnp.einsum('bpt,ptk->btk', posterior, coins)), None
+
+
+def test_targets_have_one_expected_gradient_and_ever_less_variance(x64):
+  """Exactly, of every prediction, over all sequences and parameters."""
+  source = _TwoCoins()
+  assert source.weights.sum() == pytest.approx(1)
+  batch, parameters = jnp.array(source.symbols), jnp.array(source.parameters)
+  predictor = predictor_factories.PREDICTOR_FACTORIES['rnn'](
+    2, {'core': 'vanilla_rnn', 'hidden_size': 2}
+  )
+  params = predictor.init_params(jax.random.key(0), batch[:1], None)
+
+  @jax.jit
+  @jax.vmap
+  def loss_and_gradients(sequence, probs):
+    def of_one_prediction(time):
+      loss, grads, _ = losses.loss_and_grads(
+        predictor,
+        params,
+        None,
+        sequence[None],
+        None,
+        target_probs=jnp.zeros_like(probs).at[time].set(probs[time])[None],
+      )
+      return loss, jax.flatten_util.ravel_pytree(grads)[0]
+
+    return jax.vmap(of_one_prediction)(jnp.arange(3))
+
+  means, variances, logged = [], [], []
+  for target in base_config.TARGETS:
+    probs = losses.target_probs(target, source, batch, parameters)
+    if target == 'symbols':
+      assert probs is None
+      probs = losses.target_probs('parameters', source, batch, batch)
+    loss, gradients = loss_and_gradients(batch, probs)
+    mean = np.einsum('n,ntp->tp', source.weights, gradients)
+    means.append(mean)
+    variances.append(
+      np.einsum('n,ntp->tp', source.weights, (gradients - mean) ** 2)
+    )
+    logged.append(loss)
+  assert np.abs(means[0]).max() > 1e-3
+  np.testing.assert_allclose(means[1:], [means[0]] * 2, rtol=0, atol=1e-12)
+  assert np.all(np.diff(variances, axis=0) <= 1e-12)
+  symbols, of_parameters, of_bayes = np.sum(variances, axis=-1)
+  assert np.all(symbols > 1.1 * of_parameters)
+  assert np.all(of_parameters > 1.1 * of_bayes)
+  # What is logged is the loss of the symbols, whatever the target.
+  np.testing.assert_array_equal(logged[1:], [logged[0]] * 2)
+
+
+def test_bayes_targets_are_those_of_the_exact_predictor_of_the_source(x64):
+  generator = constants.build_data_generator(config_lib.DataConfig())
+  symbols = oracles.all_sequences(2, 4)
+  batch = jnp.array(oracles.one_hot(symbols, 2))
+  probs = losses.target_probs('bayes', generator, batch, None)
+  expected = oracles.mixture_predictions(
+    symbols, oracles.ptw_partitions(2), (0.5, 0.5)
+  )
+  np.testing.assert_allclose(probs[:, :-1], np.exp(expected[:, 1:]), rtol=1e-9)
+  np.testing.assert_array_equal(probs[:, -1], 0)
+
+
 @pytest.mark.parametrize('chunk_length', [None, 4])
 def test_microbatches_change_neither_loss_nor_gradient(chunk_length):
   predictor, params, batch = _predictor_and_batch(batch_size=6)
@@ -144,6 +264,18 @@ def test_microbatches_of_a_transformer_are_what_the_cache_holds():
   assert losses.microbatch_size(config, transformer, 128, 4096) == 32
   config.microbatch_size = 4
   assert losses.microbatch_size(config, lstm, 128, 256) == 4
+
+
+def test_bayes_targets_need_an_exact_predictor():
+  source = 'recurring'
+  config = config_lib.DataConfig(
+    trajectory_generator=source,
+    trajectory_generator_kwargs=constants.source_kwargs(source),
+  )
+  generator = constants.build_data_generator(config)
+  with pytest.raises(ValueError, match="'bayes', but .* choose 'symbols' or"):
+    losses.check_target('bayes', generator, 8)
+  losses.check_target('parameters', generator, 8)
 
 
 def test_memory_of_the_gradient_does_not_grow_with_the_number_of_chunks():

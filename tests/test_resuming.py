@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 import signal
 
 import jax
@@ -14,6 +15,7 @@ from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import run_folder
 from nonstationary_mbml.runtime import sharding
@@ -118,16 +120,22 @@ def _build(config):
 def _assert_same(first, second):
   assert first.history == second.history
   assert first.member_histories == second.member_histories
-  jax.tree.map(
-    np.testing.assert_array_equal, first.all_params, second.all_params
-  )
+  params = lambda run: (run.all_params, run.all_ema_params)
+  jax.tree.map(np.testing.assert_array_equal, params(first), params(second))
 
 
 @pytest.mark.parametrize(
   'train_kwargs',
   [
-    # Each member on a device of its own.
-    {'model_init_seed': (0, 1), 'reset_predictor_init_state': False},
+    # Each member on a device of its own; stopped in the middle of warmup.
+    {
+      'model_init_seed': (0, 1),
+      'reset_predictor_init_state': False,
+      'schedule': 'warmup_linear',
+      'warmup_steps': 12,
+      'target': 'bayes',
+      'ema_decay': 0.9,
+    },
     # Shares of the batch on both devices.
     {
       'seq_length': 4,
@@ -165,6 +173,8 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
   # On disk, an int seed has no axis of members.
   is_ensemble = 'model_init_seed' in train_kwargs
   expected = whole.all_params if is_ensemble else whole.params
+  if whole.all_ema_params is not None:
+    expected = train.AveragedParams(expected, whole.all_ema_params)
   snapshots = checkpointing.Checkpoints(tmp_path / 'whole' / 'snapshots')
   saved = snapshots.restore(14, sharding.abstract(expected, None))
   jax.tree.map(np.testing.assert_array_equal, saved, expected)
@@ -298,6 +308,101 @@ def test_other_config_is_refused_before_anything_is_computed(tmp_path):
   _train(_config(), tmp_path)
   with pytest.raises(ValueError, match='train.learning_rate: 0.002 -> 0.1'):
     _train(_config(learning_rate=0.1), tmp_path)
+
+
+def test_finished_run_with_more_steps_goes_on_as_if_it_had_had_them(tmp_path):
+  config = _config(schedule='constant', warmup_steps=2)
+  _train(config, tmp_path)
+  (tmp_path / 'table.json').touch()
+  config.schedule.training_steps = 18
+  longer = _train(config, tmp_path)
+  assert not (tmp_path / 'table.json').exists()
+  whole = _train(config, None)
+  jax.tree.map(np.testing.assert_array_equal, longer.params, whole.params)
+  # The log of the step that was the last one stays; the next is of the rest.
+  steps = [entry['step'] for entry in longer.history]
+  assert steps == [3, 6, 9, 12, 14, 15, 18]
+  *_, of_two, of_one, last = (entry['loss'] for entry in longer.history)
+  assert (2 * of_two + of_one) / 3 == pytest.approx(whole.history[4]['loss'])
+  assert last == whole.history[5]['loss']
+  # Snapshots of steps that have passed are neither made nor lost.
+  snapshots = checkpointing.Checkpoints(tmp_path / 'snapshots')
+  assert snapshots.steps() == (1, 4, 14, 18)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """The folder of a run, and its parameters by step."""
+  folder = tmp_path_factory.mktemp('saved')
+  _train(_config(), folder)
+  return folder, {n: saved_runs.load_run(folder, n).params for n in (4, 14)}
+
+
+def _begun(init_from, folder=None, **train_kwargs):
+  """A run of no steps."""
+  config = _config(init_from=str(init_from), **train_kwargs)
+  config.schedule.training_steps = 0
+  config.schedule.first_save = 1
+  return _train(config, folder)
+
+
+def _assert_equal(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_run_begins_with_the_parameters_of_another(tmp_path, saved):
+  """Also when the other is gone by the time that it goes on."""
+  folder, params = saved
+  _assert_equal(_begun(folder).params, params[14])
+  ensemble = _begun(folder, model_init_seed=(3, 7))
+  for member in (0, 1):
+    _assert_equal(ensemble.member(member), params[14])
+  moved = shutil.copytree(folder, tmp_path / 'moved')
+  for _ in range(2):
+    _assert_equal(_begun(f'{moved}@4', tmp_path / 'run').params, params[4])
+    shutil.rmtree(moved, ignore_errors=True)
+
+
+def test_parameters_of_another_run_come_with_a_fresh_optimiser(saved):
+  _, params = saved
+  config = _config()
+  predictor = _build(config).predictor
+  one = jax.tree.map(lambda x: x[None], params[4])
+  begun, drawn = (
+    train.init_state(config, predictor, 2, jax.local_devices()[:1], given)
+    for given in (one, None)
+  )
+  _assert_equal(begun.params, one)
+  _assert_equal(begun.opt_state, drawn.opt_state)
+
+
+@pytest.mark.parametrize(
+  ('hidden_size', 'suffix', 'message'),
+  [
+    (4, '', 'w of shape .*, where .* is expected'),
+    (3, '@5', 'nothing of step 5, only of 1, 4, 8, 12, 14'),
+    (3, '/nowhere', 'cannot read .*nowhere/config.json'),
+  ],
+)
+def test_parameters_that_do_not_fit_are_named_before_anything_compiles(
+  saved, monkeypatch, hidden_size, suffix, message
+):
+  def no_initialisation(*args):
+    raise AssertionError('went on to initialise the network')
+
+  monkeypatch.setattr(train, 'init_state', no_initialisation)
+  config = _config(init_from=f'{saved[0]}{suffix}')
+  config.model.architecture_kwargs['hidden_size'] = hidden_size
+  with pytest.raises(ValueError, match=f'^train.init_from: .*{message}'):
+    _train(config, None)
+
+
+def test_networks_of_another_number_are_no_beginning(tmp_path):
+  config = _config(model_init_seed=(0, 1, 2))
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(base_config.to_dict(config)))
+  with pytest.raises(ValueError, match='has 3 networks; one .* the 2 seeds'):
+    _begun(tmp_path, model_init_seed=(0, 1))
 
 
 def test_kill_loses_at_most_the_checkpoint_frequency(tmp_path):

@@ -7,10 +7,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import losses as losses_lib
+from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
@@ -89,7 +91,7 @@ def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
 
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
-  optimizer = train.make_optimizer(config.train)
+  optimizer = optimizers.make_optimizer(config.train, 1)
   keys = train.step_keys(config.seed, 0, 0)
   params = predictor.init_params(keys.predictor, jnp.zeros((4, 2, 2)), None)
   opt_state = optimizer.init(params)
@@ -475,13 +477,84 @@ def test_members_under_one_vmap_train_as_one_after_another(monkeypatch):
 
 def test_gradients_are_clipped_by_their_global_norm():
   config = base_config.TrainConfig(clip_grad_norm=0.5, learning_rate=1.0)
-  optimizer = train.make_optimizer(config)
+  optimizer = optimizers.make_optimizer(config, 1)
   grads = {'a': jnp.array([30.0, 0.0]), 'b': jnp.array([40.0])}
   state = optimizer.init(grads)
   _, state = optimizer.update(grads, state)
   # Adam's first moment is 0.1 of the clipped gradient.
   np.testing.assert_allclose(state[1][0].mu['a'], [0.03, 0.0], rtol=1e-5)
   np.testing.assert_allclose(state[1][0].mu['b'], [0.04], rtol=1e-5)
+
+
+@pytest.mark.parametrize('seeds', [3, (3, 7)])
+def test_average_is_kept_and_evaluated_beside_the_parameters(seeds):
+  """Over two devices, which share a batch or the members."""
+  config = _config(model_init_seed=seeds, ema_decay=0.75, steps=3)
+  config.logger.log_frequency = 1
+  params = []
+
+  def build_evaluator(predictor, eval_config):
+    evaluator = evaluator_lib.build_evaluator(predictor, eval_config)
+    step = evaluator.step
+
+    def spy(*args):
+      params.append(jax.device_get(args[0]))
+      return step(*args)
+
+    evaluator.step = spy
+    return evaluator
+
+  run = train.train(config, constants.build_data_generator, build_evaluator)
+  num_members = np.size(seeds)
+  for member in range(num_members):
+    # Parameters and average take turns, member by member.
+    raw, averaged = (params[2 * member + i :: 2 * num_members] for i in (0, 1))
+    for last in (1, 2, 3):
+      weights = 0.75 ** np.arange(last)[::-1]
+      mean = jax.tree.map(
+        lambda *steps, w=weights: np.average(steps, axis=0, weights=w),
+        *raw[:last],
+      )
+      _assert_trees_close(averaged[last - 1], mean, atol=1e-6)
+    _assert_trees_close(run.member(member), raw[-1], rtol=0)
+    _assert_trees_close(run.ema_member(member), averaged[-1], rtol=0)
+  first, *_, last = run.history
+  assert first['ema/mean_regret'] == pytest.approx(first['mean_regret'])
+  assert last['ema/mean_regret'] != last['mean_regret']
+  # On the same sequences.
+  name = 'optimal_cumulative_regret/ptw'
+  assert last[f'ema/{name}'] == last[name]
+
+
+def test_average_of_a_run_without_one_is_refused():
+  with pytest.raises(ValueError, match='train.ema_decay is None'):
+    _train(_config(steps=0)).ema_member(0)
+
+
+@pytest.mark.parametrize('seeds', [3, (3, 7, 9)])
+def test_callbacks_get_every_entry_and_parameters_to_keep(seeds):
+  calls = []
+  config = _config(model_init_seed=seeds)
+  run = train.train(
+    config,
+    constants.build_data_generator,
+    lambda *args: _NoEvaluator(),
+    callbacks=[lambda *args: args[1].clear(), lambda *args: calls.append(args)],
+  )
+  assert [step for step, _, _ in calls] == [3, 6]
+  assert [entry for _, entry, _ in calls] == run.history
+  first, last = (params for _, _, params in calls)
+  expected = run.all_params if isinstance(seeds, tuple) else run.params
+  _assert_trees_close(last, expected, rtol=0)
+  norms = [float(optax.tree.norm(params)) for params in (first, last)]
+  assert norms[0] != norms[1]
+
+
+class _NoEvaluator:
+  alphabet_size = 2
+
+  def step(self, params, state, rng):
+    return {}
 
 
 def test_training_leaves_its_config_as_it_is():
@@ -528,6 +601,16 @@ def test_list_put_into_a_dict_is_saved_and_kept_as_a_tuple(tmp_path):
       'train.microbatch_size 3 does not divide the 4 sequences of a device',
     ),
     ({'train.learning_rate': -1.0}, 'train.learning_rate is -1.0'),
+    ({'train.learning_rate': 0.0}, 'train.learning_rate is 0'),
+    ({'train.target': 'symbol'}, "train.target 'symbol'.*mean 'symbols'"),
+    ({'train.optimizer': 'adm'}, "^train.optimizer 'adm'.*mean 'adam'"),
+    (
+      {'train.optimizer_kwargs': {'b1': 'no'}},
+      "^train.optimizer_kwargs of adam: b1 is 'no'; it must be a number",
+    ),
+    ({'train.warmup_steps': 7}, '^train.warmup_steps is 7, more than the 6 '),
+    ({'train.ema_decay': 0.0}, 'train.ema_decay is 0; None turns'),
+    ({'train.ema_decay': 1.0}, 'train.ema_decay is 1.0'),
     ({'train.clip_grad_norm': 0.0}, 'train.clip_grad_norm is 0'),
     ({'train.seq_length_fixed': 1}, 'train.seq_length_fixed is 1'),
     ({'train.gradient_chunk_length': 0}, 'gradient_chunk_length is 0'),

@@ -153,7 +153,6 @@ def on_distribution(networks: Networks, options: Options) -> list[Row]:
   seen = set()
   for network in networks:
     source = network.source
-    _, *exact = network.table
     rows += [
       _final_row(source, network.architecture, row)
       for row in regret_table.network_rows(network.table, network.seeds)
@@ -167,7 +166,7 @@ def on_distribution(networks: Networks, options: Options) -> list[Row]:
           # Tables of earlier versions say only what they measure from.
           'is_exact': int(row.get('is_exact', row['is_optimum'])),
         }
-        for row in exact
+        for row in regret_table.reference_rows(network.table)
       ]
   return rows
 

@@ -311,10 +311,11 @@ class SweepFolder:
     """
     rows = []
     for point in self.finished():
-      network, *others = table = self.table(point.name)
+      table = self.table(point.name)
+      others = regret_table.reference_rows(table)
       # The differences are from the exact predictor; where there is none, from
       # the best of the others.
-      exact = next((row for row in others if row['is_optimum']), network)
+      exact = next((row for row in others if row['is_optimum']), table[0])
       seeds = trained_run.member_seeds(point.config.train)
       for by_seed in regret_table.network_rows(table, seeds):
         rows.append(

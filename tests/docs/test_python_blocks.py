@@ -53,6 +53,7 @@ _WITHOUT_TABLE = (
   'averages_ptw_seed0',
   'lstm_host_seed0',
   'mgu',
+  'recipe',
   'three_symbols',
 )
 # Training steps of a block, and of the run that the documents load.
@@ -163,6 +164,7 @@ def short_trainings(monkeypatch):
     configs.append(config)
     config = copy.deepcopy(config)
     config.schedule.training_steps = _FEW
+    config.train.warmup_steps = min(config.train.warmup_steps, _FEW)
     config.train.batch_size = 4
     config.eval.batch_size = 8
     if config.name in _WITHOUT_TABLE:

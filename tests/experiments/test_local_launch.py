@@ -188,11 +188,14 @@ def test_components_are_built_once_and_before_a_run_is_deleted(
   monkeypatch.setattr(
     train, 'build_components', lambda *args: done.append('built') or 'built'
   )
+  monkeypatch.setattr(
+    train, 'initial_params', lambda *args: done.append('read')
+  )
   monkeypatch.setattr(local_launch, 'clear', lambda path: done.append('clear'))
   monkeypatch.setattr(train, 'train_components', stop)
   with pytest.raises(SystemExit, match=str(cli.EXIT_STOPPED)):
     local_launch.main([''])
-  assert done == ['built', 'clear', 'built']
+  assert done == ['built', 'read', 'clear', 'built']
 
 
 def test_default_config_is_the_documented_run():

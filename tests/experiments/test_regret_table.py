@@ -43,6 +43,21 @@ def test_table_without_exact_predictors_has_the_network():
   assert row['cumulative_regret'] == 1.0
 
 
+def test_averaged_network_is_no_reference():
+  regrets = {
+    'network': np.array([[1.0, 3.0], [2.0, 6.0]]),
+    'averaged_network': np.array([[0.0, 1.0], [0.0, 1.0]]),
+    'kt': np.ones(2),
+  }
+  names = {'network': 'RNN', 'averaged_network': 'RNN, averaged', 'kt': 'KT'}
+  rows = regret_table.results_table(regrets, names, None)
+  assert [row['is_optimum'] for row in rows] == [False, False, True]
+  assert rows[1]['above_optimum'] == -0.5
+  assert regret_table.reference_rows(rows) == [rows[2]]
+  seeds = [row['seed'] for row in regret_table.network_rows(rows[1:2], (3, 7))]
+  assert seeds == [3, 7]
+
+
 def test_columns_are_aligned():
   row = {
     'stderr_over': 'seeds',

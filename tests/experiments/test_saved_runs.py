@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import regret_curves
 from nonstationary_mbml.runtime import atomic_files
@@ -66,6 +68,62 @@ def test_loaded_run_is_what_was_trained(trained):
   logits = unroll(run.member(1))
   assert logits.shape == (1, 4, 2)
   assert np.abs(logits - unroll(run.member(0))).max() > 1e-3
+
+
+def test_averages_are_loaded_from_snapshots_and_checkpoints(tmp_path):
+  config = config_lib.ExperimentConfig(
+    train=base_config.TrainConfig(seq_length=8, batch_size=4, ema_decay=0.5),
+    model=base_config.ModelConfig(
+      model_type='rnn', architecture_kwargs={'hidden_size': 3}
+    ),
+    schedule=base_config.ScheduleConfig(training_steps=2, num_saves=1),
+    eval=config_lib.EvalConfig(batch_size=4, optimal_predictors=('kt',)),
+  )
+  result = train.train(
+    config,
+    constants.build_data_generator,
+    evaluator_lib.build_evaluator,
+    folder=tmp_path,
+  )
+  for kept in ('snapshots', 'checkpoints'):
+    run = saved_runs.load_run(tmp_path)
+    _assert_same_params(run, result)
+    jax.tree.map(
+      np.testing.assert_array_equal, run.ema_member(0), result.ema_member(0)
+    )
+    shutil.rmtree(tmp_path / kept)
+  # On the same sequences, in a row of its own.
+  make_table = lambda run: regret_table.make_table(
+    run, result.evaluator, jax.random.key(0), 8
+  )
+  rows, _, names = make_table(result)
+  # The evaluator knows no average, and its figure has none.
+  assert names.keys() == {'network', 'kt'}
+  network, averaged, kt = rows
+  assert averaged['predictor'] == f'{network["predictor"]}, averaged'
+  assert averaged['cumulative_regret'] != network['cumulative_regret']
+  assert regret_table.reference_rows(rows) == [kt]
+  swapped = dataclasses.replace(result, all_params=result.all_ema_params)
+  for name in ('cumulative_regret', 'stderr', 'above_optimum'):
+    assert averaged[name] == make_table(swapped).rows[0][name]
+
+
+def test_averages_of_several_steps_have_a_table_of_their_own():
+  regrets = {name: np.ones(2) for name in ('network', 'averaged_network', 'kt')}
+  names = {'network': 'RNN', 'averaged_network': 'averaged', 'kt': 'KT'}
+  rows = regret_table.results_table(regrets, names, 'kt')
+  text = evaluate.format_content(
+    {
+      'exact_predictor': 'kt',
+      'steps': [{'step': step, 'table': rows} for step in (5, 9)],
+    }
+  )
+  heads = [[line[:14].strip() for line in block.splitlines()]
+           for block in text.split('\n\n')]  # fmt: skip
+  assert [head[0].split('  ')[0] for head in heads] == [
+    'step', 'step, averaged', 'predictor',
+  ]  # fmt: skip
+  assert [len(head) for head in heads] == [3, 3, 2]
 
 
 def test_every_saved_step_can_be_loaded(trained):

@@ -134,6 +134,8 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
       ],
       'restored': [0.0, 1.0, 2.0],
     }
+  called_by = [path.name for path in tmp_path.glob('called_by_*')]
+  assert called_by == ['called_by_0']
   for name in two_processes.TRAININGS:
     logs = [path / name / 'metrics.jsonl' for path in (tmp_path, alone)]
     assert logs[0].read_bytes() == logs[1].read_bytes()

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import math
@@ -75,6 +76,57 @@ def test_run_goes_on_from_its_newest_checkpoint(tmp_path):
   assert messages == [f'{tmp_path}: going on from step 6']
   assert entries == [{'step': n, 'loss': 1 / n} for n in (2, 4, 6)]
   assert not (tmp_path / 'set_aside').exists()
+
+
+def _with_steps(num_steps, **train_kwargs):
+  return dataclasses.replace(
+    CONFIG,
+    schedule=base_config.ScheduleConfig(training_steps=num_steps),
+    train=base_config.TrainConfig(**train_kwargs),
+  )
+
+
+def test_run_may_have_more_steps_while_its_schedule_is_stable(tmp_path):
+  kwargs = {'schedule': 'warmup_stable_decay'}
+  _run_to(tmp_path, 6)
+  path = tmp_path / 'config.json'
+  short = _with_steps(7, **kwargs)
+  path.write_text(json.dumps(base_config.to_dict(short)))
+  # Of 7 steps, the last two decay.
+  with pytest.raises(ValueError) as error:
+    _restore(tmp_path, config=_with_steps(9, **kwargs))
+  assert '\n' not in str(error.value)
+  for part in (
+    "cannot have more steps (train.schedule 'warmup_stable_decay' knows its ",
+    'training_steps 9 instead of 7',
+    'after step 5, but 6 are done',
+    '--overwrite',
+  ):
+    assert part in str(error.value)
+  longer = _with_steps(8, **kwargs)
+  path.write_text(json.dumps(base_config.to_dict(longer)))
+  longer.schedule.training_steps = 9
+  step, *_ = _restore(tmp_path, config=longer)
+  assert step == 6
+  assert json.loads(path.read_text())['schedule']['training_steps'] == 9
+
+
+@pytest.mark.parametrize(
+  ('config', 'difference'),
+  [
+    (_with_steps(9_000), 'schedule.training_steps: 10000 -> 9000'),
+    (
+      _with_steps(11_000, learning_rate=0.1),
+      'schedule.training_steps: 10000 -> 11000; train.learning_rate: 0.002 ->',
+    ),
+  ],
+)
+def test_fewer_steps_and_more_of_something_else_are_another_config(
+  tmp_path, config, difference
+):
+  _run_to(tmp_path, 2)
+  with pytest.raises(ValueError, match=f'another config .{difference}'):
+    _restore(tmp_path, config=config)
 
 
 def test_entries_after_the_checkpoint_are_made_again(tmp_path):

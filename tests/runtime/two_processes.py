@@ -64,7 +64,7 @@ TRAININGS = {
   ),
   # A member each.
   'ensemble': (
-    make_config(model_init_seed=(0, 7)),
+    make_config(model_init_seed=(0, 7), ema_decay=0.9),
     lambda predictor, config: _Evaluator(),
   ),
 }
@@ -78,6 +78,9 @@ def train_all(folder):
       constants.build_data_generator,
       build_evaluator,
       folder=folder / name,
+      callbacks=[
+        lambda *args: (folder / f'called_by_{jax.process_index()}').touch()
+      ],
     )
     for name, (config, build_evaluator) in TRAININGS.items()
   }
