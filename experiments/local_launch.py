@@ -72,6 +72,10 @@ _ARCHITECTURES = {
   'transformer': _TRANSFORMER,
   'sliding_window_transformer': {'context_length': 16, **_TRANSFORMER},
 }
+# What comes nearest to the Bayes predictor in 5,000 steps, of what was tried.
+_RECIPE = {'optimizer': 'muon', 'schedule': 'warmup_cosine'}
+# Share of the steps in which the learning rate grows.
+_WARMUP_SHARE = 0.05
 # Fields of a config that each flag decides.
 _FIELDS_OF_FLAGS = {
   'source': ('data.trajectory_generator', 'data.trajectory_generator_kwargs'),
@@ -89,12 +93,12 @@ _FIELDS_OF_FLAGS = {
 def make_config(
   source: str = 'ptw',
   model_type: str = 'lstm',
-  steps: int = 10_000,
+  steps: int = 5_000,
   seed: int = 0,
   name: str | None = None,
   seq_length: int = 32,
   batch_size: int = 128,
-  learning_rate: float = 2e-3,
+  learning_rate: float = 2e-2,
   num_seeds: int = 1,
 ) -> config_lib.ExperimentConfig:
   """Returns the config of a run.
@@ -132,6 +136,8 @@ def make_config(
       architecture_kwargs=_ARCHITECTURES.get(model_type, {}),
     ),
     train=base_config.TrainConfig(
+      **_RECIPE,
+      warmup_steps=int(_WARMUP_SHARE * steps),
       learning_rate=learning_rate,
       seq_length=seq_length,
       batch_size=batch_size,
@@ -342,7 +348,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     predictor_factories.PREDICTOR_FACTORIES,
     'The network',
   )
-  define.integer('steps', 10_000, 'Training steps.', lower_bound=0)
+  define.integer('steps', 5_000, 'Training steps.', lower_bound=0)
   define.seed('All randomness follows from it.')
   define.integer(
     'num_seeds',
@@ -358,7 +364,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   )
   define.number(
     'learning_rate',
-    2e-3,
+    2e-2,
     'Learning rate; the peak of its schedule.',
     lower_bound=0,
   )

@@ -204,9 +204,9 @@ def test_default_config_is_the_documented_run():
   assert config.model.architecture_kwargs == {'hidden_size': 64}
   assert config.data.trajectory_generator == 'ptw'
   assert config.train.seq_length == 32
-  assert config.train.learning_rate == 2e-3
+  assert config.train.learning_rate == 2e-2
   assert config.train.batch_size == 128
-  assert config.schedule.training_steps == 10_000
+  assert config.schedule.training_steps == 5_000
 
 
 @pytest.mark.parametrize('name', ['RECURRING', 'Regular_Shift', 'random_SHIFT'])
