@@ -58,7 +58,7 @@ _WITHOUT_TABLE = (
 )
 # Training steps of a block, and of the run that the documents load.
 _FEW = 2
-_STEP = 464
+_STEP = 753
 
 
 def _blocks(document):
@@ -113,7 +113,7 @@ def _run_first_point(values):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """The run `lstm_ptw_seed0`, but small, as far as step 464."""
+  """The run `lstm_ptw_seed0`, but small, as far as step 753."""
   config = local_launch.make_config(
     steps=_STEP, batch_size=4, name='lstm_ptw_seed0'
   )
