@@ -623,8 +623,8 @@ class TrainConfig(Config):
     optimizer_kwargs: Keyword arguments of it, but for the learning rate.
     learning_rate: Learning rate; the peak of its schedule.
     schedule: Schedule of the learning rate, a key of `optimizers.SCHEDULES`.
-    warmup_steps: Steps in which the learning rate grows to its peak, whatever
-      the schedule.
+    warmup_steps: Steps in which the learning rate grows to its peak; None is a
+      twentieth of all steps for schedules called warmup_..., else 0.
     target: Distribution of the next symbol that the loss of training is taken
       against: 'symbols', 'parameters' or 'bayes'. What is logged is the loss of
       the symbols.
@@ -658,7 +658,7 @@ class TrainConfig(Config):
   optimizer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
   learning_rate: float = limited(2e-3, 0.0)
   schedule: str = 'constant'
-  warmup_steps: int = limited(0, 0)
+  warmup_steps: int | None = limited(None, 0)
   target: str = 'symbols'
   init_from: str | None = None
   ema_decay: float | None = limited(None, 0.0, 1.0)

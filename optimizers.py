@@ -4,7 +4,8 @@
 
 Both registries can be added to; a config then names what was added. A schedule
 is a factor of `train.learning_rate`, its peak, for every step n = 1, 2, ..., N.
-All of them begin with `train.warmup_steps` W in which it grows as n / W.
+All of them begin with `train.warmup_steps` W in which it grows as n / W; where it
+is None, those called warmup_... have N / 20 and others 0.
 
   constant             1
   warmup_cosine        (1 + cos(pi u)) / 2,  u = (n - W) / (N - W + 1)
@@ -32,6 +33,8 @@ import optax
 
 from nonstationary_mbml import base_config
 
+# Share of the steps in which the learning rate grows, by default.
+_WARMUP_SHARE = 0.05
 # Share of the steps in which `warmup_stable_decay` decays.
 _DECAY_SHARE = 0.2
 
@@ -112,6 +115,9 @@ def learning_rate(
   """
   schedule = SCHEDULES.lookup('train.schedule', config.schedule)
   warmup = config.warmup_steps
+  if warmup is None:
+    has_warmup = config.schedule.lower().startswith('warmup_')
+    warmup = int(_WARMUP_SHARE * num_steps) if has_warmup else 0
   if warmup > num_steps:
     raise ValueError(
       f'train.warmup_steps is {warmup}, more than the {num_steps} steps of '

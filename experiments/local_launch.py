@@ -74,8 +74,6 @@ _ARCHITECTURES = {
 }
 # What comes nearest to the Bayes predictor in 5,000 steps, of what was tried.
 _RECIPE = {'optimizer': 'muon', 'schedule': 'warmup_cosine'}
-# Share of the steps in which the learning rate grows.
-_WARMUP_SHARE = 0.05
 # Fields of a config that each flag decides.
 _FIELDS_OF_FLAGS = {
   'source': ('data.trajectory_generator', 'data.trajectory_generator_kwargs'),
@@ -137,7 +135,6 @@ def make_config(
     ),
     train=base_config.TrainConfig(
       **_RECIPE,
-      warmup_steps=int(_WARMUP_SHARE * steps),
       learning_rate=learning_rate,
       seq_length=seq_length,
       batch_size=batch_size,

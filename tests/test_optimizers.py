@@ -38,6 +38,15 @@ def test_learning_rate_grows_to_its_peak_and_is_never_0(schedule):
   )
 
 
+def test_warmup_is_a_twentieth_of_the_steps_by_default():
+  for schedule in ('warmup_cosine', 'Warmup_Linear'):
+    np.testing.assert_array_equal(
+      _factors(schedule, 100, None), _factors(schedule, 100, 5)
+    )
+  constant = base_config.TrainConfig(schedule='constant')
+  assert optimizers.learning_rate(constant, 100) == constant.learning_rate
+
+
 def test_cosine_is_half_a_period_after_warmup():
   expected = (1 + np.cos(np.pi * np.arange(1, 17) / 17)) / 2
   np.testing.assert_allclose(

@@ -164,7 +164,7 @@ def short_trainings(monkeypatch):
     configs.append(config)
     config = copy.deepcopy(config)
     config.schedule.training_steps = _FEW
-    config.train.warmup_steps = min(config.train.warmup_steps, _FEW)
+    config.train.warmup_steps = min(config.train.warmup_steps or 0, _FEW)
     config.train.batch_size = 4
     config.eval.batch_size = 8
     if config.name in _WITHOUT_TABLE:
