@@ -4,8 +4,8 @@
 
 Both registries can be added to; a config then names what was added. A schedule
 is a factor of `train.learning_rate`, its peak, for every step n = 1, 2, ..., N.
-All of them begin with `train.warmup_steps` W in which it grows as n / W; where it
-is None, those called warmup_... have N / 20 and others 0.
+All of them begin with `train.warmup_steps` W in which it grows as n / W; where
+it is None, those called warmup_... have N / 20 and others 0.
 
   constant             1
   warmup_cosine        (1 + cos(pi u)) / 2,  u = (n - W) / (N - W + 1)
