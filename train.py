@@ -5,9 +5,8 @@
   make_run_steps     many steps, in one compiled call
   _Training          what happens between two calls: logs, checkpoints, signals
 
-The key of step n = 1, 2, ... is fold_in(fold_in(key(seed), model_init_seed),
-n); step 0 is the initialisation. So a step does not depend on how often the run
-logs. Data generation, loss, gradient and update never visit the host.
+Keys and states are those of `train_state`. Data generation, loss, gradient and
+update never visit the host.
 
 Inside there are always M members, one network for each seed in
 `model_init_seed`, which trains as it would alone (but for dropout masks, which
@@ -15,8 +14,7 @@ differ with the number of devices that share a batch). The devices, of one
 process or of many (`multihost`), are a grid (`sharding`): each row trains some
 of the members, and the devices of a row share their batches: each draws and
 predicts its part, and gradients meet in a mean. Where there are as many rows as
-devices, nothing has to meet. On disk, a run with an int as `model_init_seed`
-has no axis of members (`saved_form`).
+devices, nothing has to meet.
 
 With a folder, a run can be killed at any time and goes on by itself when it is
 started again: what a step does depends on the state and the config alone, so
@@ -48,13 +46,13 @@ from nonstationary_mbml import losses
 from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
+from nonstationary_mbml import train_state
 from nonstationary_mbml.models import backend
 from nonstationary_mbml.runtime import checkpointing
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import run_folder
-from nonstationary_mbml.runtime import saved_params
 from nonstationary_mbml.runtime import sharding
 from nonstationary_mbml.runtime import statistics
 from nonstationary_mbml.runtime import trained_run
@@ -64,83 +62,13 @@ from nonstationary_mbml.runtime import trained_run
 # is a tuple. It may keep them.
 Callback = Callable[[int, dict[str, float], predictors.Params], None]
 
+TrainState = train_state.TrainState
+StepMetrics = train_state.StepMetrics
+# One step of a member, whose `model_init_seed` is the second argument.
+Update = Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]
+
 # Target for the longest call: a signal waits until a call has ended.
 _MAX_CALL_SECONDS = 1.0
-
-
-class TrainState(NamedTuple):
-  """All that a step changes.
-
-  All arrays but `step` have a leading axis of M members; those of the update of
-  a single member have none.
-
-  Attributes:
-    step: Steps done so far, int32.
-    params: Predictor parameters.
-    opt_state: Optimiser state.
-    predictor_state: Carried over to the next batch; None if each batch starts
-      from the initial state.
-  """
-
-  step: jax.Array
-  params: predictors.Params
-  opt_state: optax.OptState
-  predictor_state: predictors.State
-
-
-_REPLICATED = jax.sharding.PartitionSpec()
-_BY_MEMBER = jax.sharding.PartitionSpec(sharding.SEEDS)
-# Axes of the arrays of a TrainState that are divided over the devices.
-_STATE_SPEC = TrainState(
-  _REPLICATED,
-  _BY_MEMBER,
-  _BY_MEMBER,
-  jax.sharding.PartitionSpec(sharding.SEEDS, sharding.BATCH),
-)
-
-
-class StepMetrics(NamedTuple):
-  """Metrics of training steps `[M]`, or their sums over several steps.
-
-  Attributes:
-    loss: Mean log loss of the batch, nats per symbol.
-    grad_norm: Global norm of the gradient, before clipping.
-  """
-
-  loss: Any
-  grad_norm: Any
-
-
-class RunState(NamedTuple):
-  """All that a run needs to go on: what a checkpoint holds.
-
-  Attributes:
-    train: The state.
-    sums: Sums over the steps since the last log.
-  """
-
-  train: TrainState
-  sums: StepMetrics
-
-
-class AveragedParams(NamedTuple):
-  """What a snapshot of a run with `train.ema_decay` holds.
-
-  Attributes:
-    params: Predictor parameters.
-    average: Their average over the steps.
-  """
-
-  params: predictors.Params
-  average: predictors.Params
-
-
-def snapshot(state: TrainState) -> predictors.Params | AveragedParams:
-  """Returns what is kept of a state for good: parameters, and any average."""
-  average = optimizers.average(state.opt_state)
-  return (
-    state.params if average is None else AveragedParams(state.params, average)
-  )
 
 
 class NonFiniteError(ArithmeticError):
@@ -149,40 +77,6 @@ class NonFiniteError(ArithmeticError):
 
 class StoppedError(Exception):
   """Training was asked to stop, and saved its state first."""
-
-
-def sequence_lengths(config: base_config.TrainConfig) -> tuple[int, ...]:
-  """Returns the lengths that training steps can have, equally likely."""
-  if config.seq_length_fixed:
-    return (config.seq_length,)
-  return tuple(2**k for k in range(1, config.seq_length.bit_length()))
-
-
-class StepKeys(NamedTuple):
-  """The keys of one step.
-
-  Step 0 is the initialisation: `predictor` is the key of the parameters, and
-  `evaluation` that of evaluations after training.
-
-  Attributes:
-    data: Key of the batch.
-    state: Key of the predictor's initial state.
-    predictor: Key of dropout.
-    evaluation: Key of the evaluation after the step, if there is one.
-  """
-
-  data: jax.Array
-  state: jax.Array
-  predictor: jax.Array
-  evaluation: jax.Array
-
-
-def step_keys(
-  seed: int, model_init_seed: int | jax.Array, step: int | jax.Array
-) -> StepKeys:
-  """Returns the keys of one step."""
-  run = jax.random.fold_in(jax.random.key(seed), model_init_seed)
-  return StepKeys(*jax.random.split(jax.random.fold_in(run, step), 4))
 
 
 class Components(NamedTuple):
@@ -218,11 +112,11 @@ def build_components(
   """
   config.validate()
   config = config.resolved()
-  _make_optimizer(config)  # Its errors name its fields only.
+  train_state.make_optimizer(config)  # Its errors name its fields only.
   devices = jax.devices()
   sharding.check(config.train, len(devices))
   generator = build_data_generator(config.data)
-  for seq_length in sequence_lengths(config.train):
+  for seq_length in train_state.sequence_lengths(config.train):
     losses.check_target(config.train.target, generator, seq_length)
     # Traced but not compiled, to find out whether the source can be that long.
     jax.eval_shape(
@@ -237,7 +131,7 @@ def build_components(
       f'{config.model.model_type!r} has no state to carry over'
     )
   with predictor_factories.naming_arguments():
-    jax.eval_shape(lambda: _init(config, predictor, generator.alphabet_size))
+    train_state.abstract_state(config, predictor, generator.alphabet_size)
   evaluator = build_evaluator(predictor, config.eval)
   if evaluator.alphabet_size != generator.alphabet_size:
     raise ValueError(
@@ -247,83 +141,12 @@ def build_components(
   return Components(generator, predictor, evaluator, devices)
 
 
-def init_state(
-  config: base_config.ExperimentConfig,
-  predictor: predictors.Predictor,
-  alphabet_size: int,
-  devices: Sequence[jax.Device],
-  params: predictors.Params | None = None,
-) -> TrainState:
-  """Returns the state before the first step, laid out over the devices.
-
-  Args:
-    config: Config of the experiment.
-    predictor: Predictor to train.
-    alphabet_size: K.
-    devices: Devices to train on.
-    params: Parameters of all members to begin with; None draws them.
-  """
-  # Computed on one device: on several, XLA would have to split it first.
-  state = jax.jit(
-    lambda params: _init(config, predictor, alphabet_size, params)
-  )(params)
-  mesh = sharding.device_mesh(config.train, devices)
-  return TrainState(
-    *(
-      sharding.place(field, jax.sharding.NamedSharding(mesh, spec))
-      for field, spec in zip(state, _STATE_SPEC, strict=True)
-    )
-  )
-
-
-def _init(
-  config: base_config.ExperimentConfig,
-  predictor: predictors.Predictor,
-  alphabet_size: int,
-  all_params: predictors.Params | None = None,
-) -> TrainState:
-  batch_size = config.train.batch_size
-  length = min(sequence_lengths(config.train))
-  batch = jnp.zeros((batch_size, length, alphabet_size))
-  optimizer = _make_optimizer(config)
-
-  def init_member(
-    seed: jax.Array, params: predictors.Params | None
-  ) -> tuple[Any, ...]:
-    keys = step_keys(config.seed, seed, 0)
-    if params is None:
-      params = predictor.init_params(keys.predictor, batch, None)
-    predictor_state = None
-    if not config.train.reset_predictor_init_state:
-      predictor_state = predictor.initial_state(params, keys.state, batch_size)
-    return params, optimizer.init(params), predictor_state
-
-  seeds = _seeds(config.train)
-  return TrainState(jnp.int32(0), *jax.vmap(init_member)(seeds, all_params))
-
-
-def _make_optimizer(
-  config: base_config.ExperimentConfig,
-) -> optax.GradientTransformation:
-  return optimizers.make_optimizer(config.train, config.schedule.training_steps)
-
-
-def _seeds(config: base_config.TrainConfig) -> jax.Array:
-  return jnp.asarray(trained_run.member_seeds(config), jnp.uint32)
-
-
-def zero_sums(state: TrainState) -> StepMetrics:
-  """Returns the sums of the metrics of no step."""
-  leaf = jax.tree.leaves(state.params)[0]
-  return StepMetrics(*(np.zeros(leaf.shape[:1], leaf.dtype) for _ in range(2)))
-
-
 def make_update(
   config: base_config.ExperimentConfig,
   generator: base_constants.DataGenerator,
   predictor: predictors.Predictor,
   num_devices: int = 1,
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]:
+) -> Update:
   """Returns the function that does one step of one member.
 
   It is for the inside of a `shard_map` over the mesh of `device_mesh`. Where
@@ -340,8 +163,8 @@ def make_update(
     (state, the member's `model_init_seed`) -> (state, metrics of the step).
   """
   train_config = config.train
-  optimizer = _make_optimizer(config)
-  lengths = sequence_lengths(train_config)
+  optimizer = train_state.make_optimizer(config)
+  lengths = train_state.sequence_lengths(train_config)
   num_rows = sharding.num_seed_shards(train_config, num_devices)
   row_length = num_devices // num_rows
   device_batch_size = train_config.batch_size // row_length
@@ -350,7 +173,7 @@ def make_update(
     state: TrainState, model_init_seed: jax.Array
   ) -> tuple[TrainState, StepMetrics]:
     step = state.step + 1
-    keys = step_keys(config.seed, model_init_seed, step)
+    keys = train_state.step_keys(config.seed, model_init_seed, step)
     data_keys = jax.random.split(keys.data, train_config.batch_size)
     if row_length > 1:
       device = jax.lax.axis_index(sharding.BATCH)
@@ -420,10 +243,11 @@ def _length_index(
 
 def make_run_steps(
   config: base_config.ExperimentConfig,
-  update: Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]],
+  update: Update,
   devices: Sequence[jax.Device],
 ) -> Callable[
-  [TrainState, StepMetrics, int], tuple[TrainState, StepMetrics, jax.Array]
+  [TrainState, StepMetrics, int],
+  tuple[TrainState, StepMetrics, jax.Array],
 ]:
   """Returns the compiled loop over steps.
 
@@ -467,14 +291,22 @@ def make_run_steps(
       return index + 1, num_done + is_finite, is_finite, state, sums
 
     zero = jnp.int32(0)
-    init = zero, zero, jnp.bool(True), TrainState(step, *state_fields), sums
+    init = (
+      zero,
+      zero,
+      jnp.bool(True),
+      TrainState(step, *state_fields),
+      sums,
+    )
     _, num_done, _, state, sums = jax.lax.while_loop(cond, body, init)
     return num_done, sums, *state[1:]
 
   def run_steps(
-    state: TrainState, sums: StepMetrics, num_steps: jax.Array
+    state: TrainState,
+    sums: StepMetrics,
+    num_steps: jax.Array,
   ) -> tuple[TrainState, StepMetrics, jax.Array]:
-    seeds = _seeds(config.train)
+    seeds = train_state.seed_array(config.train)
     if num_rows > 1:
       row = jax.lax.axis_index(sharding.SEEDS)
       seeds = seeds.reshape(num_rows, -1)[row]
@@ -487,13 +319,19 @@ def make_run_steps(
       num_done, sums = jax.lax.all_gather(
         (num_done, sums), sharding.SEEDS, tiled=True
       )
-    return TrainState(state.step + num_steps, *state_fields), sums, num_done
+    return (
+      TrainState(state.step + num_steps, *state_fields),
+      sums,
+      num_done,
+    )
 
+  replicated = jax.sharding.PartitionSpec()
+  by_member = jax.sharding.PartitionSpec(sharding.SEEDS)
   run_steps = jax.shard_map(
     run_steps,
     mesh=mesh,
-    in_specs=(_STATE_SPEC, _BY_MEMBER, _REPLICATED),
-    out_specs=(_STATE_SPEC, _REPLICATED, _REPLICATED),
+    in_specs=(train_state.SPEC, by_member, replicated),
+    out_specs=(train_state.SPEC, replicated, replicated),
     # check_vma=False: outputs are replicated by construction (pmean,
     # all_gather).
     check_vma=False,
@@ -514,108 +352,10 @@ def _map_members(function: Callable[[Any], Any], members: Any) -> Any:
   return jax.vmap(function)(members)
 
 
-def abstract_state(
-  config: base_config.ExperimentConfig,
-  predictor: predictors.Predictor,
-  alphabet_size: int,
-) -> RunState:
-  """Returns the form of the state of a run, to be loaded on one device."""
-  state = jax.eval_shape(lambda: _init(config, predictor, alphabet_size))
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return sharding.abstract(RunState(state, zero_sums(state)), device)
-
-
-def saved_form(config: base_config.TrainConfig, form: RunState) -> RunState:
-  """Returns the form of a state on disk: an int seed has no axis of members.
-
-  Args:
-    config: Config of the training.
-    form: Form of the state in memory, of `jax.ShapeDtypeStruct`.
-  """
-  if isinstance(config.model_init_seed, tuple):
-    return form
-  step, *state_fields = form.train
-  state_fields, sums = jax.tree.map(
-    sharding.without_first_axis, (state_fields, form.sums)
-  )
-  return RunState(TrainState(step, *state_fields), sums)
-
-
-def load_params(
-  folder: pathlib.Path,
-  step: int | None,
-  config: base_config.ExperimentConfig,
-  predictor: predictors.Predictor,
-  alphabet_size: int,
-) -> tuple[int, predictors.Params, predictors.Params | None]:
-  """Returns the step, parameters and any averages of a run that was saved.
-
-  Args:
-    folder: Folder of the run.
-    step: Step to load; None is the newest that can be read.
-    config: Config of the run.
-    predictor: Its network.
-    alphabet_size: K.
-
-  Raises:
-    ValueError: As `saved_params.load`.
-  """
-  form = abstract_state(config, predictor, alphabet_size)
-  step, saved = saved_params.load(
-    folder,
-    step,
-    saved_form(config.train, form),
-    lambda state: snapshot(state.train),
-  )
-  saved = sharding.reshaping(snapshot(form.train))(saved)
-  if isinstance(saved, AveragedParams):
-    return step, *saved
-  return step, saved, None
-
-
 def _goes_on(folder: str | pathlib.Path | None) -> bool:
   """Whether a folder has a checkpoint, so that a run needs no beginning."""
   return folder is not None and multihost.on_primary(
     lambda: run_folder.RunFolder(folder).last_checkpoint is not None
-  )
-
-
-def initial_params(
-  config: base_config.ExperimentConfig, components: Components
-) -> predictors.Params | None:
-  """Returns parameters of all members to begin with; None draws them.
-
-  Args:
-    config: Config of the experiment.
-    components: What `build_components` has built of it.
-
-  Raises:
-    ValueError: If `train.init_from` names no run, step or parameters that fit.
-  """
-  path = config.train.init_from
-  if path is None:
-    return None
-  folder, at, step = path.rpartition('@')
-  if not (at and step.isdecimal()):
-    folder, step = path, None
-  seeds = trained_run.member_seeds(config.train)
-  with base_config.naming('train.init_from'):
-    saved = run_folder.read_config(pathlib.Path(folder), type(config))
-    num_saved = len(trained_run.member_seeds(saved.train))
-    if num_saved not in (1, len(seeds)):
-      raise ValueError(
-        f'{folder} has {num_saved} networks; one is needed, or one for each of '
-        f'the {len(seeds)} seeds of train.model_init_seed'
-      )
-    _, params, _ = load_params(
-      pathlib.Path(folder),
-      None if step is None else int(step),
-      saved,
-      components.predictor,
-      components.generator.alphabet_size,
-    )
-  return jax.tree.map(
-    lambda x: jnp.broadcast_to(x, (len(seeds), *x.shape[1:])), params
   )
 
 
@@ -673,7 +413,9 @@ def train_components(
   config = base_config.copied(config)
   params = None
   if config.train.init_from is not None and not _goes_on(folder):
-    params = initial_params(config, components)
+    params = train_state.initial_params(
+      config, components.predictor, components.generator.alphabet_size
+    )
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(preemption.catch(folder is not None))
     if folder is not None:
@@ -726,14 +468,14 @@ class _Training:
       )
       self._snapshot_steps = checkpointing.snapshot_steps(schedule)
     self._step = 0
-    self._state = init_state(
+    self._state = train_state.init_state(
       config, predictor, generator.alphabet_size, devices, params
     )
-    self._sums = zero_sums(self._state)
+    self._sums = train_state.zero_sums(self._state)
     self._form = sharding.abstract(
-      RunState(self._state, self._sums), sharding.replicated(mesh)
+      train_state.RunState(self._state, self._sums), sharding.replicated(mesh)
     )
-    self._saved_form = saved_form(config.train, self._form)
+    self._saved_form = train_state.saved_form(config.train, self._form)
     self._to_saved = sharding.reshaping(self._saved_form)
 
   def run(self) -> trained_run.Run:
@@ -790,7 +532,7 @@ class _Training:
       self._saved_form,
       self._log_steps,
       self._config.schedule.ckpt_frequency,
-      snapshot(self._saved_form.train),
+      train_state.snapshot(self._saved_form.train),
     )
     for message in messages if multihost.is_primary() else ():
       print(message, file=sys.stderr, flush=True)
@@ -814,7 +556,7 @@ class _Training:
     if self._step in self._log_steps:
       self._log(norms)
       bar.report(_summary(self._history[-1]))
-      self._sums = zero_sums(self._state)
+      self._sums = train_state.zero_sums(self._state)
     self._save(
       self._step in self._snapshot_steps, self._step in self._checkpoint_steps
     )
@@ -865,7 +607,7 @@ class _Training:
     self, params: predictors.Params, member: int, seed: int
   ) -> dict[str, Any]:
     """Metrics of one member; other parameters see the same sequences."""
-    keys = step_keys(self._config.seed, seed, self._step)
+    keys = train_state.step_keys(self._config.seed, seed, self._step)
     return jax.device_get(
       self._components.evaluator.step(
         trained_run.take(params, member), None, keys.evaluation
@@ -885,9 +627,9 @@ class _Training:
     """Begins to save the state, and what is to be kept of it for good."""
     if not (is_snapshot or is_checkpoint):
       return
-    saved = self._to_saved(RunState(self._state, self._sums))
+    saved = self._to_saved(train_state.RunState(self._state, self._sums))
     if is_snapshot:
-      self._folder.save_snapshot(self._step, snapshot(saved.train))
+      self._folder.save_snapshot(self._step, train_state.snapshot(saved.train))
     if is_checkpoint:
       # Without waiting, a kill could lose two steps.
       wait |= self._config.schedule.ckpt_frequency == 1

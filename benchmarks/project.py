@@ -13,6 +13,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
@@ -69,8 +70,10 @@ def project_step(
       config.model, generator.alphabet_size
     )
   update = train.make_update(config, generator, predictor, num_devices)
-  state = train.init_state(config, predictor, generator.alphabet_size, devices)
-  zeros = train.zero_sums(state)
+  state = train_state.init_state(
+    config, predictor, generator.alphabet_size, devices
+  )
+  zeros = train_state.zero_sums(state)
   run_steps = train.make_run_steps(config, update, devices)
   run_steps = run_steps.lower(state, zeros, steps).compile()
 

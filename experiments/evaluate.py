@@ -22,7 +22,7 @@ from absl import flags
 import jax
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -144,7 +144,7 @@ def launch_keys(
   """Returns the keys of the sequences for a run's table, and for its figure."""
   seeds = trained_run.member_seeds(config.train)
   return tuple(
-    jax.random.split(train.step_keys(config.seed, seeds[0], 0).evaluation)
+    jax.random.split(train_state.step_keys(config.seed, seeds[0], 0).evaluation)
   )
 
 

@@ -39,6 +39,7 @@ from matplotlib import figure
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -432,7 +433,10 @@ def main(argv: list[str]) -> None:
       },
     )
     if values.overwrite:
-      train.initial_params(config, components)  # Before anything is deleted.
+      # Before anything is deleted.
+      train_state.initial_params(
+        config, components.predictor, components.generator.alphabet_size
+      )
       clear(folder)
     if values.stop_with_stdin:
       preemption.terminate_with_stdin()

@@ -19,7 +19,7 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
-from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
@@ -124,7 +124,7 @@ def load_run(
     predictor_factories.resolved(config.model, config.train.seq_length),
     alphabet_size,
   )
-  step, params, average = train.load_params(
+  step, params, average = train_state.load_params(
     folder, step, config, predictor, alphabet_size
   )
   history, member_histories = run_folder.split_entries(entries)

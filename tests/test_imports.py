@@ -42,7 +42,7 @@ ORDER = (
     'runtime.run_folder',
     'runtime.saved_params',
   ),
-  ('train',),
+  ('train_state', 'train'),
   (
     'experiments.cli',
     'experiments.distributions',

@@ -16,6 +16,7 @@ from nonstationary_mbml import losses
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
@@ -119,9 +120,9 @@ def _trace_loop(config, num_devices=1):
   devices = jax.devices()[:num_devices]
   update = train.make_update(config, generator, predictor, num_devices)
   state = jax.eval_shape(
-    lambda: train.init_state(config, predictor, size, devices[:1])
+    lambda: train_state.init_state(config, predictor, size, devices[:1])
   )
-  sums = train.zero_sums(state)
+  sums = train_state.zero_sums(state)
   return train.make_run_steps(config, update, devices).trace(state, sums, 3)
 
 

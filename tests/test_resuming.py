@@ -12,6 +12,7 @@ import pytest
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
@@ -174,7 +175,7 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, train_kwargs):
   is_ensemble = 'model_init_seed' in train_kwargs
   expected = whole.all_params if is_ensemble else whole.params
   if whole.all_ema_params is not None:
-    expected = train.AveragedParams(expected, whole.all_ema_params)
+    expected = train_state.AveragedParams(expected, whole.all_ema_params)
   snapshots = checkpointing.Checkpoints(tmp_path / 'whole' / 'snapshots')
   saved = snapshots.restore(14, sharding.abstract(expected, None))
   jax.tree.map(np.testing.assert_array_equal, saved, expected)
@@ -223,8 +224,8 @@ def test_many_steps_in_a_call_are_bit_for_bit_as_many_calls():
   run_steps = train.make_run_steps(config, update, devices)
 
   def run(*calls):
-    state = train.init_state(config, predictor, 2, devices)
-    sums = train.zero_sums(state)
+    state = train_state.init_state(config, predictor, 2, devices)
+    sums = train_state.zero_sums(state)
     for num_steps in calls:
       state, sums, _ = run_steps(state, sums, num_steps)
     return jax.device_get((state, sums))
@@ -245,7 +246,7 @@ def _failing_update(broken_steps):
     for seed_that_fails, (failing_step, value) in broken_steps.items():
       fails = (seed == seed_that_fails) & (step == failing_step)
       loss = jax.numpy.where(fails, value, loss)
-    return state._replace(step=step), train.StepMetrics(loss, loss + 1.0)
+    return state._replace(step=step), train_state.StepMetrics(loss, loss + 1.0)
 
   return update
 
@@ -254,8 +255,8 @@ def test_steps_of_a_member_stop_at_its_first_that_is_not_finite():
   config = _config(model_init_seed=(3, 7, 11))
   generator, predictor, _, devices = _build(config)
   devices = devices[:1]
-  state = train.init_state(config, predictor, 2, devices)
-  sums = train.zero_sums(state)
+  state = train_state.init_state(config, predictor, 2, devices)
+  sums = train_state.zero_sums(state)
   run_steps = train.make_run_steps(
     config, _failing_update({7: (5, np.nan), 11: (8, np.inf)}), devices
   )
@@ -369,7 +370,7 @@ def test_parameters_of_another_run_come_with_a_fresh_optimiser(saved):
   predictor = _build(config).predictor
   one = jax.tree.map(lambda x: x[None], params[4])
   begun, drawn = (
-    train.init_state(config, predictor, 2, jax.local_devices()[:1], given)
+    train_state.init_state(config, predictor, 2, jax.local_devices()[:1], given)
     for given in (one, None)
   )
   _assert_equal(begun.params, one)
@@ -390,7 +391,7 @@ def test_parameters_that_do_not_fit_are_named_before_anything_compiles(
   def no_initialisation(*args):
     raise AssertionError('went on to initialise the network')
 
-  monkeypatch.setattr(train, 'init_state', no_initialisation)
+  monkeypatch.setattr(train_state, 'init_state', no_initialisation)
   config = _config(init_from=f'{saved[0]}{suffix}')
   config.model.architecture_kwargs['hidden_size'] = hidden_size
   with pytest.raises(ValueError, match=f'^train.init_from: .*{message}'):

@@ -15,6 +15,7 @@ from nonstationary_mbml import losses as losses_lib
 from nonstationary_mbml import optimizers
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
@@ -49,10 +50,10 @@ def _run_steps(config, num_steps, num_devices):
   devices = jax.local_devices()[:num_devices]
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
-  state = train.init_state(config, predictor, 2, devices)
+  state = train_state.init_state(config, predictor, 2, devices)
   update = train.make_update(config, generator, predictor, num_devices)
   run_steps = train.make_run_steps(config, update, devices)
-  zeros = train.zero_sums(state)
+  zeros = train_state.zero_sums(state)
   losses = []
   for _ in range(num_steps):
     state, sums, _ = run_steps(state, zeros, 1)
@@ -92,11 +93,11 @@ def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
   optimizer = optimizers.make_optimizer(config.train, 1)
-  keys = train.step_keys(config.seed, 0, 0)
+  keys = train_state.step_keys(config.seed, 0, 0)
   params = predictor.init_params(keys.predictor, jnp.zeros((4, 2, 2)), None)
   opt_state = optimizer.init(params)
   predictor_state = predictor.initial_state(params, None, 4)
-  lengths = train.sequence_lengths(config.train)
+  lengths = train_state.sequence_lengths(config.train)
 
   def loss_fn(params, batch, predictor_state):
     logits, final_state = predictor.unroll(
@@ -107,7 +108,7 @@ def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
 
   loss_and_grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
   for step in range(1, 21):
-    keys = train.step_keys(config.seed, 0, step)
+    keys = train_state.step_keys(config.seed, 0, step)
     index = int(train._length_index(config.seed, step, len(lengths)))
     batch, _ = generator.sample(keys.data, 4, lengths[index])
     (loss, predictor_state), grads = loss_and_grads(
@@ -139,9 +140,11 @@ def test_dropout_is_on_in_training_with_a_key_for_every_chunk(chunk_length):
   generator = constants.build_data_generator(config.data)
   predictor = predictor_factories.build_predictor(config.model, 2)
   params = jax.jit(predictor.init_params)(
-    train.step_keys(config.seed, 0, 0).predictor, jnp.zeros((4, 2, 2)), None
+    train_state.step_keys(config.seed, 0, 0).predictor,
+    jnp.zeros((4, 2, 2)),
+    None,
   )
-  keys = train.step_keys(config.seed, 0, 1)
+  keys = train_state.step_keys(config.seed, 0, 1)
   batch, _ = generator.sample(keys.data, 4, 8)
   unroll = jax.jit(predictor.unroll)
 
@@ -171,13 +174,13 @@ def test_every_device_has_dropout_masks_of_its_own():
     config, _SameSequence(), _predictor(config), num_devices=2
   )
   devices = jax.local_devices()
-  state = train.init_state(config, _predictor(config), 2, devices)
+  state = train_state.init_state(config, _predictor(config), 2, devices)
   params = _member(jax.device_get(state.params), 0)
-  zeros = train.zero_sums(state)
+  zeros = train_state.zero_sums(state)
   _, sums, _ = train.make_run_steps(config, update, devices)(state, zeros, 1)
   # Both devices have the same sequence: with the same masks, the mean of their
   # losses would be that of one mask.
-  key = train.step_keys(config.seed, 0, 1).predictor
+  key = train_state.step_keys(config.seed, 0, 1).predictor
   batch, _ = _SameSequence().sample_from_keys(jax.random.split(key, 1), 8)
   loss = jax.jit(
     lambda rng: losses_lib.loss_and_grads(
@@ -217,7 +220,7 @@ def test_evaluation_has_its_own_keys():
   train.train(_config(), constants.build_data_generator, lambda *args: Spy())
   assert seen == [
     np.asarray(
-      jax.random.key_data(train.step_keys(0, 0, step).evaluation)
+      jax.random.key_data(train_state.step_keys(0, 0, step).evaluation)
     ).tolist()
     for step in (3, 6)
   ]
@@ -268,10 +271,10 @@ def test_device_holds_the_members_of_its_row(seeds, num_held):
   devices = jax.local_devices()
   predictor = _predictor(config)
   generator = constants.build_data_generator(config.data)
-  state = train.init_state(config, predictor, 2, devices)
+  state = train_state.init_state(config, predictor, 2, devices)
   update = train.make_update(config, generator, predictor, 2)
   run_steps = train.make_run_steps(config, update, devices)
-  after, *_ = run_steps(state, train.zero_sums(state), 1)
+  after, *_ = run_steps(state, train_state.zero_sums(state), 1)
   held = lambda tree: {
     shard.data.shape
     for array in jax.tree.leaves(tree)
@@ -391,7 +394,7 @@ def test_no_key_is_used_twice():
     for seed in (0, 1)
     for model_init_seed in (0, 1)
     for step in range(20)
-    for key in train.step_keys(seed, model_init_seed, step)
+    for key in train_state.step_keys(seed, model_init_seed, step)
   ]
   assert len(set(keys)) == len(keys)
 
@@ -410,7 +413,7 @@ def test_random_lengths_are_powers_of_two_and_never_one(seq_length, lengths):
   config = base_config.TrainConfig(
     seq_length=seq_length, seq_length_fixed=False
   )
-  assert train.sequence_lengths(config) == lengths
+  assert train_state.sequence_lengths(config) == lengths
 
 
 def test_random_lengths_follow_from_the_seed_alone():
@@ -429,9 +432,9 @@ def test_random_lengths_follow_from_the_seed_alone():
 
     predictor = _predictor(config)
     devices = jax.local_devices()[:1]
-    state = train.init_state(config, predictor, 2, devices)
+    state = train_state.init_state(config, predictor, 2, devices)
     update = train.make_update(config, Spy(), predictor)
-    zeros = train.zero_sums(state)
+    zeros = train_state.zero_sums(state)
     run_steps = train.make_run_steps(config, update, devices)
     jax.block_until_ready(run_steps(state, zeros, 12))
     jax.effects_barrier()
@@ -457,9 +460,9 @@ def test_state_is_donated():
   devices = jax.local_devices()[:1]
   generator = constants.build_data_generator(config.data)
   predictor = _predictor(config)
-  state = train.init_state(config, predictor, 2, devices)
+  state = train_state.init_state(config, predictor, 2, devices)
   update = train.make_update(config, generator, predictor)
-  zeros = train.zero_sums(state)
+  zeros = train_state.zero_sums(state)
   train.make_run_steps(config, update, devices)(state, zeros, 1)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
@@ -702,7 +705,7 @@ def test_wrong_configs_are_refused_before_anything_compiles(
   def no_initialisation(*args):
     raise AssertionError('went on to initialise the network')
 
-  monkeypatch.setattr(train, 'init_state', no_initialisation)
+  monkeypatch.setattr(train_state, 'init_state', no_initialisation)
   config = config_lib.with_overrides(_config(), overrides)
   with pytest.raises(ValueError, match=message):
     _train(config)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nonstationary_mbml import predictors
-from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
@@ -255,7 +255,7 @@ def read_states(
 def untrained_run(run: trained_run.Run) -> trained_run.Run:
   """Returns a run with the parameters it started from."""
   alphabet_size = constants.build_data_generator(run.config.data).alphabet_size
-  state = train.init_state(
+  state = train_state.init_state(
     run.config, run.predictor, alphabet_size, jax.local_devices()[:1]
   )
   return dataclasses.replace(run, all_params=state.params, step=0)

@@ -11,6 +11,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import predictors
 from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
@@ -185,17 +186,19 @@ def test_components_are_built_once_and_before_a_run_is_deleted(
 
   monkeypatch.setattr(flags, 'FLAGS', values)
   monkeypatch.setattr(cli, 'start', lambda *args: None)
+  source = constants.build_data_generator(config_lib.DataConfig())
+  built = train.Components(source, None, None, [])
   monkeypatch.setattr(
-    train, 'build_components', lambda *args: done.append('built') or 'built'
+    train, 'build_components', lambda *args: done.append('built') or built
   )
   monkeypatch.setattr(
-    train, 'initial_params', lambda *args: done.append('read')
+    train_state, 'initial_params', lambda *args: done.append('read')
   )
   monkeypatch.setattr(local_launch, 'clear', lambda path: done.append('clear'))
   monkeypatch.setattr(train, 'train_components', stop)
   with pytest.raises(SystemExit, match=str(cli.EXIT_STOPPED)):
     local_launch.main([''])
-  assert done == ['built', 'read', 'clear', 'built']
+  assert done == ['built', 'read', 'clear', built]
 
 
 def test_default_config_is_the_documented_run():

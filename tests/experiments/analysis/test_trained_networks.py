@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nonstationary_mbml import base_config
-from nonstationary_mbml import train
+from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import saved_runs
@@ -127,7 +127,7 @@ def test_features_of_a_transformer_are_all_that_its_predictions_need():
 def test_untrained_networks_are_those_that_training_started_from():
   network = committed_models.network('lstm_ptw')
   run = trained_networks.untrained_run(saved_runs.load_run(network.folder))
-  keys = train.step_keys(network.config.seed, network.seeds[1], 0)
+  keys = train_state.step_keys(network.config.seed, network.seeds[1], 0)
   batch = np.zeros((1, 2, 2), np.float32)
   params = run.predictor.init_params(keys.predictor, batch, None)
   jax.tree.map(
