@@ -261,6 +261,17 @@ def markdown(rows: list[Row]) -> str:
   return '\n'.join(lines)
 
 
+def _place(row: Row) -> tuple[int, int, int]:
+  """Place of a row in the file: by case, recipe and steps."""
+  names = [case.name for case in cases()]
+  recipes = list(RECIPES)
+  return (
+    names.index(row['case']),
+    recipes.index(row['recipe']),
+    row['steps'],
+  )
+
+
 def _seconds(row: Row) -> float:
   return row['seconds']
 
@@ -316,7 +327,7 @@ def main() -> None:
       ):
         print(json.dumps(row), flush=True)
         new.append(row)
-        results['rows'] = kept + new
+        results['rows'] = sorted(kept + new, key=_place)
         atomic_files.write_json(args.output, results)
   print(markdown(results['rows']))
 

@@ -126,6 +126,40 @@ def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
     )
 
 
+@pytest.mark.parametrize('target', base_config.TARGETS)
+def test_a_step_goes_down_on_the_target_and_reports_the_symbols(target):
+  config = _config(
+    target=target, optimizer='sgd', learning_rate=1.0, clip_grad_norm=None
+  )
+  losses, state = _run_steps(config, 1, 1)
+  generator = constants.build_data_generator(config.data)
+  predictor = predictor_factories.build_predictor(config.model, 2)
+  params = jax.jit(predictor.init_params)(
+    train_state.step_keys(config.seed, 0, 0).predictor,
+    jnp.zeros((4, 2, 2)),
+    None,
+  )
+  keys = train_state.step_keys(config.seed, 0, 1)
+  batch, parameters = generator.sample(keys.data, 4, 8)
+  log_probs, _ = generator.bayes_predictor(8).unroll({}, None, batch)
+  targets = {
+    'symbols': batch[:, 1:],
+    'parameters': parameters[:, 1:],
+    'bayes': jnp.exp(log_probs[:, :-1]),
+  }
+
+  def loss_fn(params, targets):
+    logits, _ = predictor.unroll(params, None, batch)
+    return -(targets * jax.nn.log_softmax(logits[:, :-1])).sum(-1).mean()
+
+  loss_and_grads = jax.jit(jax.value_and_grad(loss_fn))
+  loss, _ = loss_and_grads(params, targets['symbols'])
+  np.testing.assert_allclose(losses, [[loss]], rtol=1e-5)
+  _, grads = loss_and_grads(params, targets[target])
+  expected = jax.tree.map(jnp.subtract, params, grads)
+  _assert_trees_close(_member(state.params, 0), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize('chunk_length', [None, 4])
 def test_dropout_is_on_in_training_with_a_key_for_every_chunk(chunk_length):
   """The first loss is that of the step's own dropout keys, of no others."""

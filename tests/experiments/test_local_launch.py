@@ -207,6 +207,8 @@ def test_default_config_is_the_documented_run():
   assert config.model.architecture_kwargs == {'hidden_size': 64}
   assert config.data.trajectory_generator == 'ptw'
   assert config.train.seq_length == 32
+  assert config.train.optimizer == 'muon'
+  assert config.train.schedule == 'warmup_cosine'
   assert config.train.learning_rate == 2e-2
   assert config.train.batch_size == 128
   assert config.schedule.training_steps == 5_000
