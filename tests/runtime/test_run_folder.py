@@ -111,6 +111,28 @@ def test_run_may_have_more_steps_while_its_schedule_is_stable(tmp_path):
   assert json.loads(path.read_text())['schedule']['training_steps'] == 9
 
 
+@dataclasses.dataclass(kw_only=True)
+class _WithDefault(base_config.ExperimentConfig):
+  """A config whose seed follows from its name where it is 0."""
+
+  def resolved(self):
+    return dataclasses.replace(self, seed=self.seed or len(self.name))
+
+
+@pytest.mark.parametrize(('seed_before', 'seed_now'), [(0, 4), (4, 0)])
+def test_default_that_is_written_out_is_the_same_config(
+  tmp_path, seed_before, seed_now
+):
+  _run_to(tmp_path, 2)
+  before = _WithDefault(name='test', seed=seed_before)
+  values = base_config.to_dict(before)
+  (tmp_path / 'config.json').write_text(json.dumps(values))
+  folder = run_folder.RunFolder(tmp_path)
+  folder.check(_WithDefault(name='test', seed=seed_now))
+  with pytest.raises(ValueError, match='seed: 4 -> 5'):
+    folder.check(_WithDefault(name='test', seed=5))
+
+
 @pytest.mark.parametrize(
   ('config', 'difference'),
   [
