@@ -11,6 +11,12 @@ from typing import Any
 from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import config as config_lib
 
+# What `recipes` finds to come nearest, for all networks alike.
+_RECIPE = {
+  'optimizer': 'muon',
+  'schedule': 'warmup_cosine',
+  'learning_rate': 1e-2,
+}
 _ENCODINGS = ('NONE', 'SIN_COS', 'ALIBI', 'RELATIVE')
 
 
@@ -108,23 +114,21 @@ def paper() -> config_lib.ExperimentSweep:
 
 
 def small() -> config_lib.ExperimentSweep:
-  """The same questions at a size that two CPU cores finish in two hours.
+  """The same questions at a size that two CPU cores finish in an hour.
 
   Besides the four kinds of source there is PTW of a given depth, whose
   segment-length distribution does not depend on the length of its sequences.
   """
-  config = config_lib.ExperimentConfig(name='small')
-  config.train = base_config.TrainConfig(
-    model_init_seed=(0, 1, 2),
-    learning_rate=2e-3,
-    seq_length=32,
-    batch_size=128,
-    clip_grad_norm=1.0,
-  )
-  config.schedule = base_config.ScheduleConfig(
-    training_steps=10_000, ckpt_frequency=2_000
-  )
-  config.logger.log_frequency = 250
+  return _small('small', 5_000, **_RECIPE)
+
+
+def small_constant() -> config_lib.ExperimentSweep:
+  """`small` with Adam at a constant rate, for twice the steps."""
+  return _small('small_constant', 10_000, learning_rate=2e-3)
+
+
+def _small(name: str, steps: int, **recipe: Any) -> config_lib.ExperimentSweep:
+  """The sweep `small`, with some fields of `train`."""
   ptw_8 = {
     'trajectory_generator': 'ptw',
     'trajectory_generator_kwargs': {'depth': 8},
@@ -133,20 +137,107 @@ def small() -> config_lib.ExperimentSweep:
     general_sweep={
       'data': _sources(shift_period=8, max_shift=15.0, ptw_depth_8=ptw_8)
     },
-    specific_sweeps=(
-      {
-        'model': _architectures(
-          hidden_size=64,
-          context_length=16,
-          embedding_dim=32,
-          num_layers=2,
-          num_heads=4,
-          dropout_prob=0.0,
-        )
-      },
-    ),
-    base_config=config,
+    specific_sweeps=({'model': _small_architectures()},),
+    base_config=_small_config(name, steps, **recipe),
   )
+
+
+def _small_config(
+  name: str, steps: int, **recipe: Any
+) -> config_lib.ExperimentConfig:
+  """Config of three seeds at T = 32, with some fields of `train`."""
+  config = config_lib.ExperimentConfig(name=name)
+  config.train = base_config.TrainConfig(
+    model_init_seed=(0, 1, 2), seq_length=32, batch_size=128, **recipe
+  )
+  config.schedule = base_config.ScheduleConfig(
+    training_steps=steps, ckpt_frequency=steps // 5
+  )
+  config.logger.log_frequency = steps // 40
+  return config
+
+
+def _small_architectures() -> dict[str, dict[str, Any]]:
+  """Fields of `model` by name: all architectures, small."""
+  return _architectures(
+    hidden_size=64,
+    context_length=16,
+    embedding_dim=32,
+    num_layers=2,
+    num_heads=4,
+    dropout_prob=0.0,
+  )
+
+
+def recipes() -> config_lib.ExperimentSweep:
+  """Which recipe of training comes nearest, for which network, on `ptw`.
+
+  Optimisers at several peak rates; schedules and targets of the loss; and for
+  the Transformers that do not come near, twice the steps and twice the width:
+  is it time, size, or the encoding?
+  """
+  models = _small_architectures()
+  near = _chosen(models, 'rnn', 'lstm', 'stack_rnn', 'transformer_sin_cos')
+  far = _chosen(
+    models, 'transformer_none', 'transformer_alibi', 'transformer_relative'
+  )
+  wide = {
+    f'{name}_64': {
+      **model,
+      'architecture_kwargs': {
+        **model['architecture_kwargs'],
+        'embedding_dim': 64,
+      },
+    }
+    for name, model in far.items()
+  }
+  rnn_and_lstm = _chosen(models, 'rnn', 'lstm')
+  sin_cos = _chosen(models, 'transformer_sin_cos')
+  softer = ('parameters', 'bayes')
+  return config_lib.ExperimentSweep(
+    specific_sweeps=(
+      _recipes_of(near, rates=(5e-3, 1e-2, 2e-2, 4e-2)),
+      _recipes_of(near, 'adam', rates=(2e-3, 5e-3, 1e-2, 2e-2)),
+      _recipes_of(near, schedules=('constant', 'warmup_stable_decay')),
+      _recipes_of(near, targets=softer),
+      _recipes_of(
+        rnn_and_lstm,
+        schedules=('constant', 'warmup_stable_decay'),
+        targets=softer,
+      ),
+      _recipes_of(far, targets=('symbols', 'bayes')),
+      _recipes_of(wide),
+      _recipes_of(far, steps=10_000),
+    ),
+    base_config=_small_config('recipes', 5_000),
+  )
+
+
+def _chosen(models: dict[str, Any], *names: str) -> dict[str, Any]:
+  return {name: models[name] for name in names}
+
+
+def _recipes_of(
+  models: dict[str, Any],
+  optimizer: str = 'muon',
+  rates: tuple[float, ...] = (1e-2,),
+  schedules: tuple[str, ...] = ('warmup_cosine',),
+  targets: tuple[str, ...] = ('symbols',),
+  steps: int = 5_000,
+) -> dict[str, Any]:
+  """Values of a sweep of recipes: every combination, for some networks."""
+  values = {
+    'train.optimizer': (optimizer,),
+    'train.schedule': schedules,
+    'train.target': targets,
+    'train.learning_rate': rates,
+    'schedule.training_steps': (steps,),
+  }
+  # Named by the values alone, since all points have all of them.
+  return {'model': models} | {
+    path: {f'{value}': value for value in chosen}
+    for path, chosen in values.items()
+  }
 
 
 def tiny() -> config_lib.ExperimentSweep:
@@ -174,5 +265,12 @@ def tiny() -> config_lib.ExperimentSweep:
 
 
 SWEEPS = base_config.Registry(
-  'sweep', {'paper': paper, 'small': small, 'tiny': tiny}
+  'sweep',
+  {
+    'paper': paper,
+    'recipes': recipes,
+    'small': small,
+    'small_constant': small_constant,
+    'tiny': tiny,
+  },
 )
