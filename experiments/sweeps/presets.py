@@ -192,7 +192,6 @@ def recipes() -> config_lib.ExperimentSweep:
     for name, model in far.items()
   }
   rnn_and_lstm = _chosen(models, 'rnn', 'lstm')
-  sin_cos = _chosen(models, 'transformer_sin_cos')
   softer = ('parameters', 'bayes')
   return config_lib.ExperimentSweep(
     specific_sweeps=(
