@@ -36,6 +36,7 @@ SEQ_LENGTH_STREAM = 2**32 - 1
 MAX_SEED = SEQ_LENGTH_STREAM - 1
 # What training goes down on; `losses` says what each is.
 TARGETS = ('symbols', 'parameters', 'bayes')
+COMPUTE_DTYPES = ('float32', 'bfloat16')
 SAVING_SCHEDULES = ('linear', 'log')
 # Times are int32.
 MAX_SEQ_LENGTH = 2**30
@@ -631,6 +632,9 @@ class TrainConfig(Config):
     init_from: Folder of a saved run of the same network whose parameters
       training begins with, or `folder@step`; None draws them. An ensemble takes
       those of one network for all members, or of as many member by member.
+    compute_dtype: Dtype in which the network computes loss and gradient:
+      'float32', or 'bfloat16', which GPUs have units for and most CPUs do not.
+      Parameters, optimiser and evaluation stay in float32.
     ema_decay: Decay of an average of the parameters over the steps, which is
       kept and evaluated beside them; in (0, 1), or None for no average.
     seq_length: T, symbols per sequence.
@@ -661,6 +665,7 @@ class TrainConfig(Config):
   warmup_steps: int | None = limited(None, 0)
   target: str = 'symbols'
   init_from: str | None = None
+  compute_dtype: str = 'float32'
   ema_decay: float | None = limited(None, 0.0, 1.0)
   seq_length: int = limited(32, 2, MAX_SEQ_LENGTH)
   seq_length_fixed: bool = True
@@ -686,6 +691,7 @@ class TrainConfig(Config):
         f'{num_members} seeds of train.model_init_seed'
       )
     check_choice('train.target', self.target, TARGETS)
+    check_choice('train.compute_dtype', self.compute_dtype, COMPUTE_DTYPES)
     if self.learning_rate == 0:
       raise ValueError('train.learning_rate is 0; nothing would be learned')
     if self.init_from == '':

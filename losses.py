@@ -111,6 +111,7 @@ def loss_and_grads(
   chunk_length: int | None = None,
   microbatch_size: int | None = None,
   target_probs: jax.Array | None = None,
+  compute_dtype: str | None = None,
 ) -> tuple[jax.Array, predictors.Params, predictors.State]:
   """Returns the mean log loss of a batch, a gradient and the final state.
 
@@ -129,6 +130,8 @@ def loss_and_grads(
     microbatch_size: Sequences per microbatch, a divisor of B; None is B.
     target_probs: Targets from `target_probs`, whose loss the gradient is of;
       None is the symbols. The loss that is returned is always of the symbols.
+    compute_dtype: Dtype in which the network computes; None is the batch's. All
+      that is taken and returned is in the batch's.
 
   Raises:
     ValueError: If T < 2, or the microbatches do not divide the batch.
@@ -140,7 +143,14 @@ def loss_and_grads(
   base_config.check_int('microbatch_size', microbatch_size, 1)
   if microbatch_size == batch_size:
     return _microbatch_loss_and_grads(
-      predictor, params, rng, batch, init_state, chunk_length, target_probs
+      predictor,
+      params,
+      rng,
+      batch,
+      init_state,
+      chunk_length,
+      target_probs,
+      compute_dtype,
     )
   num_microbatches, rest = divmod(batch_size, microbatch_size)
   if rest:
@@ -160,6 +170,7 @@ def loss_and_grads(
       init_state,
       chunk_length,
       target_probs,
+      compute_dtype,
     )
     return jax.tree.map(jnp.add, sums, tuple(new)), state
 
@@ -186,6 +197,7 @@ def _microbatch_loss_and_grads(
   init_state: predictors.State,
   chunk_length: int | None,
   target_probs: jax.Array | None,
+  compute_dtype: str | None,
 ) -> tuple[jax.Array, predictors.Params, predictors.State]:
   """`loss_and_grads` of a single microbatch."""
   batch_size, seq_length, _ = batch.shape
@@ -199,7 +211,11 @@ def _microbatch_loss_and_grads(
   )
 
   def chunk_loss(params, chunk_rng, state, inputs, symbols, target_probs):
-    logits, state = predictor.unroll(params, chunk_rng, inputs, state)
+    # A network computes in the dtype of what it reads.
+    logits, state = predictor.unroll(
+      params, chunk_rng, inputs.astype(compute_dtype or batch.dtype), state
+    )
+    logits, state = predictors.cast_like((logits, state), batch)
     loss = log_loss(logits, symbols) / num_targets
     objective = loss
     if target_probs is not None:

@@ -144,7 +144,7 @@ class InContextPredictor(_Network):
     check_batch(batch)
     batch = _as_floating(batch)
     with _explaining_params(self, params, batch):
-      return self._transformed.apply(_cast(params, batch), rng, batch), None
+      return self._transformed.apply(cast_like(params, batch), rng, batch), None
 
   def unroll_features(
     self, params: Params, rng: jax.Array | None, batch: jax.Array
@@ -166,7 +166,7 @@ class InContextPredictor(_Network):
     check_batch(batch)
     batch = _as_floating(batch)
     with _explaining_params(self, params, batch):
-      features = self._features(_cast(params, batch), rng, batch)
+      features = self._features(cast_like(params, batch), rng, batch)
     # By position, and with a padded end, as models like it.
     num_sequences, seq_length, _ = batch.shape
     if features.size % (num_sequences * features.shape[-1]) == 0:
@@ -208,7 +208,7 @@ class RNNPredictor(_Network):
 
       def init(batch: jax.Array) -> jax.Array:
         state = module.initial_state(batch.shape[0])
-        return module(batch, _cast(state, batch))
+        return module(batch, cast_like(state, batch))
 
       return init, (module, module.initial_state, module.unroll_states)
 
@@ -274,7 +274,9 @@ class RNNPredictor(_Network):
         rng, rng_state = _split(rng)
         init_state = self.initial_state(params, rng_state, batch.shape[0])
       check_state_batch_size(init_state, batch)
-      return apply(_cast(params, batch), rng, batch, _cast(init_state, batch))
+      return apply(
+        cast_like(params, batch), rng, batch, cast_like(init_state, batch)
+      )
 
 
 class ScanPredictor(base_config.EqualByValue, Predictor):
@@ -652,8 +654,8 @@ def _as_floating(batch: jax.Array) -> jax.Array:
   return batch.astype(dtype_of(batch))
 
 
-def _cast(tree: Any, batch: jax.Array) -> Any:
-  """A tree with its floating-point arrays in the dtype of the batch."""
+def cast_like(tree: Any, batch: jax.Array) -> Any:
+  """Returns a tree with its floating-point arrays in the dtype of a batch."""
   dtype = dtype_of(batch)
   return jax.tree.map(
     lambda leaf: (

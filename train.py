@@ -168,6 +168,9 @@ def make_update(
   num_rows = sharding.num_seed_shards(train_config, num_devices)
   row_length = num_devices // num_rows
   device_batch_size = train_config.batch_size // row_length
+  compute_dtype = train_config.compute_dtype
+  if compute_dtype == 'float32':
+    compute_dtype = None  # As the source gives it.
 
   def update(
     state: TrainState, model_init_seed: jax.Array
@@ -206,6 +209,7 @@ def make_update(
           losses.target_probs(
             train_config.target, generator, batch, parameters
           ),
+          compute_dtype,
         )
 
       return loss_and_grads

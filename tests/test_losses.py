@@ -103,6 +103,24 @@ def test_symbols_given_as_targets_change_nothing(microbatch_size):
   )
 
 
+def test_bfloat16_is_near_float32_and_goes_no_further_than_the_network():
+  predictor, params, batch = _predictor_and_batch(batch_size=6)
+  state = predictor.initial_state(params, None, 6)
+  loss_and_grads = jax.jit(
+    lambda dtype: losses.loss_and_grads(
+      predictor, params, None, batch, state, 4, 2, None, dtype
+    ),
+    static_argnums=0,
+  )
+  exact, rounded = loss_and_grads(None), loss_and_grads('bfloat16')
+  assert jax.tree.map(jnp.result_type, rounded) == jax.tree.map(
+    jnp.result_type, exact
+  )
+  # Two digits and a half, in a sum of ten terms.
+  _assert_trees_close(rounded, exact, atol=2e-2)
+  assert rounded[0] != exact[0]
+
+
 class _TwoCoins:
   """A source of 4 symbols that switches between two coins, enumerated.
 

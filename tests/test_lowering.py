@@ -181,6 +181,20 @@ def test_training_lowers_with_products_in_bfloat16(network):
   assert 'lhs_precision_type = bf16' in text
 
 
+@pytest.mark.parametrize('network', ['lstm', 'stack_rnn', 'transformer'])
+def test_all_products_of_training_in_bfloat16_are_in_it(network):
+  traced = _trace_loop(_config(network, compute_dtype='bfloat16'))
+  assert not _problems(traced)
+  text = traced.lower(lowering_platforms=('cuda', 'tpu')).as_text()
+  products = re.findall('dot_general.*', text)
+  assert products
+  # Of bfloat16, or of float32 that is rounded to it first (attention).
+  assert all(
+    re.search(r'lhs_precision_type = bf16|\(tensor<\S*bf16>, tensor', product)
+    for product in products
+  )
+
+
 @pytest.mark.parametrize(
   'predictor',
   [

@@ -639,6 +639,10 @@ def test_list_put_into_a_dict_is_saved_and_kept_as_a_tuple(tmp_path):
     ),
     ({'train.learning_rate': -1.0}, 'train.learning_rate is -1.0'),
     ({'train.learning_rate': 0.0}, 'train.learning_rate is 0'),
+    (
+      {'train.compute_dtype': 'float16'},
+      "train.compute_dtype 'float16' is not one of bfloat16, float32.*bfloat16",
+    ),
     ({'train.target': 'symbol'}, "train.target 'symbol'.*mean 'symbols'"),
     ({'train.optimizer': 'adm'}, "^train.optimizer 'adm'.*mean 'adam'"),
     (
