@@ -26,6 +26,7 @@ Writes into <output_dir>/<name>/: config.json, environment.json, metrics.jsonl,
 checkpoints/ and snapshots/, and at the end table.json and figure.png.
 """
 
+from collections.abc import Sequence
 import operator
 import pathlib
 import sys
@@ -53,6 +54,7 @@ from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import preemption
 from nonstationary_mbml.runtime import run_folder
+from nonstationary_mbml.runtime import tensorboard
 from nonstationary_mbml.runtime import trained_run
 
 # Arguments that each network needs, or is better off with.
@@ -192,6 +194,7 @@ def run(
   folder: pathlib.Path,
   num_sequences: int,
   components: train.Components | None = None,
+  callbacks: Sequence[train.Callback] = (),
 ) -> list[dict[str, Any]]:
   """Trains and evaluates as configured, and writes the results.
 
@@ -203,6 +206,7 @@ def run(
     folder: Folder of the run.
     num_sequences: Number of sequences for the table.
     components: What `build_components` made of the config; None makes it here.
+    callbacks: Functions that are called at every log, as in `train.train`.
 
   Returns:
     The rows of the table.
@@ -218,7 +222,7 @@ def run(
   start = time.monotonic()
   with devices.count_compilations() as compilations:
     trained = train.train_components(
-      config, components, use_tqdm=True, folder=folder
+      config, components, True, folder, callbacks
     )
     seconds = time.monotonic() - start
     rng_table, rng_figure = evaluate.launch_keys(config)
@@ -394,6 +398,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'Delete a run of the same name, and begin anew. Without it, a run of the '
     'same config goes on, and one of another is an error.',
   )
+  define.boolean(
+    'tensorboard',
+    False,
+    "Also log for TensorBoard, into the run's tensorboard/; that needs "
+    'tensorboardX.',
+  )
   define.integer(
     'cpu_devices',
     None,
@@ -416,6 +426,9 @@ def main(argv: list[str]) -> None:
   try:
     config = config_from_flags(values)
     folder = pathlib.Path(values.output_dir) / config.name
+    callbacks = []
+    if values.tensorboard:
+      callbacks.append(tensorboard.Writer(folder / run_folder.TENSORBOARD))
     cli.check_distributed_flags()
     # Other processes may have the other cores.
     default = 1
@@ -440,7 +453,7 @@ def main(argv: list[str]) -> None:
       clear(folder)
     if values.stop_with_stdin:
       preemption.terminate_with_stdin()
-    run(config, folder, values.num_sequences, components)
+    run(config, folder, values.num_sequences, components, callbacks)
   except train.StoppedError as error:
     print(error, file=sys.stderr)
     sys.exit(cli.EXIT_STOPPED)

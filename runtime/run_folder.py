@@ -5,6 +5,7 @@
   metrics.jsonl      a line of JSON for every log
   checkpoints/       the newest few states, to go on from
   snapshots/         parameters at some steps, kept for good
+  tensorboard/       the log for TensorBoard, if asked for
   set_aside/         what could not be read, moved out of the way
 
 Nothing is overwritten that cannot be made again, and nothing that is damaged is
@@ -45,6 +46,7 @@ METRICS = 'metrics.jsonl'
 CHECKPOINTS = 'checkpoints'
 SNAPSHOTS = 'snapshots'
 SET_ASIDE = 'set_aside'
+TENSORBOARD = 'tensorboard'
 # Key of a log entry that holds the entries of an ensemble's members.
 _MEMBERS = 'members'
 _KEPT_CHECKPOINTS = 3
@@ -242,7 +244,7 @@ class RunFolder:
     if not self.path.is_dir():
       return
     with self._saving(), self._locked():
-      for name in (CHECKPOINTS, SNAPSHOTS, SET_ASIDE):
+      for name in (CHECKPOINTS, SNAPSHOTS, TENSORBOARD, SET_ASIDE):
         if (self.path / name).is_dir():
           shutil.rmtree(self.path / name)
       for name in (METRICS, ENVIRONMENT, CONFIG):

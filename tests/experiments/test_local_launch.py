@@ -18,6 +18,7 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import local_launch
 from nonstationary_mbml.models import basic
+from nonstationary_mbml.tests.runtime import test_tensorboard
 
 SCRIPT = pathlib.Path(local_launch.__file__)
 
@@ -46,7 +47,9 @@ SHORT = (
 
 
 def test_run_writes_config_metrics_and_figure(tmp_path):
-  result = _launch(tmp_path, *SHORT, '--name=short', '--cpu_devices=2')
+  result = _launch(
+    tmp_path, *SHORT, '--name=short', '--cpu_devices=2', '--tensorboard'
+  )
   assert result.returncode == 0, result.stderr
   folder = tmp_path / 'runs' / 'short'
   assert sorted(path.name for path in folder.iterdir()) == [
@@ -58,6 +61,7 @@ def test_run_writes_config_metrics_and_figure(tmp_path):
     'metrics.jsonl',
     'snapshots',
     'table.json',
+    'tensorboard',
   ]
   config = base_config.from_dict(
     config_lib.ExperimentConfig,
@@ -73,7 +77,11 @@ def test_run_writes_config_metrics_and_figure(tmp_path):
   ]
   assert table['exact_predictor'] == 'ptw'
   (entry,) = (folder / 'metrics.jsonl').read_text().splitlines()
-  assert json.loads(entry)['step'] == 20
+  entry = json.loads(entry)
+  assert entry.pop('step') == 20
+  assert test_tensorboard.scalars(folder / 'tensorboard') == pytest.approx(
+    {(name, 20): value for name, value in entry.items()}
+  )
   assert (folder / 'figure.png').read_bytes().startswith(b'\x89PNG')
   # Without a terminal, a line per log and nothing else.
   (line,) = result.stderr.splitlines()
