@@ -11,12 +11,6 @@ from typing import Any
 from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import config as config_lib
 
-# What `recipes` finds to come nearest, for all networks alike.
-_RECIPE = {
-  'optimizer': 'muon',
-  'schedule': 'warmup_cosine',
-  'learning_rate': 1e-2,
-}
 _ENCODINGS = ('NONE', 'SIN_COS', 'ALIBI', 'RELATIVE')
 
 
@@ -119,7 +113,7 @@ def small() -> config_lib.ExperimentSweep:
   Besides the four kinds of source there is PTW of a given depth, whose
   segment-length distribution does not depend on the length of its sequences.
   """
-  return _small('small', 5_000, **_RECIPE)
+  return _small('small', 5_000, **config_lib.RECIPE)
 
 
 def small_constant() -> config_lib.ExperimentSweep:

@@ -217,7 +217,7 @@ def test_default_config_is_the_documented_run():
   assert config.train.seq_length == 32
   assert config.train.optimizer == 'muon'
   assert config.train.schedule == 'warmup_cosine'
-  assert config.train.learning_rate == 2e-2
+  assert config.train.learning_rate == 1e-2
   assert config.train.batch_size == 128
   assert config.schedule.training_steps == 5_000
 
