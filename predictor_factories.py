@@ -267,6 +267,8 @@ def label(config: base_config.ModelConfig) -> str:
     ).name
     if name == 'transformer' or encodings != default:
       shown += f', {"no encoding" if encodings == "NONE" else encodings}'
+    if kwargs.get('begin_symbol'):
+      shown += ', begin symbol'
   return shown
 
 

@@ -35,6 +35,10 @@ class TransformerConfig:
     emb_init_scale: Standard deviation of the initial embeddings.
     use_embeddings: If False the symbols are taken as embeddings, and their F
       features take the place of `embedding_dim`.
+    begin_symbol: Whether all positions also see one before the first symbol.
+      Without it, and without absolute positions, n equal symbols at the
+      beginning look the same for every n: attention is a mean, and the mean of
+      equal values does not tell their number.
     attention_window: Each position sees this many most recent ones, itself
       included; None is all of them.
     widening_factor: Hidden units of the MLPs, in units of D.
@@ -55,6 +59,7 @@ class TransformerConfig:
   dropout_prob: float = 0.1
   emb_init_scale: float = 0.02
   use_embeddings: bool = True
+  begin_symbol: bool = False
   attention_window: int | None = None
   widening_factor: int = 4
   gradient_checkpointing: bool = False
@@ -72,7 +77,7 @@ class TransformerConfig:
         self._check_int(field, 1)
     base_config.check_float('dropout_prob', self.dropout_prob, 0.0, 1.0)
     base_config.check_float('emb_init_scale', self.emb_init_scale, 0.0)
-    for field in ('use_embeddings', 'gradient_checkpointing'):
+    for field in ('use_embeddings', 'begin_symbol', 'gradient_checkpointing'):
       base_config.check_bool(field, getattr(self, field))
     if self.use_embeddings:
       self.check_heads('embedding_dim', self.embedding_dim)
@@ -171,7 +176,7 @@ class TransformerEncoder(hk.Module):
       if config.gradient_checkpointing and not hk.running_init():
         block = self._recomputed(block, f'_{layer}')
       hidden = block(rngs[layer + 1], hidden)
-    return hidden
+    return hidden[:, int(config.begin_symbol) :]
 
   def _recomputed(
     self, block: Callable[[jax.Array | None, jax.Array], jax.Array], suffix: str
@@ -230,6 +235,14 @@ class TransformerEncoder(hk.Module):
         **config.positional_encodings_params,
       )
       hidden = hidden + jnp.asarray(waves, hidden.dtype)
+    if config.begin_symbol:
+      begin = hk.get_parameter(
+        'begin',
+        hidden.shape[-1:],
+        init=hk.initializers.TruncatedNormal(),
+      ).astype(hidden.dtype)
+      begin = jnp.broadcast_to(begin, (len(hidden), 1, hidden.shape[-1]))
+      hidden = jnp.concatenate([begin, hidden], axis=1)
     return hidden
 
 

@@ -50,6 +50,14 @@ STATELESS = {
     'transformer',
     {**SMALL_TRANSFORMER, 'positional_encodings': 'RELATIVE'},
   ),
+  'begin_symbol': (
+    'transformer',
+    {
+      **SMALL_TRANSFORMER,
+      'positional_encodings': 'ALIBI',
+      'begin_symbol': True,
+    },
+  ),
   'attention_window': (
     'transformer',
     {**SMALL_TRANSFORMER, 'attention_window': 3},
@@ -419,6 +427,11 @@ def test_sizes_of_a_network_may_be_of_8_bits():
       'transformer',
       {'positional_encodings': transformer.PositionalEncodings.NONE},
       'Transformer, no encoding',
+    ),
+    (
+      'transformer',
+      {'positional_encodings': 'RELATIVE', 'begin_symbol': True},
+      'Transformer, RELATIVE, begin symbol',
     ),
     (
       'sliding_window_transformer',

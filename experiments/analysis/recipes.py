@@ -46,8 +46,8 @@ _SCHEDULES = {
   'warmup_cosine': 'cosine',
 }
 _TARGETS = ('symbols', 'parameters', 'bayes')
-# Suffix of networks of twice the width.
-_WIDE = '_64'
+# Variants of a network, by the suffix of its name in the sweep.
+_VARIANTS = {'64': 'twice as wide', 'begin': 'begin symbol'}
 # Less is shown as this much: what is left is noise.
 _LEAST_PERCENT = 0.02
 
@@ -104,21 +104,24 @@ def draw(rows: Sequence[Row]) -> figure_lib.Figure:
       },
       'schedule and target\n(Muon, peak 0.01, 5,000 steps)',
     )
-    far = [row for row in rows if row['model'].removesuffix(_WIDE) not in near]
-    is_wide = lambda row: row['model'].endswith(_WIDE)
+    far = [row for row in rows if _split(row['model'])[0] not in near]
     usual = _usual()
+    variant = lambda suffix: (
+      lambda row: usual(row) and _split(row['model'])[1] == suffix
+    )
     _draw_cases(
       sizes,
       far,
       {
-        '5,000 steps': lambda row: usual(row) and not is_wide(row),
+        'as they are': variant(''),
+        'begin symbol': variant('begin'),
+        'twice as wide': variant('64'),
         '10,000 steps': _usual(steps=10_000),
-        'twice as wide': lambda row: usual(row) and is_wide(row),
         'target bayes': _usual(target='bayes'),
       },
-      'time, width and target\n(Muon, peak 0.01, cosine)',
+      'encoding, width, time and target\n(Muon, peak 0.01, cosine)',
     )
-    names = dict.fromkeys(_label(row['model'], size=False) for row in rows)
+    names = dict.fromkeys(_label(row['model'], short=True) for row in rows)
     plotting.add_legend(
       figure,
       [
@@ -181,13 +184,13 @@ def _draw_cases(
   title: str,
 ) -> None:
   """A line for every case, and a marker on it for every network."""
-  names = dict.fromkeys(_label(row['model'], size=False) for row in rows)
+  names = dict.fromkeys(_label(row['model'], short=True) for row in rows)
   names = sorted(names, key=plotting.rank)
   for y, is_of_case in enumerate(cases.values()):
     of_case = [row for row in rows if is_of_case(row)]
     by_model = study_figures.groups(of_case, 'model')
     for (model,), of_model in by_model.items():
-      name = _label(model, size=False)
+      name = _label(model, short=True)
       looks = plotting.style(name)
       mean, stderr = percent(of_model)
       # Side by side, where they would hide each other.
@@ -211,11 +214,17 @@ def _draw_cases(
   plotting.add_grid(panel)
 
 
-def _label(model: str, size: bool = True) -> str:
-  """Label of a network, by its name in the sweep."""
-  name = model.removesuffix(_WIDE)
-  is_wide = name != model and size
-  return study_figures.label(name) + (', twice as wide' if is_wide else '')
+def _split(model: str) -> tuple[str, str]:
+  """Name of a network and suffix of its variant, if it is one."""
+  name, _, suffix = model.rpartition('_')
+  return (name, suffix) if suffix in _VARIANTS else (model, '')
+
+
+def _label(model: str, short: bool = False) -> str:
+  """Label of a network, by its name in the sweep; short without the variant."""
+  name, suffix = _split(model)
+  label = study_figures.label(name)
+  return f'{label}, {_VARIANTS[suffix]}' if suffix and not short else label
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

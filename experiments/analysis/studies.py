@@ -6,6 +6,7 @@
   length_generalization  regret beyond the length of training
   post_switch_regret     regret in the symbols after a true switch
   linear_probe           what a linear map of the state knows about switches
+  equal_beginnings       what it costs not to count equal symbols at the start
 
 Each takes networks and returns the rows of its table: plain dicts, one for
 every network (seed) and case. `predictor` is the architecture, or 'exact' for
@@ -68,6 +69,9 @@ LENGTH_FACTOR = 8
 _BINS_PER_LENGTH = 2
 # Sources whose exact predictors, PTW and LAD, are references on all others.
 REFERENCES = ('ptw', 'lin')
+# Sequences of every source for the bound of `equal_beginnings`, which trains
+# nothing.
+_NUM_SEQUENCES_OF_BOUND = 16_384
 # Number of symbols of all sequences for a linear probe.
 _PROBE_SYMBOLS = 2**16
 
@@ -441,6 +445,57 @@ def _probe_rows(
   return rows
 
 
+def equal_beginnings(networks: Networks, options: Options) -> list[Row]:
+  """Returns what is lost at least without counting equal symbols at the start.
+
+  Attention is a mean. Without absolute positions or a begin symbol, what a
+  Transformer reads from n equal symbols at the beginning is the same for every
+  n, and so is its prediction q. Where a sequence has been equal for n symbols,
+  n = 1, ..., the exact predictor says p_n; the sum of KL(p_n || q) over them is
+  the regret above it, and least where q is the mean of all p_n.
+
+  `above_exact` is that least regret on a source, a lower bound for all such
+  networks; `exact_regret` that of the exact predictor.
+  """
+  seq_length = _training_length(networks)
+  options = options._replace(num_sequences=_NUM_SEQUENCES_OF_BOUND)
+  return [
+    {
+      'source': source,
+      **_mean_and_stderr('above_exact', _uncounted(sequences, source)),
+      'exact_regret': float(
+        trained_networks.regret(
+          sequences.log_probs[source], sequences.parameters
+        )
+        .sum(axis=1, dtype=np.float64)
+        .mean()
+      ),
+    }
+    for source, sequences in _sample(
+      networks, seq_length, options, stream=4, references=()
+    )
+    if source in sequences.log_probs
+  ]
+
+
+def _uncounted(
+  sequences: trained_networks.Sequences, source: str
+) -> np.ndarray:
+  """Least regret above the exact predictor, by sequence `[N]`."""
+  log_probs = sequences.log_probs[source][:, :-1].astype(np.float64)
+  symbols = sequences.symbols.argmax(axis=-1)
+  is_equal = np.logical_and.accumulate(symbols == symbols[:, :1], axis=1)
+  lost = np.zeros(len(symbols))
+  for symbol in np.unique(symbols[:, 0]):
+    where = is_equal[:, :-1] & (symbols[:, :1] == symbol)
+    counted = log_probs[where]
+    nearest = np.log(np.exp(counted).mean(axis=0))
+    divergence = np.zeros(where.shape)
+    divergence[where] = (np.exp(counted) * (counted - nearest)).sum(axis=-1)
+    lost += divergence.sum(axis=1)
+  return lost
+
+
 def _sample(
   networks: Networks,
   seq_length: int,
@@ -524,4 +579,5 @@ STUDIES: dict[str, Callable[[Networks, Options], list[Row]]] = {
   'length_generalization': length_generalization,
   'post_switch_regret': post_switch_regret,
   'linear_probe': linear_probe,
+  'equal_beginnings': equal_beginnings,
 }

@@ -196,6 +196,29 @@ def linear_probe(rows: Sequence[Row], column: str = 'r2_given_time') -> str:
   )
 
 
+def equal_beginnings(rows: Sequence[Row]) -> str:
+  """Returns the lower bound of every source, in nats and percent."""
+  columns = {
+    'source': lambda row: row['source'],
+    'at least (nats)': lambda row: (
+      f'{row["above_exact"]:.4f} ± {row["above_exact_stderr"]:.4f}'
+    ),
+    "in percent of the exact predictor's regret": lambda row: (
+      f'{100 * row["above_exact"] / row["exact_regret"]:.2f}'
+    ),
+  }
+  return _listed(columns, rows)
+
+
+def _listed(
+  columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]
+) -> str:
+  """A line for every row."""
+  return markdown(
+    list(columns), [[text(row) for text in columns.values()] for row in rows]
+  )
+
+
 def runs(rows: Sequence[Row]) -> str:
   """Returns where and how long every point was trained."""
   columns = {
@@ -207,9 +230,7 @@ def runs(rows: Sequence[Row]) -> str:
     'device': lambda row: str(row['device']),
     'jax': lambda row: str(row['jax']),
   }
-  return markdown(
-    list(columns), [[text(row) for text in columns.values()] for row in rows]
-  )
+  return _listed(columns, rows)
 
 
 def _label(row: Row) -> str:
@@ -292,5 +313,12 @@ TABLES: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     'The same with the variance of the means: where all depends on time, it '
     'says whether the state has a clock',
     lambda rows: linear_probe(rows, 'r2'),
+  ),
+  (
+    'equal_beginnings',
+    'What every network loses at least that does not count equal symbols at '
+    'the beginning, such as a Transformer without absolute positions: regret '
+    'above the exact predictor, means ± standard errors over sequences',
+    equal_beginnings,
   ),
 )

@@ -167,24 +167,16 @@ def recipes() -> config_lib.ExperimentSweep:
   """Which recipe of training comes nearest, for which network, on `ptw`.
 
   Optimisers at several peak rates; schedules and targets of the loss; and for
-  the Transformers that do not come near, twice the steps and twice the width:
-  is it time, size, or the encoding?
+  the Transformers that do not come near, a begin symbol, twice the width and
+  twice the steps: is it the encoding, size, or time?
   """
   models = _small_architectures()
   near = _chosen(models, 'rnn', 'lstm', 'stack_rnn', 'transformer_sin_cos')
   far = _chosen(
     models, 'transformer_none', 'transformer_alibi', 'transformer_relative'
   )
-  wide = {
-    f'{name}_64': {
-      **model,
-      'architecture_kwargs': {
-        **model['architecture_kwargs'],
-        'embedding_dim': 64,
-      },
-    }
-    for name, model in far.items()
-  }
+  wide = _with_kwargs(far, '64', embedding_dim=64)
+  begun = _with_kwargs(far, 'begin', begin_symbol=True)
   rnn_and_lstm = _chosen(models, 'rnn', 'lstm')
   softer = ('parameters', 'bayes')
   return config_lib.ExperimentSweep(
@@ -199,6 +191,7 @@ def recipes() -> config_lib.ExperimentSweep:
         targets=softer,
       ),
       _recipes_of(far, targets=('symbols', 'bayes')),
+      _recipes_of(begun),
       _recipes_of(wide),
       _recipes_of(far, steps=10_000),
     ),
@@ -208,6 +201,19 @@ def recipes() -> config_lib.ExperimentSweep:
 
 def _chosen(models: dict[str, Any], *names: str) -> dict[str, Any]:
   return {name: models[name] for name in names}
+
+
+def _with_kwargs(
+  models: dict[str, Any], suffix: str, **kwargs: Any
+) -> dict[str, Any]:
+  """Fields of `model` by name and suffix, with other architecture arguments."""
+  return {
+    f'{name}_{suffix}': {
+      **model,
+      'architecture_kwargs': {**model['architecture_kwargs'], **kwargs},
+    }
+    for name, model in models.items()
+  }
 
 
 def _recipes_of(

@@ -49,8 +49,9 @@ def test_cnn_sees_the_last_kernel_size_to_the_layers_symbols():
   np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(5, 14))
 
 
+@pytest.mark.parametrize('begin_symbol', [False, True])
 @pytest.mark.parametrize('encoding', ['NONE', 'SIN_COS', 'ALIBI', 'RELATIVE'])
-def test_transformer_is_causal(encoding):
+def test_transformer_is_causal(encoding, begin_symbol):
   inputs = _normal(1, 1, 9, 3)
   model = transformer.make_transformer_encoder(
     2,
@@ -58,6 +59,7 @@ def test_transformer_is_causal(encoding):
     num_heads=2,
     num_layers=2,
     positional_encodings=encoding,
+    begin_symbol=begin_symbol,
   )
   _, apply = _apply(model, inputs)
   changed = apply(_after_change_at(inputs, 4))
@@ -84,6 +86,43 @@ def test_transformer_with_positions_tells_the_order_of_the_past(encoding):
 
   assert difference('NONE') < 1e-6
   assert difference(encoding) > 1e-4
+
+
+@pytest.mark.parametrize('encoding', ['NONE', 'ALIBI', 'RELATIVE'])
+def test_equal_symbols_are_counted_from_a_begin_symbol_only(encoding):
+  """A mean of equal values does not tell their number."""
+  inputs = np.ones((1, 9, 3), np.float32)
+
+  def spread(**kwargs):
+    model = transformer.make_transformer_encoder(
+      2,
+      embedding_dim=8,
+      num_heads=2,
+      num_layers=2,
+      positional_encodings=encoding,
+      **kwargs,
+    )
+    _, apply = _apply(model, inputs)
+    return np.ptp(apply(inputs), axis=1).max()
+
+  assert spread() < 1e-5
+  assert spread(begin_symbol=True) > 1e-3
+  assert spread(begin_symbol=True, attention_window=20) > 1e-3
+
+
+def test_begin_symbol_takes_no_part_of_what_is_predicted():
+  """The last of T positions is where it is without one."""
+  inputs = _normal(1, 1, 9, 3)
+  model = transformer.make_transformer_encoder(
+    2, embedding_dim=8, num_heads=2, num_layers=0, begin_symbol=True
+  )
+  plain = transformer.make_transformer_encoder(
+    2, embedding_dim=8, num_heads=2, num_layers=0
+  )
+  params, apply = _apply(model, inputs)
+  np.testing.assert_allclose(
+    apply(inputs), hk.transform(plain).apply(params, None, inputs), atol=1e-6
+  )
 
 
 def test_transformer_sizes_follow_its_config():

@@ -102,12 +102,13 @@ def test_figure_has_every_case_of_the_other_panels(tmp_path):
   for model, steps in (
     ('transformer_none', '10000'),
     ('transformer_alibi_64', '5000'),
+    ('transformer_relative_begin', '5000'),
   ):
     assert number(
       model, 'muon', 'warmup_cosine', 'symbols', '0.01', steps
     ) in means(sizes)
-  # Of three networks: time, width, target, and none of them.
-  assert len(sizes.containers) == 12
+  # Of three networks: begin symbol, width, time, target, and none of them.
+  assert len(sizes.containers) == 15
 
 
 def _run(*args, cwd):

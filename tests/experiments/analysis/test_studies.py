@@ -33,6 +33,38 @@ def test_regret_after_a_switch_is_the_mean_over_its_symbols():
   assert rows[0]['regret_per_symbol_stderr'] == pytest.approx(np.sqrt(8) / 3)
 
 
+def test_least_regret_without_counting_is_that_of_the_best_constant():
+  """Against a search over what is predicted while all symbols are 0."""
+  symbols = np.array([[0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+  # KT of n zeros; the rest counts nothing.
+  zeros = np.arange(1, 5) + 0.5
+  log_probs = np.log(np.stack([zeros, np.full(4, 0.5)], axis=-1))
+  log_probs -= np.log(np.exp(log_probs).sum(axis=-1, keepdims=True))
+  sequences = trained_networks.Sequences(
+    np.eye(2)[symbols], None, None, {'static': np.tile(log_probs, (4, 1, 1))}
+  )
+  lost = studies._uncounted(sequences, 'static')
+  # The last prediction is of a symbol that is not there.
+  times = ([0, 1], [0, 1, 2], [0], [0, 1, 2])
+
+  def divergence(time, q):
+    p = np.exp(log_probs[time])
+    return np.sum(p * (log_probs[time] - np.log([q, 1 - q])))
+
+  candidates = np.linspace(0.5, 0.99, 4_901)
+  totals = [
+    sum(divergence(time, q) for of_one in times for time in of_one)
+    for q in candidates
+  ]
+  best = candidates[np.argmin(totals)]
+  np.testing.assert_allclose(
+    lost,
+    [sum(divergence(time, best) for time in of_one) for of_one in times],
+    atol=1e-4,
+  )
+  assert lost.sum() <= min(totals)
+
+
 def test_bins_of_positions_hold_every_predicted_symbol_once():
   rng = np.random.default_rng(0)
   parameters = rng.dirichlet(np.ones(2), (5, 16))
