@@ -48,6 +48,7 @@ from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.experiments import user_modules
 from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
@@ -160,13 +161,18 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
   Raises:
     ValueError: If the config is not valid.
   """
+  imports = cli.imports(values)
+  saved = None
+  if values.config is not None:
+    # First: it may import what flags name.
+    saved = saved_runs.load_config(values.config, imports)
   config = make_config(
     **{flag: values[flag].value for flag in _FIELDS_OF_FLAGS}
   )
-  if values.config is not None:
+  if saved is not None:
     of_flags = config
     config = config_lib.with_overrides(
-      saved_runs.load_config(values.config),
+      saved,
       {
         path: operator.attrgetter(path)(of_flags)
         for flag, paths in _FIELDS_OF_FLAGS.items()
@@ -174,8 +180,11 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
         for path in paths
       },
     )
+  if imports is not None:
+    config.imports = imports
   overrides = config_lib.parse_overrides(config, values['set'].value)
   config = config_lib.with_overrides(config, overrides)
+  user_modules.import_all(config.imports)  # --set may have added some.
   constants.check(config)
   return config
 
@@ -339,12 +348,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'ptw',
     constants.TRAJECTORY_GENERATORS,
     'Where segments end',
+    config='config',
   )
   define.choice(
     'model_type',
     'lstm',
     predictor_factories.PREDICTOR_FACTORIES,
     'The network',
+    config='config',
   )
   define.integer('steps', 5_000, 'Training steps.', lower_bound=0)
   define.seed('All randomness follows from it.')

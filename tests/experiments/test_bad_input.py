@@ -58,6 +58,10 @@ CASES = {
   (f'{MODEL}.=3',): 'a name in the path is empty',
   (f'{MODEL}.hidden_size.x=3',): 'hidden_size.x: 64 has no fields',
   # The run.
+  ('imports=3',): "'imports=3': the value is 3; it must be a tuple of names",
+  ('imports=my-things,',): "imports 'my-things' is neither the name of a mod",
+  ('imports=my_nothing,',): "my_nothing cannot .* No module named 'my_nothing'",
+  ('imports=my_nothing.py,',): '/my_nothing.py cannot .*: there is no such',
   ('name=',): "name is ''; it must be a non-empty, printable string",
   ('name=a\nb',): r"name is 'a\\nb'; it must be a non-empty, printable",
   ('name=..',): "name is '..'; it must be the name of one folder, not a path",
