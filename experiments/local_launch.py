@@ -79,6 +79,10 @@ _RECIPE = {'optimizer': 'muon', 'schedule': 'warmup_cosine'}
 # Fields of a config that each flag decides.
 _FIELDS_OF_FLAGS = {
   'source': ('data.trajectory_generator', 'data.trajectory_generator_kwargs'),
+  'alphabet_size': (
+    'data.iid_distribution_kwargs',
+    'data.parameter_distribution_params',
+  ),
   'model_type': ('model.model_type', 'model.architecture_kwargs'),
   'steps': ('schedule.training_steps',),
   'seed': ('seed',),
@@ -100,6 +104,7 @@ def make_config(
   batch_size: int = 128,
   learning_rate: float = 2e-2,
   num_seeds: int = 1,
+  alphabet_size: int = 2,
 ) -> config_lib.ExperimentConfig:
   """Returns the config of a run.
 
@@ -113,6 +118,7 @@ def make_config(
     batch_size: B.
     learning_rate: Learning rate; the peak of its schedule.
     num_seeds: Networks that are trained together; above 1, an ensemble.
+    alphabet_size: K; the prior is a Dirichlet(1/2).
 
   Raises:
     ValueError: If a name is unknown.
@@ -125,9 +131,9 @@ def make_config(
     seed=seed,
     data=config_lib.DataConfig(
       iid_distribution='categorical',
-      iid_distribution_kwargs={'feature_size': 2},
+      iid_distribution_kwargs={'feature_size': alphabet_size},
       parameter_distribution='dirichlet',
-      parameter_distribution_params=(0.5, 0.5),
+      parameter_distribution_params=0.5,
       trajectory_generator=source,
       trajectory_generator_kwargs=constants.source_kwargs(source),
     ),
@@ -349,6 +355,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     constants.TRAJECTORY_GENERATORS,
     'Where segments end',
     config='config',
+  )
+  define.integer(
+    'alphabet_size',
+    2,
+    'Different symbols, K; the prior of their probabilities is Dirichlet(1/2), '
+    'or --set data.parameter_distribution_params.',
+    lower_bound=2,
+    upper_bound=constants.MAX_ALPHABET_SIZE,
   )
   define.choice(
     'model_type',

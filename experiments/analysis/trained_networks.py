@@ -154,7 +154,7 @@ def exact_predictors(
       KT takes one Dirichlet.
   """
   priors = {
-    (source.parameter_distribution, source.parameter_distribution_params)
+    (source.parameter_distribution, constants.prior_parameters(source))
     for source in data.values()
   }
   if len(priors) != 1 or next(iter(priors))[0] != 'dirichlet':
