@@ -6,6 +6,7 @@ logits, _ = run.predictor.unroll(run.member(0), None, batch)
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 import contextlib
 import copy
 import os
@@ -31,7 +32,7 @@ from nonstationary_mbml.runtime import trained_run
 
 
 def load_config(
-  path: str | pathlib.Path, imports: Iterable[str] | None = None
+  path: str | pathlib.Path, imports: Sequence[str] | None = None
 ) -> config_lib.ExperimentConfig:
   """Returns a config that was saved as JSON.
 
@@ -51,11 +52,12 @@ def load_config(
 
 
 def _load_config(
-  path: pathlib.Path, imports: Iterable[str] | None
+  path: pathlib.Path, imports: Sequence[str] | None
 ) -> config_lib.ExperimentConfig:
   config = run_folder.config_from_file(path, config_lib.ExperimentConfig)
   if imports is not None:
-    user_modules.import_all(map(base_config.absolute_import, imports))
+    names = base_config.coerce('imports', imports, tuple[str, ...])
+    user_modules.import_all(map(base_config.absolute_import, names))
   else:
     try:
       user_modules.import_all(config.imports, str(path))
@@ -118,7 +120,7 @@ def _drop(values: dict[str, Any], keys: Iterable[str]) -> None:
 def load_run(
   folder: str | pathlib.Path,
   step: int | None = None,
-  imports: Iterable[str] | None = None,
+  imports: Sequence[str] | None = None,
 ) -> trained_run.Run:
   """Returns a run, with the parameters it had after a step.
 
@@ -190,7 +192,7 @@ _PRIVATE = ('command', 'host')
 def export(
   folder: str | pathlib.Path,
   target: str | pathlib.Path,
-  imports: Iterable[str] | None = None,
+  imports: Sequence[str] | None = None,
 ) -> int:
   """Copies what is worth keeping of a finished run; `load_run` loads the copy.
 

@@ -59,7 +59,8 @@ def _is_imported(name: str) -> bool:
 
 def _is_from(module: ModuleType, path: str) -> bool:
   """Whether a file is where a module is from."""
-  file = getattr(module, '__file__', None)
+  # Not by getattr, for which some modules import others.
+  file = getattr(module, '__dict__', {}).get('__file__')
   # Most modules are called otherwise, and not looked for on the disk.
   return (
     isinstance(file, str)

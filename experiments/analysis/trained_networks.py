@@ -8,7 +8,6 @@ state.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -57,7 +56,7 @@ class Network(NamedTuple):
 
 
 def networks(
-  folder: str | pathlib.Path, imports: Iterable[str] | None = None
+  folder: str | pathlib.Path, imports: Sequence[str] | None = None
 ) -> list[Network]:
   """Returns the finished networks of a sweep, one per source and architecture.
 

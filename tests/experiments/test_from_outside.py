@@ -275,12 +275,14 @@ def test_flags_name_things_that_the_run_to_start_from_imports(
   trained, tmp_path
 ):
   config = f'--config={trained.folder}'
-  with registries.restored():
-    imports = saved_runs.load_config(trained.folder, imports=()).imports
+  imports = saved_runs.load_config(trained.folder, imports=()).imports
   kept = local_launch.config_from_flags(
     _flags(local_launch, config, '--source=geometric', '--name=again')
   )
   assert kept.imports == imports
+  for wrong in ('--source=geometrik', '--model_type=bags'):
+    with pytest.raises(ValueError, match='is not one of .*; did you mean'):
+      local_launch.config_from_flags(_flags(local_launch, config, wrong))
   other = tmp_path / 'other.py'
   other.touch()
   given = local_launch.config_from_flags(

@@ -362,6 +362,8 @@ def test_module_that_has_moved_is_named_with_the_run(folder, modules):
       'no such file; say where it is now (imports=[...] of load_run'
     )
     assert '\n' not in str(caught.value)
+  with pytest.raises(ValueError, match="imports is 'elsewhere.py'; it must be"):
+    saved_runs.load_run(folder, imports='elsewhere.py')
   saved_runs.load_run(folder, imports=['elsewhere.py'])
   assert pathlib.Path('runs').read_text() == 'x'
 
