@@ -23,6 +23,7 @@ import inspect
 import json
 import math
 import numbers
+import os
 import types
 import typing
 from typing import Any
@@ -278,6 +279,27 @@ def check_name(field: str, value: Any) -> None:
   if value in ('.', '..') or set(value) & set('/\\'):
     raise ValueError(
       f'{field} is {value!r}; it must be the name of one folder, not a path'
+    )
+
+
+def is_file(name: str) -> bool:
+  """Whether an entry of `imports` is the path of a file, not a name."""
+  return name.endswith('.py')
+
+
+def absolute_import(name: Any) -> Any:
+  """Returns an entry of `imports` with the path of a file made absolute."""
+  if isinstance(name, str) and is_file(name):
+    return os.path.abspath(os.path.expanduser(name))
+  return name
+
+
+def check_import(field: str, name: str) -> None:
+  """Raises ValueError unless `name` can be a module's, or a file's path."""
+  if not is_file(name) and not all(map(str.isidentifier, name.split('.'))):
+    raise ValueError(
+      f'{field} {name!r} is neither the name of a module, such as '
+      'my_package.my_module, nor the path of a .py file'
     )
 
 
@@ -792,6 +814,9 @@ class ExperimentConfig(Config):
 
   Attributes:
     name: Name of the run and of its folder; no path.
+    imports: Modules of your own, which register what other fields name: names
+      such as my_package.my_module, and paths of .py files. A path is relative
+      to the working directory when it is set, and absolute from then on.
     seed: Seed from which, with `train.model_init_seed`, all randomness follows.
     model: The network.
     train: Its training.
@@ -801,6 +826,7 @@ class ExperimentConfig(Config):
   """
 
   name: str = 'experiment'
+  imports: tuple[str, ...] = ()
   seed: int = limited(0, 0, MAX_SEED)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -808,9 +834,17 @@ class ExperimentConfig(Config):
   logger: LoggerConfig = dataclasses.field(default_factory=LoggerConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
+  def __setattr__(self, name: str, value: Any) -> None:
+    value = plain(value)
+    if name == 'imports' and isinstance(value, tuple):
+      value = tuple(map(absolute_import, value))
+    super().__setattr__(name, value)
+
   def validate(self, path: str | None = None) -> None:
     super().validate(path)
     check_name('name', self.name)
+    for module in self.imports:
+      check_import('imports', module)
     _check_finite('', to_dict(self))
 
   def resolved(self) -> 'ExperimentConfig':

@@ -5,14 +5,14 @@
     cli.run(main)
 
 Whatever is wrong on the command line is one line on stderr. All scripts know
-what a file of the user's own has registered, with --register=my_source.py.
+what a module of the user's own has registered, with --import=my_source.py or
+--import=my_package.my_source.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import functools
-import importlib.util
 import io
 import os
 import pathlib
@@ -26,6 +26,7 @@ from absl import flags
 from absl import logging
 
 from nonstationary_mbml import base_config
+from nonstationary_mbml.experiments import user_modules
 from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import run_folder
@@ -46,28 +47,28 @@ flags.disclaim_key_flags()
 
 def flags_of_runs(values: flags.FlagValues) -> list[str]:
   """Returns those flags of every script that its own runs are given as well."""
-  given = [f'--register={path}' for path in values.register]
-  if not values.compilation_cache:
-    given.append('--nocompilation_cache')
-  return given
+  return [] if values.compilation_cache else ['--nocompilation_cache']
 
 
-class _FileParser(flags.ArgumentParser):
-  """Runs a Python file.
+def imports(values: flags.FlagValues) -> tuple[str, ...] | None:
+  """Returns what `--import` names; None if it was not given.
+
+  It then takes the place of what a saved config names.
+  """
+  flag = values['import']
+  return tuple(filter(None, flag.value)) if flag.present else None
+
+
+class _ImportParser(flags.ArgumentParser):
+  """Imports a module.
 
   Flags are checked when all are parsed: by then, its names are known.
   """
 
   def parse(self, argument: str) -> str:
-    path = pathlib.Path(argument).absolute()
-    if path.suffix != '.py' or not path.is_file():
-      raise ValueError('there is no such Python file')
-    # Not by its own name, which may be that of another module.
-    name = f'registered_{path.stem}'
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(path)
+    name = base_config.absolute_import(argument)
+    user_modules.import_all(filter(None, (name,)))
+    return name
 
 
 class _IntegerParser(flags.IntegerParser):
@@ -103,12 +104,14 @@ class FlagDefiner:
       '~/.cache/nonstationary_mbml/jax or $JAX_COMPILATION_CACHE_DIR.',
     )
     flags.DEFINE_multi(
-      _FileParser(),
+      _ImportParser(),
       flags.ArgumentSerializer(),
-      'register',
+      'import',
       [],
-      'Python file of your own to run first, which registers sources, '
-      'networks, exact predictors or sweeps; may be given several times.',
+      'Module (my_package.my_module) or .py file of your own to import first, '
+      'which registers sources, networks, exact predictors or sweeps; may be '
+      'given several times. It takes the place of what the config of a saved '
+      'run imports; --import= alone imports nothing.',
       flag_values=values,
     )
 
@@ -144,12 +147,22 @@ class FlagDefiner:
     default: str | None,
     registry: base_config.Registry,
     doc: str,
+    config: str | None = None,
   ) -> None:
-    """Defines a flag that names an entry of a registry, in any case."""
+    """Defines a flag that names an entry of a registry, in any case.
+
+    Args:
+      name: Name of the flag.
+      default: Its default.
+      registry: Entries to choose from.
+      doc: Help text, before the list of names.
+      config: Flag of a config whose imports may add to the registry: where that
+        is given, the name is for the script to look up.
+    """
     self.string(name, default, f'{doc}: {", ".join(sorted(registry))}')
 
     def is_known(value: str | None) -> bool:
-      if value is None:
+      if value is None or (config and self._values[config].value is not None):
         return True
       try:
         registry.lookup(f'--{name}', value)

@@ -52,8 +52,8 @@ class DataConfig(base_config.Config):
     parameter_distribution: Distribution of the parameters of a segment.
     parameter_distribution_kwargs: Keyword arguments of its constructor;
       `feature_size` follows from `iid_distribution` when left out.
-    parameter_distribution_params: Its parameters: the concentration of a
-      Dirichlet.
+    parameter_distribution_params: Its parameters: the concentrations of a
+      Dirichlet, or one number that all of them are.
     trajectory_generator: A key of `TRAJECTORY_GENERATORS`, which says where
       segments end.
     trajectory_generator_kwargs: Keyword arguments of its constructor:
@@ -71,7 +71,7 @@ class DataConfig(base_config.Config):
   parameter_distribution_kwargs: dict[str, Any] = dataclasses.field(
     default_factory=dict
   )
-  parameter_distribution_params: tuple[float, ...] = (0.5, 0.5)
+  parameter_distribution_params: tuple[float, ...] | float = (0.5, 0.5)
   trajectory_generator: str = 'ptw'
   trajectory_generator_kwargs: dict[str, Any] = dataclasses.field(
     default_factory=dict
@@ -140,7 +140,8 @@ class ExperimentConfig(base_config.ExperimentConfig):
     """Returns a copy in which what is None or left out follows from the rest.
 
     Evaluation takes length and source from training, and the arguments of
-    exact predictors from its source; the window of a sliding-window Transformer
+    exact predictors from its source; a symmetric prior has a concentration for
+    every symbol; the window of a sliding-window Transformer
     and the size of stacks take the length of the sequence. Names become lower
     case.
 
@@ -154,7 +155,10 @@ class ExperimentConfig(base_config.ExperimentConfig):
     path = 'eval.data'
     if evaluation.data is None:
       evaluation.data, path = copy.deepcopy(config.data), 'data'
-    for data in (config.data, evaluation.data):
+    for data, data_path in ((config.data, 'data'), (evaluation.data, path)):
+      data.parameter_distribution_params = constants.prior_parameters(
+        data, data_path
+      )
       data.iid_distribution = data.iid_distribution.lower()
       data.parameter_distribution = data.parameter_distribution.lower()
       data.trajectory_generator = data.trajectory_generator.lower()

@@ -38,6 +38,8 @@ OPTIMAL_PREDICTORS = base_config.Registry(
   },
 )
 
+# Largest K of a prior that is given as one number.
+MAX_ALPHABET_SIZE = 2**16
 # Among the names of an evaluation's exact predictors: the source's own.
 EXACT = 'exact'
 
@@ -147,21 +149,9 @@ def build_data_generator(
       distributions do not fit each other.
   """
   config.validate(path)
-  iid = _build_distribution(
-    f'{path}.iid_distribution',
-    config.iid_distribution,
-    config.iid_distribution_kwargs,
-  )
-  prior = _build_distribution(
-    f'{path}.parameter_distribution',
-    config.parameter_distribution,
-    {
-      'feature_size': iid.parameter_size,
-      **config.parameter_distribution_kwargs,
-    },
-  )
+  iid, prior = _build_distributions(config, path)
   params = trajectory_generators.check_prior(
-    f'{path}.', iid, prior, config.parameter_distribution_params
+    f'{path}.', iid, prior, prior_parameters(config, path)
   )
   generator = TRAJECTORY_GENERATORS.lookup(
     f'{path}.trajectory_generator', config.trajectory_generator
@@ -179,6 +169,58 @@ def build_data_generator(
   )
   with base_config.naming(kwargs_path):
     return generator(iid, prior, params, **config.trajectory_generator_kwargs)
+
+
+def _build_distributions(
+  config: base_config.Config, path: str
+) -> tuple[distributions.Distribution, distributions.Distribution]:
+  """The distribution of the symbols, and the prior over its parameters."""
+  iid = _build_distribution(
+    f'{path}.iid_distribution',
+    config.iid_distribution,
+    config.iid_distribution_kwargs,
+  )
+  prior = _build_distribution(
+    f'{path}.parameter_distribution',
+    config.parameter_distribution,
+    {
+      'feature_size': iid.parameter_size,
+      **config.parameter_distribution_kwargs,
+    },
+  )
+  return iid, prior
+
+
+def prior_parameters(
+  config: base_config.Config, path: str = 'data'
+) -> tuple[float, ...]:
+  """Returns the parameters of a source's prior, one for every symbol.
+
+  Args:
+    config: An `experiments.config.DataConfig`.
+    path: Path of that config, for messages.
+
+  Raises:
+    ValueError: If a single number is given, and the prior is no Dirichlet or
+      has too many symbols.
+  """
+  params = config.parameter_distribution_params
+  if isinstance(params, tuple):
+    return params
+  _, prior = _build_distributions(config, path)
+  field = f'{path}.parameter_distribution_params'
+  if not isinstance(prior, distributions.Dirichlet):
+    raise ValueError(
+      f'{field} is {params!r}; one number is a symmetric dirichlet, and '
+      f'{prior.name} takes a tuple of {prior.parameter_size}'
+    )
+  if prior.feature_size > MAX_ALPHABET_SIZE:
+    raise ValueError(
+      f'{field} is {params!r}, for {prior.feature_size} symbols; one number '
+      f'can be for at most {MAX_ALPHABET_SIZE}'
+    )
+  base_config.check_dirichlet(field, params, prior.feature_size)
+  return (float(params),) * prior.feature_size
 
 
 def build_optimal_predictors(

@@ -98,7 +98,7 @@ def evaluate(
 
   Args:
     folder: Folder of the run.
-    config: Config from `make_config`.
+    config: Config from `make_config`; what it names is registered.
     steps: Steps to evaluate; None is the newest that can be read.
     num_sequences: N.
     use_tqdm: Show progress.
@@ -111,7 +111,7 @@ def evaluate(
   evaluator = exact = None
   for step in steps:
     try:
-      run = saved_runs.load_run(folder, step)
+      run = saved_runs.load_run(folder, step, imports=())
     except checkpointing.DamagedError as error:
       problems.insert(0, str(error))
       continue
@@ -215,11 +215,12 @@ def define_flags() -> None:
   """Defines the flags; not at import, so that scripts do not meet in a test."""
   define = cli.FlagDefiner()
   define.distributed()
-  define.choice(
+  # Looked up with the run, which may import it.
+  define.string(
     'source',
     None,
-    constants.TRAJECTORY_GENERATORS,
-    'Where segments end; if unset, as in the evaluation of the run',
+    'Where segments end; if unset, as in the evaluation of the run: '
+    f'{", ".join(sorted(constants.TRAJECTORY_GENERATORS))}',
   )
   define.integer(
     'seq_length', None, 'Symbols per sequence; if unset, as in the run.', 2
@@ -296,7 +297,7 @@ def main(argv: list[str]) -> None:
     default = 1 if values.distributed else devices.num_cpu_devices()
     cli.start(argv[:1], values.cpu_devices or default)
     config = make_config(
-      saved_runs.load_config(folder),
+      saved_runs.load_config(folder, cli.imports(values)),
       values.source,
       values.seq_length,
       values.batch_size,

@@ -8,6 +8,8 @@ log; `saved_runs.load_run` loads the copy, and evaluate.py evaluates it.
 
 import sys
 
+from absl import flags
+
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import saved_runs
 
@@ -19,7 +21,7 @@ def main(argv: list[str]) -> None:
   _, folder, target = argv
   cli.start(argv[:1])
   try:
-    size = saved_runs.export(folder, target)
+    size = saved_runs.export(folder, target, cli.imports(flags.FLAGS))
   except (ValueError, OSError) as error:
     cli.end_with(error)
   print(f'Wrote {target}: {size / 1024:.0f} KiB')

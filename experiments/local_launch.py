@@ -49,6 +49,7 @@ from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.experiments import user_modules
 from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import devices
 from nonstationary_mbml.runtime import multihost
@@ -78,6 +79,10 @@ _ARCHITECTURES = {
 # Fields of a config that each flag decides.
 _FIELDS_OF_FLAGS = {
   'source': ('data.trajectory_generator', 'data.trajectory_generator_kwargs'),
+  'alphabet_size': (
+    'data.iid_distribution_kwargs',
+    'data.parameter_distribution_params',
+  ),
   'model_type': ('model.model_type', 'model.architecture_kwargs'),
   'steps': ('schedule.training_steps',),
   'seed': ('seed',),
@@ -99,6 +104,7 @@ def make_config(
   batch_size: int = 128,
   learning_rate: float = config_lib.RECIPE['learning_rate'],
   num_seeds: int = 1,
+  alphabet_size: int = 2,
 ) -> config_lib.ExperimentConfig:
   """Returns the config of a run.
 
@@ -112,6 +118,7 @@ def make_config(
     batch_size: B.
     learning_rate: Learning rate; the peak of its schedule.
     num_seeds: Networks that are trained together; above 1, an ensemble.
+    alphabet_size: K; the prior is a Dirichlet(1/2).
 
   Raises:
     ValueError: If a name is unknown.
@@ -124,9 +131,9 @@ def make_config(
     seed=seed,
     data=config_lib.DataConfig(
       iid_distribution='categorical',
-      iid_distribution_kwargs={'feature_size': 2},
+      iid_distribution_kwargs={'feature_size': alphabet_size},
       parameter_distribution='dirichlet',
-      parameter_distribution_params=(0.5, 0.5),
+      parameter_distribution_params=0.5,
       trajectory_generator=source,
       trajectory_generator_kwargs=constants.source_kwargs(source),
     ),
@@ -159,13 +166,18 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
   Raises:
     ValueError: If the config is not valid.
   """
+  imports = cli.imports(values)
+  saved = None
+  if values.config is not None:
+    # First: it may import what flags name.
+    saved = saved_runs.load_config(values.config, imports)
   config = make_config(
     **{flag: values[flag].value for flag in _FIELDS_OF_FLAGS}
   )
-  if values.config is not None:
+  if saved is not None:
     of_flags = config
     config = config_lib.with_overrides(
-      saved_runs.load_config(values.config),
+      saved,
       {
         path: operator.attrgetter(path)(of_flags)
         for flag, paths in _FIELDS_OF_FLAGS.items()
@@ -173,8 +185,11 @@ def config_from_flags(values: flags.FlagValues) -> config_lib.ExperimentConfig:
         for path in paths
       },
     )
+  if imports is not None:
+    config.imports = imports
   overrides = config_lib.parse_overrides(config, values['set'].value)
   config = config_lib.with_overrides(config, overrides)
+  user_modules.import_all(config.imports)  # --set may have added some.
   constants.check(config)
   return config
 
@@ -340,12 +355,22 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'ptw',
     constants.TRAJECTORY_GENERATORS,
     'Where segments end',
+    config='config',
+  )
+  define.integer(
+    'alphabet_size',
+    2,
+    'Different symbols, K; the prior of their probabilities is Dirichlet(1/2), '
+    'or --set data.parameter_distribution_params.',
+    lower_bound=2,
+    upper_bound=constants.MAX_ALPHABET_SIZE,
   )
   define.choice(
     'model_type',
     'lstm',
     predictor_factories.PREDICTOR_FACTORIES,
     'The network',
+    config='config',
   )
   define.integer('steps', 5_000, 'Training steps.', lower_bound=0)
   define.seed('All randomness follows from it.')

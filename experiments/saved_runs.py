@@ -6,6 +6,7 @@ logits, _ = run.predictor.unroll(run.member(0), None, batch)
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 import contextlib
 import copy
 import os
@@ -23,25 +24,49 @@ from nonstationary_mbml import train_state
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
+from nonstationary_mbml.experiments import user_modules
 from nonstationary_mbml.runtime import atomic_files
 from nonstationary_mbml.runtime import run_folder
 from nonstationary_mbml.runtime import saved_params
 from nonstationary_mbml.runtime import trained_run
 
 
-def load_config(path: str | pathlib.Path) -> config_lib.ExperimentConfig:
+def load_config(
+  path: str | pathlib.Path, imports: Sequence[str] | None = None
+) -> config_lib.ExperimentConfig:
   """Returns a config that was saved as JSON.
 
   Args:
     path: Path of the file, or of the folder of a run. Fields that the file
       lacks, since they are newer, have their defaults.
+    imports: Modules to import, as in `load_run`.
 
   Raises:
-    ValueError: If it cannot be read, or is not a valid config.
+    ValueError: If it cannot be read, is not a valid config, or names a module
+      that cannot be imported.
   """
   is_folder = os.path.isdir(path)  # isdir never raises.
-  path = pathlib.Path(path, run_folder.CONFIG if is_folder else '')
+  return _load_config(
+    pathlib.Path(path, run_folder.CONFIG if is_folder else ''), imports
+  )
+
+
+def _load_config(
+  path: pathlib.Path, imports: Sequence[str] | None
+) -> config_lib.ExperimentConfig:
   config = run_folder.config_from_file(path, config_lib.ExperimentConfig)
+  if imports is not None:
+    names = base_config.coerce('imports', imports, tuple[str, ...])
+    user_modules.import_all(map(base_config.absolute_import, names))
+  else:
+    try:
+      user_modules.import_all(config.imports, str(path))
+    except ValueError as error:
+      raise ValueError(
+        f'{path}: imports: {error}; say where it is now (imports=[...] of '
+        'load_run, --import of a script), or load without it (imports=(), '
+        '--import=)'
+      ) from error
   return _without_defaults(config)
 
 
@@ -93,7 +118,9 @@ def _drop(values: dict[str, Any], keys: Iterable[str]) -> None:
 
 
 def load_run(
-  folder: str | pathlib.Path, step: int | None = None
+  folder: str | pathlib.Path,
+  step: int | None = None,
+  imports: Sequence[str] | None = None,
 ) -> trained_run.Run:
   """Returns a run, with the parameters it had after a step.
 
@@ -102,17 +129,22 @@ def load_run(
   parameters have the dtypes in which they were trained. Of several processes
   all call it, and all get the same step.
 
+  What the config of the run names in `imports` is imported, which runs code:
+  `load_config(folder, imports=()).imports` shows what it would be.
+
   Args:
     folder: Folder of the run.
     step: One of `saved_steps`; None is the newest one.
+    imports: Modules to import instead, by name or as paths of .py files; ()
+      imports none. None imports those of the config, after saying so on stderr.
 
   Raises:
-    ValueError: If there is no run, or no such step.
+    ValueError: If there is no run, no such step, or a module that it names
+      cannot be imported.
     DamagedError: If nothing can be read, or it is of another network.
   """
   folder = pathlib.Path(folder)
-  config = run_folder.read_config(folder, config_lib.ExperimentConfig)
-  config = _without_defaults(config)
+  config = _load_config(folder / run_folder.CONFIG, imports)
   entries, torn = run_folder.read_metrics(folder / run_folder.METRICS)
   if torn:
     warnings.warn(
@@ -157,16 +189,22 @@ _EXPORTED = 'exported.json'
 _PRIVATE = ('command', 'host')
 
 
-def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
+def export(
+  folder: str | pathlib.Path,
+  target: str | pathlib.Path,
+  imports: Sequence[str] | None = None,
+) -> int:
   """Copies what is worth keeping of a finished run; `load_run` loads the copy.
 
   That is its last snapshot, config, table and environment, without names of
-  hosts and paths; and of the log, entries in equal factors of the steps.
+  hosts and paths (of a file that it imports, the name alone); and of the log,
+  entries in equal factors of the steps.
 
   Args:
     folder: Folder of the run.
     target: Folder of the copy; replaced if it is there. It is written whole or
       not at all.
+    imports: Modules to import, as in `load_run`.
 
   Returns:
     The bytes of the copy.
@@ -177,9 +215,7 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     OSError: If it cannot be written.
   """
   folder, target = pathlib.Path(folder), pathlib.Path(target)
-  schedule = run_folder.read_config(
-    folder, config_lib.ExperimentConfig
-  ).schedule
+  schedule = _load_config(folder / run_folder.CONFIG, imports).schedule
   steps = schedule.training_steps
   checkpoints, snapshots = saved_params.open_folder(folder)
   if steps not in snapshots.steps():
@@ -209,9 +245,12 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     # Orbax writes into them where the run was.
     for path in (new / name).rglob('commit_success.txt'):
       path.write_text('Checkpoint commit was successful\n')
-    for name in (run_folder.CONFIG, 'table.json'):
-      if (folder / name).exists():
-        shutil.copyfile(folder / name, new / name)
+    config = atomic_files.read_json(folder / run_folder.CONFIG)
+    if 'imports' in config:
+      config['imports'] = list(map(os.path.basename, config['imports']))
+    atomic_files.write_json(new / run_folder.CONFIG, config)
+    if (folder / 'table.json').exists():
+      shutil.copyfile(folder / 'table.json', new / 'table.json')
     starts = run_folder.read_starts(folder)
     for start in starts:
       for name in _PRIVATE:
@@ -228,7 +267,7 @@ def export(folder: str | pathlib.Path, target: str | pathlib.Path) -> int:
     )
     atomic_files.write_json(new / _EXPORTED, {'steps_of_the_log': sorted(kept)})
     with base_config.naming(f'the copy of {folder} cannot be loaded'):
-      load_run(new)
+      load_run(new, imports=())  # They are there already.
     if target.exists():
       target.rename(new.with_name('old'))
     new.rename(target)

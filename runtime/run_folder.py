@@ -206,6 +206,8 @@ class RunFolder:
     if not holds_run:
       return False
     present = read_config(self.path, type(config))
+    # They say where code is, not what the run is.
+    present.imports = config.imports
     # As they resolve: a default may be written out in one of them.
     with base_config.naming(str(self.path / CONFIG)):
       present = present.resolved()

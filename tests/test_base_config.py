@@ -175,3 +175,31 @@ def test_concentrations_that_float32_holds_are_returned(concentration):
 def test_every_field_is_a_keyword():
   for config_class in (base_config.TrainConfig, config_lib.DataConfig):
     assert all(field.kw_only for field in dataclasses.fields(config_class))
+
+
+def test_path_of_an_imported_file_is_absolute_once_it_is_set(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', '/home/me')
+  config = base_config.ExperimentConfig(imports=['things.py', 'my_package.one'])
+  assert config.imports == (f'{tmp_path}/things.py', 'my_package.one')
+  monkeypatch.chdir('/')
+  values = base_config.to_dict(config)
+  assert base_config.from_dict(base_config.ExperimentConfig, values) == config
+  config.imports = ('~/../things.py',)
+  assert config.imports == ('/home/things.py',)
+
+
+@pytest.mark.parametrize(
+  ('imports', 'message'),
+  [
+    ('things.py', "imports is 'things.py'; it must be a tuple of names"),
+    (('things.txt.',), "imports 'things.txt.' is neither the name of a module"),
+    (('',), "imports '' is neither the name of a module"),
+  ],
+)
+def test_imports_that_name_no_module_are_refused(imports, message):
+  config = base_config.ExperimentConfig(imports=imports)
+  with pytest.raises(ValueError, match=message):
+    config.validate()

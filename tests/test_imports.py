@@ -44,6 +44,7 @@ ORDER = (
   ),
   ('train_state', 'train'),
   (
+    'experiments.user_modules',
     'experiments.cli',
     'experiments.distributions',
     'experiments.hazards',

@@ -280,7 +280,7 @@ def main(argv: list[str]) -> None:
     if not values.draw_only:
       cli.make_folder(folder)
       measure(
-        trained_networks.networks(sweep.path),
+        trained_networks.networks(sweep.path, cli.imports(values)),
         chosen,
         folder,
         studies.Options(values.num_sequences, values.seed, use_tqdm=True),

@@ -55,7 +55,9 @@ class Network(NamedTuple):
   seeds: tuple[int, ...]
 
 
-def networks(folder: str | pathlib.Path) -> list[Network]:
+def networks(
+  folder: str | pathlib.Path, imports: Sequence[str] | None = None
+) -> list[Network]:
   """Returns the finished networks of a sweep, one per source and architecture.
 
   Where a sweep has several of them, as with several learning rates, it is the
@@ -64,6 +66,7 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
 
   Args:
     folder: Folder of the sweep, which sets `data` and `model` by name.
+    imports: Modules to import, as in `saved_runs.load_run`.
 
   Raises:
     ValueError: If it is no sweep, sets something else, or has seeds as points
@@ -74,7 +77,7 @@ def networks(folder: str | pathlib.Path) -> list[Network]:
   for point in sweep.finished():
     _check_settings(folder, point.settings)
     path = sweep.run_path(point.name)
-    config = saved_runs.load_config(path).resolved()
+    config = saved_runs.load_config(path, imports).resolved()
     network = Network(
       source=point.settings['data'],
       architecture=point.settings['model'],
@@ -150,7 +153,7 @@ def exact_predictors(
       KT takes one Dirichlet.
   """
   priors = {
-    (source.parameter_distribution, source.parameter_distribution_params)
+    (source.parameter_distribution, constants.prior_parameters(source))
     for source in data.values()
   }
   if len(priors) != 1 or next(iter(priors))[0] != 'dirichlet':
@@ -215,7 +218,7 @@ def predict(network: Network, symbols: np.ndarray) -> np.ndarray:
     network: Network of a sweep, as from `networks`.
     symbols: One-hot symbols `[N, T, K]`.
   """
-  run = saved_runs.load_run(network.folder)
+  run = saved_runs.load_run(network.folder, imports=())
 
   def log_probs(params: predictors.Params, batch: jax.Array) -> jax.Array:
     logits, _ = run.predictor.unroll(params, None, batch)
@@ -236,7 +239,7 @@ def read_states(
     symbols: One-hot symbols `[N, T, K]`.
     untrained: Whether to take the parameters that training started from.
   """
-  run = saved_runs.load_run(network.folder)
+  run = saved_runs.load_run(network.folder, imports=())
   if untrained:
     run = untrained_run(run)
 

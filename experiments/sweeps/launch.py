@@ -47,6 +47,7 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import user_modules
 from nonstationary_mbml.experiments.sweeps import executors
 from nonstationary_mbml.experiments.sweeps import presets
 from nonstationary_mbml.experiments.sweeps import sweep_folder
@@ -168,6 +169,7 @@ def _write_configs(
   for point in points:
     name = point.config.name
     try:
+      user_modules.import_all(point.config.imports)
       constants.check(point.config)
       folder.write_config(point.config)
     except ValueError as error:
@@ -465,6 +467,7 @@ def points_from_flags(
     ValueError: If a setting is wrong, or no point has such a name.
   """
   sweep = presets.SWEEPS.lookup('--sweep', values.sweep)()
+  imports = cli.imports(values)
   points = []
   for point in sweep.points():
     overrides = config_lib.parse_overrides(point.config, values['set'].value)
@@ -478,6 +481,8 @@ def points_from_flags(
             '--only, or write a sweep of your own (docs/extending.md)'
           )
     config = config_lib.with_overrides(point.config, overrides)
+    if imports is not None:
+      config.imports = imports
     points.append(point._replace(config=config))
   names = [point.config.name for point in points]
   chosen = set()

@@ -3,7 +3,7 @@
   SWEEPS['small']().points()
 
 A sweep of your own is a function that returns an ExperimentSweep, and a line in
-`SWEEPS`: here, or in a file for `--register`.
+`SWEEPS`: here, or in a module for `--import`.
 """
 
 from typing import Any

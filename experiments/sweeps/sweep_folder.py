@@ -141,6 +141,8 @@ class SweepFolder:
     when the code gets new ones.
     """
     configs = [_not_default(point.config) for point in self.points()]
+    for config in configs:
+      config.pop('imports', None)  # Where code is, not what is trained.
     text = json.dumps(configs, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -246,6 +248,8 @@ class SweepFolder:
       if point.name not in wanted:
         differences.append(f'its point {point.name} is not one of this sweep')
       else:
+        # They say where code is, not what is trained.
+        point.config.imports = wanted[point.name]['imports']
         differences += base_config.differences(
           base_config.to_dict(point.config), wanted[point.name], point.name
         )

@@ -37,7 +37,7 @@ def _commands():
       ' '.join(code.split()) for code in re.findall(r'`([^`]+)`', prose)
     ]
     for line in lines:
-      if line.startswith('python experiments/') and '--register' not in line:
+      if line.startswith('python experiments/') and '--import' not in line:
         found[line] = None
   return list(found)
 

@@ -1,7 +1,7 @@
 """Every Python block of the documents runs, as a reader would run it.
 
 A block that begins with `# name.py` is a file of the reader's own; commands
-with `--register=name.py` are run as well, but small.
+with `--import=name.py` are run as well, but small.
 """
 
 import copy
@@ -18,16 +18,15 @@ from absl import flags
 import matplotlib.pyplot as plt
 import pytest
 
-from nonstationary_mbml import predictor_factories
 from nonstationary_mbml import train
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator
 from nonstationary_mbml.experiments import local_launch
 from nonstationary_mbml.experiments.sweeps import launch
-from nonstationary_mbml.experiments.sweeps import presets
 from nonstationary_mbml.experiments.sweeps import sweep_folder
 from nonstationary_mbml.runtime import checkpointing
+from tests import registries as registries_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 DOCUMENTS = [
@@ -41,19 +40,13 @@ DOCUMENTS = [
   if '```python\n' in path.read_text()
   and path.name != 'coming_from_the_release.md'
 ]
-_REGISTRIES = (
-  constants.OPTIMAL_PREDICTORS,
-  constants.TRAJECTORY_GENERATORS,
-  predictor_factories.CORES,
-  predictor_factories.PREDICTOR_FACTORIES,
-  presets.SWEEPS,
-)
 # Trainings whose exact predictors no block reads.
 _WITHOUT_TABLE = (
   'averages_ptw_seed0',
   'lstm_host_seed0',
   'mgu',
   'recipe',
+  'signs',
   'three_symbols',
 )
 # Training steps of a block, and of the run that the documents load.
@@ -61,23 +54,34 @@ _FEW = 2
 _STEP = 753
 
 
-def _blocks(document):
+def blocks(document):
   """Language and code of each block, after the empty lines of the page."""
   text = document.read_text()
   for match in re.finditer(r'```(python|sh)\n(.*?)```', text, re.DOTALL):
     yield match[1], '\n' * text.count('\n', 0, match.start(2)) + match[2]
 
 
-def _file_name(block):
-  """The file that a block is; None if it is none."""
-  file = re.match(r'# (\w+\.py)\n', block.lstrip())
-  return file and file[1]
+def write_file(folder, block):
+  """Writes the file that a block is; returns its name, or None if it is none.
+
+  A package has what was written before.
+  """
+  file = re.match(r'# ([\w/]+\.py)\n', block.lstrip())
+  if file is None:
+    return None
+  path = folder / file[1]
+  if path.parent != folder:
+    path.parent.mkdir()
+    for present in folder.glob('*.py'):
+      shutil.copyfile(present, path.parent / present.name)
+  path.write_text(block)
+  return file[1]
 
 
 def _commands(block):
   """Arguments of the commands that use a file of the reader's own."""
   for line in block.replace('\\\n', ' ').splitlines():
-    if '--register' in line:
+    if '--import' in line:
       yield shlex.split(line)[1:]
 
 
@@ -147,11 +151,8 @@ def folder(run, tmp_path, monkeypatch):
 @pytest.fixture
 def registries():
   """Takes out again what a block has registered."""
-  before = [dict(registry) for registry in _REGISTRIES]
-  yield
-  for registry, entries in zip(_REGISTRIES, before, strict=True):
-    registry.clear()
-    registry.update(entries)
+  with registries_lib.restored():
+    yield
 
 
 @pytest.fixture
@@ -183,12 +184,10 @@ def test_python_blocks_of_a_document_run_one_after_another(
   document, folder, registries, short_trainings
 ):
   names = {'__name__': 'block'}  # Not a script: none is started.
-  for language, block in _blocks(document):
+  for language, block in blocks(document):
     if language == 'sh':
       _run_commands(block)
-    elif _file_name(block):
-      pathlib.Path(_file_name(block)).write_text(block)
-    else:
+    elif not write_file(pathlib.Path.cwd(), block):
       exec(compile(block, str(document), 'exec'), names)
   for config in short_trainings:
     constants.check(config)
@@ -211,14 +210,15 @@ jax.config.update('jax_num_cpu_devices', 3)  # Fails if JAX has started.
 
 def test_files_of_the_readers_own_are_used_and_do_not_start_jax(tmp_path):
   files, commands = [], []
-  for language, block in _blocks(ROOT / 'docs' / 'extending.md'):
+  for language, block in blocks(ROOT / 'docs' / 'extending.md'):
     if language == 'sh':
       commands += _commands(block)
-    elif _file_name(block):
-      files.append(_file_name(block))
-      (tmp_path / files[-1]).write_text(block)
-  assert len(files) == 6
-  assert {f'--register={file}' for file in files} <= set(sum(commands, []))
+    else:
+      files.append(write_file(tmp_path, block))
+  files = [file for file in files if file is not None]
+  assert files[-2:] == ['two_by_two.py', 'my_package/__init__.py']
+  given = {*files[:-2], 'my_package'}
+  assert {f'--import={name}' for name in given} <= set(sum(commands, []))
   launches = [c for c in commands if c[0].endswith('local_launch.py')]
   subprocess.run(
     [sys.executable, '-c', _CHECK_CONFIGS, json.dumps(launches)],

@@ -58,6 +58,10 @@ CASES = {
   (f'{MODEL}.=3',): 'a name in the path is empty',
   (f'{MODEL}.hidden_size.x=3',): 'hidden_size.x: 64 has no fields',
   # The run.
+  ('imports=3',): "'imports=3': the value is 3; it must be a tuple of names",
+  ('imports=my-things,',): "imports 'my-things' is neither the name of a mod",
+  ('imports=my_nothing,',): "my_nothing cannot .* No module named 'my_nothing'",
+  ('imports=my_nothing.py,',): '/my_nothing.py cannot .*: there is no such',
   ('name=',): "name is ''; it must be a non-empty, printable string",
   ('name=a\nb',): r"name is 'a\\nb'; it must be a non-empty, printable",
   ('name=..',): "name is '..'; it must be the name of one folder, not a path",
@@ -165,9 +169,6 @@ CASES = {
   ('data.iid_distribution_kwargs.feature_size=1',): 'feature_size is 1',
   ('data.iid_distribution_kwargs.size=2',): "has no 'size'.*'feature_size'",
   (
-    'data.iid_distribution_kwargs.feature_size=3',
-  ): r'data.parameter_distribution_params \(0.5, 0.5\) must be 3 numbers',
-  (
     'data.iid_distribution=exponential',
     'data.iid_distribution_kwargs.feature_size=2',
     'data.parameter_distribution=gamma',
@@ -179,7 +180,27 @@ CASES = {
     'data.parameter_distribution_params=1,1,1,1',
   ): 'data.parameter_distribution gamma does not draw probabilities',
   ('data.parameter_distribution_kwargs.size=3',): "_kwargs has no 'size'",
-  ('data.parameter_distribution_params=0.5',): 'must be a tuple of numbers',
+  (
+    'data.parameter_distribution_params=half',
+  ): 'a tuple of numbers .* or a num',
+  ('data.parameter_distribution_params=0',): 'is 0.0; it must be a positive',
+  ('data.parameter_distribution_params=1e39',): 'add up to 2e.39',
+  (
+    'data.parameter_distribution=constant',
+    'data.parameter_distribution_params=0.5',
+  ): 'is 0.5; one number is a symmetric dirichlet, and constant takes a tuple',
+  (
+    'data.iid_distribution_kwargs.feature_size=2e9',
+    'data.parameter_distribution_params=0.5',
+  ): 'is 0.5, for 2000000000 symbols; one number can be for at most 65536',
+  (
+    '--alphabet_size=3',
+    'data.parameter_distribution_params=0.5,0.5',
+  ): r'data.parameter_distribution_params \(0.5, 0.5\) must be 3 numbers',
+  (
+    'eval.data.iid_distribution_kwargs.feature_size=3',
+    'eval.data.parameter_distribution_params=-1',
+  ): 'eval.data.parameter_distribution_params is -1.0; it must be a positive',
   ('data.parameter_distribution_params=0.5,0',): 'must be positive and finite',
   (
     'data.parameter_distribution_params=1e-39,1e-39',

@@ -127,7 +127,7 @@ class _Flags(types.SimpleNamespace):
   """Values of flags, as absl has them once they are parsed."""
 
   def __getitem__(self, name):
-    return types.SimpleNamespace(value=getattr(self, name))
+    return types.SimpleNamespace(value=getattr(self, name, None), present=0)
 
 
 def _main(module, monkeypatch, capsys, argv=(), **values):
@@ -307,17 +307,22 @@ def test_platform_that_is_not_there_is_a_line(platform):
 @pytest.mark.parametrize(
   ('name', 'text', 'message'),
   [
-    ('missing.py', None, '--register=missing.py: there is no such Python file'),
-    ('things.txt', '', '--register=things.txt: there is no such Python file'),
+    (
+      'missing.py',
+      None,
+      'missing.py cannot be imported: there is no such',
+    ),
+    ('no-name', None, "imports 'no-name' is neither the name of a module"),
+    ('my_nothing', None, "ModuleNotFoundError: No module named 'my_nothing'"),
     (
       'things.py',
       'from nonstationary_mbml.experiments import constants\n'
       "constants.OPTIMAL_PREDICTORS['Own'] = None\n",
-      "--register=things.py: optimal_predictor 'Own' cannot be registered",
+      "things.py cannot be imported: ValueError: optimal_predictor 'Own' can",
     ),
   ],
 )
-def test_file_that_registers_nothing_is_a_flag_error(
+def test_module_that_cannot_be_imported_is_a_flag_error(
   tmp_path, monkeypatch, name, text, message
 ):
   monkeypatch.chdir(tmp_path)
@@ -325,5 +330,20 @@ def test_file_that_registers_nothing_is_a_flag_error(
     (tmp_path / name).write_text(text)
   values = flags.FlagValues()
   cli.FlagDefiner(values)
-  with pytest.raises(flags.Error, match=message):
-    values(['script.py', f'--register={name}'])
+  with pytest.raises(flags.Error, match=f'--import={name}: .*{message}'):
+    values(['script.py', f'--import={name}'])
+
+
+@pytest.mark.parametrize(
+  ('given', 'imports'),
+  [
+    ((), None),
+    (('--import=',), ()),
+    (('--import=json', '--import=ast'), ('json', 'ast')),
+  ],
+)
+def test_imports_of_the_command_line(given, imports):
+  values = flags.FlagValues()
+  cli.FlagDefiner(values)
+  values(['script.py', *given])
+  assert cli.imports(values) == imports

@@ -402,6 +402,7 @@ def test_overrides_inside_evaluation_data_change_a_copy_of_the_training_data():
     ('train.model_init_seed=3,4', (3, 4)),
     ('train.model_init_seed=[3, 1e1]', (3, 10)),
     ('data.parameter_distribution_params=0.5,1', (0.5, 1.0)),
+    ('data.parameter_distribution_params=1', 1.0),
     ('data.parameter_distribution_params=(0.5, 1)', (0.5, 1.0)),
     ('name=None', 'None'),
     ('name=a=b', 'a=b'),
@@ -616,7 +617,9 @@ def test_source_and_network_bring_their_arguments_to_a_saved_config(saved):
     f'--config={folder}', '--source=regular_shift', '--model_type=lstm'
   )
   expected = _config_from_flags('--source=regular_shift', '--model_type=lstm')
-  assert changed.data == changed.resolved().eval.data == expected.data
+  assert changed.data == expected.data
+  resolved = changed.resolved()
+  assert resolved.eval.data == resolved.data == expected.resolved().data
   assert changed.model == expected.model
   assert changed.eval == expected.eval
 

@@ -1,9 +1,11 @@
-"""Things that a file of the user's own registers go everywhere by their names.
+"""Things that a user's own modules register go everywhere by their names.
 
 The file below has one class or function for each, and its line in the registry.
+The folder is that of docs/extending.md.
 """
 
 import json
+import pathlib
 import types
 
 from absl import flags
@@ -11,17 +13,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from nonstationary_mbml import predictor_factories
-from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluate
 from nonstationary_mbml.experiments import local_launch
 from nonstationary_mbml.experiments import plotting
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import regret_curves
+from nonstationary_mbml.experiments.analysis import report
+from nonstationary_mbml.experiments.analysis import studies
 from nonstationary_mbml.experiments.analysis import study_figures
+from nonstationary_mbml.experiments.analysis import trained_networks
 from nonstationary_mbml.experiments.sweeps import launch
-from nonstationary_mbml.experiments.sweeps import presets
+from nonstationary_mbml.experiments.sweeps import sweep_folder
+from nonstationary_mbml.runtime import atomic_files
+from tests import registries
+from tests.docs import test_python_blocks
 
 FILE = """
 import typing
@@ -103,12 +109,6 @@ predictor_factories.PREDICTOR_FACTORIES['bag'] = make_bag
 constants.OPTIMAL_PREDICTORS['last'] = LastPredictor
 presets.SWEEPS['two_sources'] = two_sources
 """
-_REGISTRIES = (
-  constants.OPTIMAL_PREDICTORS,
-  constants.TRAJECTORY_GENERATORS,
-  predictor_factories.PREDICTOR_FACTORIES,
-  presets.SWEEPS,
-)
 NUM_SEQUENCES = 8
 LABELS = ['bag', 'run-length mixture', 'KT', 'last symbol']
 
@@ -118,23 +118,25 @@ def file(tmp_path_factory):
   """The file; what it registers is taken out again."""
   path = tmp_path_factory.mktemp('own') / 'things.py'
   path.write_text(FILE)
-  before = [dict(registry) for registry in _REGISTRIES]
-  yield path
-  for registry, entries in zip(_REGISTRIES, before, strict=True):
-    registry.clear()
-    registry.update(entries)
+  with registries.restored():
+    yield path
+
+
+def _flags(script, *given):
+  values = flags.FlagValues()
+  script.define_flags(values)
+  values([script.__name__, *given])
+  return values
 
 
 def _config(file, *items):
-  values = flags.FlagValues()
-  local_launch.define_flags(values)
-  values(
-    [
-      'local_launch.py',
+  return local_launch.config_from_flags(
+    _flags(
+      local_launch,
       # The flags that use a name may come before the one that registers it.
       '--source=geometric',
       '--model_type=bag',
-      f'--register={file}',
+      f'--import={file}',
       '--steps=2',
       '--seq_length=8',
       '--batch_size=4',
@@ -143,9 +145,8 @@ def _config(file, *items):
       '--set=eval.optimal_predictors_kwargs.last.weight=2.0',
       '--set=eval.batch_size=4',
       *(f'--set={item}' for item in items),
-    ]
+    )
   )
-  return local_launch.config_from_flags(values)
 
 
 @pytest.fixture(scope='module')
@@ -180,6 +181,7 @@ def _legend(figure):
 def test_flags_name_things_of_the_file(file):
   config = _config(file)
   assert config.name == 'bag_geometric_seed0'
+  assert config.imports == (str(file),)
   assert config.data.trajectory_generator_kwargs == {'switch_probability': 0.25}
   assert config.eval.optimal_predictors_kwargs == {'last': {'weight': 2.0}}
 
@@ -258,16 +260,180 @@ def test_looks_of_labels_that_no_table_has_differ_and_come_last():
   assert study_figures.exact_label('geometric') == 'run-length mixture'
 
 
-def test_sweep_of_the_file_hands_the_file_to_its_runs(
-  file, monkeypatch, tmp_path
-):
+def test_sweep_of_the_file_has_its_runs_import_the_file(file, monkeypatch):
   monkeypatch.chdir(file.parent)
-  values = flags.FlagValues()
-  launch.define_flags(values)
-  values(['launch.py', '--sweep=two_sources', f'--register={file.name}'])
-  points, _ = launch.points_from_flags(values)
+  points, _ = launch.points_from_flags(
+    _flags(launch, '--sweep=two_sources', f'--import={file.name}')
+  )
   for point in points:
     constants.check(point.config)
+    assert point.config.imports == (str(file),)
   assert points[1].config.data.trajectory_generator == 'geometric'
+
+
+def test_flags_name_things_that_the_run_to_start_from_imports(
+  trained, tmp_path
+):
+  config = f'--config={trained.folder}'
+  imports = saved_runs.load_config(trained.folder, imports=()).imports
+  kept = local_launch.config_from_flags(
+    _flags(local_launch, config, '--source=geometric', '--name=again')
+  )
+  assert kept.imports == imports
+  for wrong in ('--source=geometrik', '--model_type=bags'):
+    with pytest.raises(ValueError, match='is not one of .*; did you mean'):
+      local_launch.config_from_flags(_flags(local_launch, config, wrong))
+  other = tmp_path / 'other.py'
+  other.touch()
+  given = local_launch.config_from_flags(
+    _flags(local_launch, config, f'--import={other}')
+  )
+  assert given.imports == (str(other),)
+
+
+POINTS = [
+  f'two_by_two,{source},{network}'
+  for source in ('ptw', 'geometric')
+  for network in ('lstm', 'averages')
+]
+NOTEBOOK = (
+  """
+from nonstationary_mbml.experiments import plotting
+from nonstationary_mbml.experiments import saved_runs
+from nonstationary_mbml.experiments.analysis import regret_curves
+""",
+  """
+run = saved_runs.load_run(folder)
+regrets = regret_curves.over_time(run, 8)
+""",
+  """
+figure = plotting.plot_regret_over_time(regrets)
+figure.savefig('regret.png')
+""",
+)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder outside of the repository with the package of the documents."""
+  folder = tmp_path_factory.mktemp('outside')
+  document = test_python_blocks.ROOT / 'docs' / 'extending.md'
+  for language, block in test_python_blocks.blocks(document):
+    if language == 'python':
+      test_python_blocks.write_file(folder, block)
+  # Nothing but the package.
+  for path in folder.glob('*.py'):
+    path.unlink()
+  return folder
+
+
+@pytest.fixture(scope='module')
+def sweep(folder):
+  """Its sweep, run by a process that knows the package from the flag alone.
+
+  One point is run as the launch script does it, the others, for their time,
+  in this process.
+  """
+  with pytest.MonkeyPatch.context() as patch, registries.restored():
+    patch.chdir(folder)
+    cache = test_python_blocks.ROOT / '.cache' / 'jax'
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(cache))
+    values = _flags(
+      launch,
+      '--import=my_package',
+      '--sweep=two_by_two',
+      '--set=train.model_init_seed=0',
+      '--set=train.seq_length=8',
+      '--set=train.batch_size=4',
+      '--set=schedule.training_steps=2',
+      '--set=schedule.num_saves=1',
+      '--set=eval.batch_size=8',
+      '--set=eval.optimal_predictors=exact,',
+    )
+    points, _ = launch.points_from_flags(values)
+    path = pathlib.Path('runs', 'sweeps', 'two_by_two')
+    sweep = sweep_folder.SweepFolder(path)
+    outcome = launch.run_sweep(points, path, num_sequences=8, only=[POINTS[-1]])
+    assert outcome.finished == [POINTS[-1]], outcome
+    for point in points[:-1]:
+      name = point.config.name
+      local_launch.run(point.config, sweep.run_path(name), num_sequences=8)
+    sweep.write_results()
+    # Others see nothing of what this process knows.
+    sweep.path = folder / path
+  return sweep
+
+
+@pytest.fixture
+def afresh(folder, monkeypatch):
+  """A process in the folder that has not imported the package."""
+  monkeypatch.chdir(folder)
+  with registries.restored():
+    yield
+  plt.close('all')
+
+
+def test_sweep_of_a_folder_has_its_four_points(sweep):
+  assert [point.name for point in sweep.finished()] == POINTS
+  exact = {row['data']: row['exact'] for row in sweep.results()}
+  assert exact == {'ptw': 'PTW', 'geometric': 'run-length mixture'}
+  for point in sweep.points():
+    assert point.config.imports == ('my_package',)
+    assert point.config.train.optimizer == 'sign_momentum'
+
+
+def test_report_imports_the_folder_and_measures_all_points(
+  sweep, afresh, tmp_path, capsys
+):
+  networks = trained_networks.networks(sweep.path)
+  assert 'importing my_package, which ' in capsys.readouterr().err
+  report.measure(
+    networks,
+    ['on_distribution', 'off_distribution'],
+    tmp_path,
+    studies.Options(num_sequences=8, seed=0),
+    command='',
+  )
+  report.draw(tmp_path)
+  rows = atomic_files.read_csv(tmp_path / 'off_distribution.csv')
+  cells = {(row['trained_on'], row['predictor']) for row in rows}
+  assert {tuple(name.split(',')[1:]) for name in POINTS} <= cells
+  assert ('geometric', 'exact') in cells
+  assert {path.name for path in tmp_path.glob('*.png')} == {
+    'on_distribution.png',
+    'off_distribution.png',
+    'resemblance_lstm.png',
+  }
+
+
+def test_notebook_loads_a_run_and_draws_it(sweep, afresh, capsys):
+  names = {'folder': sweep.run_path('two_by_two,geometric,averages')}
+  for cell in NOTEBOOK:
+    exec(cell, names)
+  assert 'importing my_package, which ' in capsys.readouterr().err
+  assert list(names['regrets'])[:2] == ['averages', 'run-length mixture']
+  assert pathlib.Path('regret.png').exists()
+
+
+def test_evaluation_on_a_source_of_the_folder(sweep, afresh):
+  """Of a run that was trained on another one, and imports it."""
+  run_path = sweep.run_path('two_by_two,ptw,lstm')
+  config = evaluate.make_config(saved_runs.load_config(run_path), 'geometric')
+  content = evaluate.evaluate(run_path, config, (None,), 8)
+  labels = [row['predictor'] for row in content['steps'][0]['table']]
+  assert 'run-length mixture' in labels
+  with pytest.raises(
+    ValueError, match="trajectory_generator 'geometrik' is no"
+  ):
+    evaluate.make_config(config, 'geometrik')
+
+
+def test_folder_that_is_not_there_is_named_with_its_run(
+  sweep, afresh, monkeypatch, tmp_path
+):
   monkeypatch.chdir(tmp_path)
-  assert cli.flags_of_runs(values) == [f'--register={file}']
+  path = sweep.run_path(POINTS[0])
+  with pytest.raises(ValueError, match=f'^{path}.*: my_package cannot be'):
+    saved_runs.load_run(path)
+  config = saved_runs.load_config(path, imports=())
+  assert config.imports == ('my_package',)

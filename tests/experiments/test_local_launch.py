@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pathlib
@@ -154,6 +155,8 @@ def test_wrong_flags_are_one_line_errors(tmp_path, flag, message):
     ('--num_seeds=3000000000', 'range .*65536'),
     ('--seed=4294967296', 'range .*4294967294'),
     ('--steps=1e-1', '--steps=1e-1'),
+    ('--alphabet_size=1', '--alphabet_size=1'),
+    ('--alphabet_size=1e6', 'range .*65536'),
   ],
 )
 def test_wrong_values_of_flags_are_flag_errors(flag, message):
@@ -235,6 +238,42 @@ def test_source_has_its_arguments_in_any_case_of_letters(name):
   config = evaluate.make_config(config, source=name)
   assert config.eval.data.trajectory_generator_kwargs == default
   constants.check(config)
+
+
+def test_alphabet_of_a_size_has_a_symmetric_prior(tmp_path):
+  values = flags.FlagValues()
+  local_launch.define_flags(values)
+  values(['', '--alphabet_size=26', '--model_type=gru'])
+  config = local_launch.config_from_flags(values)
+  assert config.data.parameter_distribution_params == 0.5
+  source = constants.build_data_generator(config.data)
+  assert source.alphabet_size == 26
+  assert source.parameter_distribution_params == (0.5,) * 26
+  # On top of a saved config, it decides the prior as well.
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(base_config.to_dict(config)))
+  for given, params in (
+    ((), (0.5,) * 26),
+    (('--alphabet_size=3',), (0.5,) * 3),
+  ):
+    values = flags.FlagValues()
+    local_launch.define_flags(values)
+    values(['', f'--config={path}', *given])
+    resolved = local_launch.config_from_flags(values).resolved()
+    assert resolved.data.parameter_distribution_params == params
+    assert resolved.eval.data == resolved.data
+    kwargs = resolved.eval.optimal_predictors_kwargs['ptw']
+    assert kwargs['concentration'] == params
+
+
+def test_prior_that_is_one_number_is_the_run_of_its_tuple():
+  config = local_launch.make_config()
+  written_out = copy.deepcopy(config)
+  written_out.data.parameter_distribution_params = (0.5, 0.5)
+  assert written_out != config
+  assert written_out.resolved() == config.resolved()
+  written_out.data.parameter_distribution_params = (0.5, 0.25)
+  assert written_out.resolved() != config.resolved()
 
 
 def test_registered_network_is_a_model_type(monkeypatch):

@@ -17,6 +17,7 @@ from nonstationary_mbml.experiments import regret_table
 from nonstationary_mbml.experiments import saved_runs
 from nonstationary_mbml.experiments.analysis import regret_curves
 from nonstationary_mbml.runtime import atomic_files
+from tests import registries
 
 
 @pytest.fixture(scope='module')
@@ -311,6 +312,68 @@ def test_evaluation_of_all_steps_is_a_table_of_each(folder, trained):
 def test_wrong_settings_of_an_evaluation_are_named(trained, arguments, message):
   with pytest.raises(ValueError, match=message):
     evaluate.make_config(trained[1], **arguments)
+
+
+def _importing(folder, text="open('runs', 'a').write('x')\n"):
+  """Has a run import a file; returns the file."""
+  path = folder.parent / 'my_things.py'
+  path.write_text(text)
+  config = folder / 'config.json'
+  values = json.loads(config.read_text())
+  config.write_text(json.dumps({**values, 'imports': [str(path)]}))
+  return path
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with registries.restored():
+    yield
+
+
+def test_load_imports_once_what_the_config_names(folder, modules, capsys):
+  path = _importing(folder)
+  run = saved_runs.load_run(folder)
+  assert run.config.imports == (str(path),)
+  said = f'importing {path}, which {folder / "config.json"} names\n'
+  assert capsys.readouterr().err == said
+  saved_runs.load_run(folder)
+  saved_runs.load_config(folder)
+  assert not capsys.readouterr().err
+  assert pathlib.Path('runs').read_text() == 'x'
+
+
+def test_run_is_loaded_without_its_imports_and_shows_them(folder, modules):
+  path = _importing(folder, 'raise RuntimeError')
+  assert saved_runs.load_config(folder, imports=()).imports == (str(path),)
+  run = saved_runs.load_run(folder, imports=())
+  assert run.config.imports == (str(path),)
+  saved_runs.evaluator_of(run)
+
+
+def test_module_that_has_moved_is_named_with_the_run(folder, modules):
+  path = _importing(folder)
+  path.rename('elsewhere.py')
+  for load in (saved_runs.load_run, saved_runs.load_config):
+    with pytest.raises(ValueError) as caught:
+      load(folder)
+    assert str(caught.value).startswith(
+      f'{folder / "config.json"}: imports: {path} cannot be imported: there is '
+      'no such file; say where it is now (imports=[...] of load_run'
+    )
+    assert '\n' not in str(caught.value)
+  with pytest.raises(ValueError, match="imports is 'elsewhere.py'; it must be"):
+    saved_runs.load_run(folder, imports='elsewhere.py')
+  saved_runs.load_run(folder, imports=['elsewhere.py'])
+  assert pathlib.Path('runs').read_text() == 'x'
+
+
+def test_export_keeps_the_name_of_an_imported_file(folder, modules):
+  path = _importing(folder)
+  saved_runs.export(folder, 'copy')
+  values = json.loads(pathlib.Path('copy/config.json').read_text())
+  assert values['imports'] == ['my_things.py']
+  assert saved_runs.load_config('copy').imports == (str(path),)
 
 
 MODELS = pathlib.Path(saved_runs.__file__).parent.parent / 'results' / 'models'

@@ -133,6 +133,17 @@ def test_default_that_is_written_out_is_the_same_config(
     folder.check(_WithDefault(name='test', seed=5))
 
 
+def test_run_whose_code_has_moved_is_the_same_and_notes_where_it_is(tmp_path):
+  before, now = _with_steps(4), _with_steps(4)
+  before.imports, now.imports = ('/old/things.py',), ('/new/things.py',)
+  _run_to(tmp_path, 2)
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(base_config.to_dict(before)))
+  step, *_ = _restore(tmp_path, config=now)
+  assert step == 2
+  assert json.loads(path.read_text())['imports'] == ['/new/things.py']
+
+
 @pytest.mark.parametrize(
   ('config', 'difference'),
   [

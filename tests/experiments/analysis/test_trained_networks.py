@@ -71,6 +71,15 @@ def test_sources_of_several_priors_have_no_common_kt():
     trained_networks.exact_predictors(sources, 8)
 
 
+def test_prior_that_is_one_number_is_that_of_its_tuple():
+  sources = {
+    str(prior): config_lib.DataConfig(parameter_distribution_params=prior)
+    for prior in ((0.5, 0.5), 0.5)
+  }
+  exact = trained_networks.exact_predictors(sources, 8)
+  assert exact['0.5'] == exact['(0.5, 0.5)']
+
+
 def test_divergence_is_that_of_the_definition():
   rng = np.random.default_rng(0)
   p, q = rng.dirichlet(np.ones(3), (2, 4, 6))

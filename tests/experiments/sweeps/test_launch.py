@@ -174,6 +174,17 @@ def test_sweep_is_the_same_when_configs_get_new_fields(tmp_path):
   assert folder.digest() != digest
 
 
+def test_sweep_is_the_same_when_its_code_has_moved(tmp_path):
+  folder = sweep_folder.SweepFolder(tmp_path)
+  with folder.open(_tiny_points(2, imports=('/old/things.py',)), 16):
+    pass
+  digest = folder.digest()
+  with folder.open(_tiny_points(2, imports=('/new/things.py',)), 16):
+    pass
+  assert folder.digest() == digest
+  assert folder.points()[0].config.imports == ('/new/things.py',)
+
+
 def _row(predictor, **values):
   return {
     'predictor': predictor,
