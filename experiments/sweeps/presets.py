@@ -182,6 +182,8 @@ def recipes() -> config_lib.ExperimentSweep:
   return config_lib.ExperimentSweep(
     specific_sweeps=(
       _recipes_of(near, rates=(5e-3, 1e-2, 2e-2, 4e-2)),
+      _recipes_of(far, targets=('symbols', 'bayes')),
+      _recipes_of(begun),
       _recipes_of(near, 'adam', rates=(2e-3, 5e-3, 1e-2, 2e-2)),
       _recipes_of(near, schedules=('constant', 'warmup_stable_decay')),
       _recipes_of(near, targets=softer),
@@ -190,8 +192,6 @@ def recipes() -> config_lib.ExperimentSweep:
         schedules=('constant', 'warmup_stable_decay'),
         targets=softer,
       ),
-      _recipes_of(far, targets=('symbols', 'bayes')),
-      _recipes_of(begun),
       _recipes_of(wide),
       _recipes_of(far, steps=10_000),
     ),
