@@ -51,6 +51,7 @@ ORDER = (
     'experiments.run_length_predictors',
     'experiments.live_and_die_predictors',
     'experiments.forget_me_not_predictors',
+    'experiments.mixture_predictors',
     'experiments.trajectory_generators',
     'experiments.constants',
     'experiments.config',
