@@ -251,8 +251,8 @@ class MixturePredictor(predictors.OptimalPredictor):
     for component, of_component in zip(
       self.components, state.components, strict=True
     ):
-      first = component.output_from_state(of_component)
       after, last = component.unroll({}, None, symbols, of_component)
+      first = component.output_from_state(of_component)
       log_probs.append((first.astype(symbols.dtype), after))
       states.append(last)
     predictions, log_weights, *last = _unroll(
