@@ -79,6 +79,7 @@ ORDER = (
     'experiments.analysis.study_figures',
     'experiments.analysis.study_tables',
     'experiments.analysis.bayes_table',
+    'experiments.analysis.source_posteriors',
     'experiments.analysis.report',
   ),
 )

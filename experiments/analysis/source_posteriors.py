@@ -100,17 +100,12 @@ def mixture_of(data: config_lib.DataConfig, seq_length: int) -> Mixture:
     source['trajectory_generator'].lower()
     for source in data.trajectory_generator_kwargs['sources']
   ]
-  return Mixture(
-    generator,
-    tuple(
-      name if names.count(name) == 1 else f'{name} {index + 1}'
-      for index, name in enumerate(names)
-    ),
-    exact,
-    tuple(
-      constants.labels(dict(enumerate(exact.components))).values(),
-    ),
-  )
+  names = [
+    name if names.count(name) == 1 else f'{name} {index + 1}'
+    for index, name in enumerate(names)
+  ]
+  labels = constants.labels(dict(zip(names, exact.components, strict=True)))
+  return Mixture(generator, tuple(names), exact, tuple(labels.values()))
 
 
 def draw_sample(
@@ -280,16 +275,15 @@ def to_markdown(regrets: Sequence[Row], scores: Sequence[Row]) -> str:
   """
 
   def regret(rows: Sequence[Row]) -> str:
-    (mean, stderr), column = _over_seeds(rows, 'above_exact'), 'above_exact'
-    if rows[0]['predictor'] == regrets[0]['predictor']:
-      column, mean = 'regret', rows[0]['regret']
+    is_exact = rows[0]['predictor'] == regrets[0]['predictor']
+    column = 'regret' if is_exact else 'above_exact'
+    mean, stderr = study_figures.over_seeds(rows, column)
     if rows[0]['seed'] is None:
       stderr = rows[0][f'{column}_stderr']
-    sign = '' if column == 'regret' else '+'
-    return f'{mean:{sign}.3f} ± {stderr:.3f}'
+    return f'{mean:{"" if is_exact else "+"}.3f} ± {stderr:.3f}'
 
   def score(rows: Sequence[Row]) -> str:
-    mean, stderr = _over_seeds(rows, 'r2_given_time')
+    mean, stderr = study_figures.over_seeds(rows, 'r2_given_time')
     return f'{mean:.3f} ± {stderr:.3f}'
 
   return '\n'.join(
@@ -316,11 +310,6 @@ def to_markdown(regrets: Sequence[Row], scores: Sequence[Row]) -> str:
       ),
     ]
   )
-
-
-def _over_seeds(rows: Sequence[Row], column: str) -> tuple[float, float]:
-  mean, stderr = study_figures.over_seeds(rows, column)
-  return mean, stderr
 
 
 def draw(
@@ -404,7 +393,7 @@ def _draw_curves(
   by_line = study_figures.groups(curves, 'source', 'reader', 'symbols_seen')
   lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
   for (source, reader, seen), rows in by_line.items():
-    mean, _ = _over_seeds(rows, 'posterior')
+    mean, _ = study_figures.over_seeds(rows, 'posterior')
     lines.setdefault((source, reader), []).append((seen, mean))
   for (source, reader), points in lines.items():
     is_exact = reader == EXACT
