@@ -7,7 +7,8 @@ Takes the first network of a sweep on a `mixture` source with an exact
 predictor, and asks twice:
 
   regret     how far above the exact mixture it is, on the sequences of each
-             source, beside the predictors that know that source
+             source, beside the predictors that know that source, and mixtures
+             that know all but one
   posterior  P(source | past), of the exact mixture, and what a linear map of
              the network's state says of it
 
@@ -45,6 +46,8 @@ from nonstationary_mbml.runtime import statistics
 
 # All sequences, among the sources of the sequences.
 ALL = 'all'
+# Label of a mixture that lacks one source, before the name of that.
+WITHOUT = 'without '
 EXACT = 'exact'
 Row = dict[str, Any]
 
@@ -136,15 +139,16 @@ def regret_rows(
     for exact predictors. Standard errors are over sequences, and of differences
     from the exact mixture they are paired.
   """
-  unroll = lambda predictor: np.asarray(
-    predictor.unroll({}, None, sample.symbols)[0]
-  )
-  log_probs = [(mixture.exact.label, None, unroll(mixture.exact))]
-  log_probs += [
-    (label, None, unroll(component))
-    for label, component in zip(
-      mixture.labels, mixture.exact.components, strict=True
-    )
+  readers = {mixture.exact.label: mixture.exact}
+  readers |= zip(mixture.labels, mixture.exact.components, strict=True)
+  if len(mixture.names) > 1:
+    readers |= {
+      f'{WITHOUT}{name}': _without(mixture.exact, index)
+      for index, name in enumerate(mixture.names)
+    }
+  log_probs = [
+    (label, None, np.asarray(reader.unroll({}, None, sample.symbols)[0]))
+    for label, reader in readers.items()
   ]
   label = predictor_factories.label(network.config.model)
   log_probs += [
@@ -178,6 +182,18 @@ def regret_rows(
         }
       )
   return rows
+
+
+def _without(
+  exact: mixture_predictors.MixturePredictor, index: int
+) -> mixture_predictors.MixturePredictor:
+  """The mixture of all components but one."""
+  kept = [i for i in range(len(exact.components)) if i != index]
+  total = sum(exact.weights[i] for i in kept)
+  return mixture_predictors.MixturePredictor(
+    [exact.components[i] for i in kept],
+    [exact.weights[i] / total for i in kept],
+  )
 
 
 def _by_source(
@@ -280,11 +296,12 @@ def to_markdown(regrets: Sequence[Row], scores: Sequence[Row]) -> str:
     mean, stderr = study_figures.over_seeds(rows, column)
     if rows[0]['seed'] is None:
       stderr = rows[0][f'{column}_stderr']
-    return f'{mean:{"" if is_exact else "+"}.3f} ± {stderr:.3f}'
+    return _text(mean, stderr, '' if is_exact else '+')
 
   def score(rows: Sequence[Row]) -> str:
-    mean, stderr = study_figures.over_seeds(rows, 'r2_given_time')
-    return f'{mean:.3f} ± {stderr:.3f}'
+    if rows[0]['r2_given_time'] is None:
+      return 'no variance'
+    return _text(*study_figures.over_seeds(rows, 'r2_given_time'))
 
   return '\n'.join(
     [
@@ -312,6 +329,12 @@ def to_markdown(regrets: Sequence[Row], scores: Sequence[Row]) -> str:
   )
 
 
+def _text(mean: float, stderr: float, sign: str = '') -> str:
+  """A number with its standard error, where it has one."""
+  error = f' ± {stderr:.3f}' if np.isfinite(stderr) else ''
+  return f'{mean:{sign}.3f}{error}'
+
+
 def draw(
   regrets: Sequence[Row], scores: Sequence[Row], curves: Sequence[Row]
 ) -> figure_lib.Figure:
@@ -321,32 +344,37 @@ def draw(
     The figure: what every predictor loses on each source's sequences, the
     posterior of the true source over time, and the scores of the linear map.
   """
-  title = 'A network that was trained on a mixture infers the source'
+  title = 'What a network that was trained on a mixture knows of the source'
+  regrets = [r for r in regrets if not r['predictor'].startswith(WITHOUT)]
   sources = list(dict.fromkeys(row['source'] for row in scores))
-  colours = dict(zip(sources, plotting.COLOURS, strict=False))
+  # The first is the mixture, the last the network.
+  exact, *references, network = dict.fromkeys(r['predictor'] for r in regrets)
+  colours = {
+    source: _looks(label)['color']
+    for source, label in zip(sources, references, strict=True)
+  }
   with plotting.new_figure(12, 4.8, title) as figure:
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.3, 1.3, 1])
-    _draw_regrets(left, regrets)
+    _draw_regrets(left, [r for r in regrets if r['predictor'] != exact])
     _draw_curves(middle, curves, colours)
     _draw_scores(right, scores, sources)
-    labels = dict.fromkeys(row['predictor'] for row in regrets)
-    network = regrets[-1]['predictor']
+    grey = {'color': '0.4'}
     plotting.add_legend(
       figure,
       [
         *(
-          plotting.handle(name, **_looks(name))
-          for name in labels
-          if name != regrets[0]['predictor']
+          plotting.handle(f'{label}, exact for {source}', **_looks(label))
+          for source, label in zip(sources, references, strict=True)
         ),
+        plotting.handle(network, **_looks(network)),
         *(
-          plotting.handle(f'sequences of {name}', color=c, linestyle='-')
-          for name, c in colours.items()
+          plotting.handle(f'sequences of {name}', color=colour, linestyle='-')
+          for name, colour in colours.items()
         ),
         plotting.handle(
-          'exact posterior', color='0.4', linestyle='-', linewidth=3, alpha=0.5
+          'exact posterior', **grey, linestyle='-', linewidth=3, alpha=0.5
         ),
-        plotting.handle(f'linear map of {network}', color='0.4', marker='.'),
+        plotting.handle(f'linear map of {network}', **grey, marker='.'),
       ],
     )
   return figure
@@ -361,10 +389,8 @@ def _looks(label: str) -> dict[str, Any]:
 def _draw_regrets(panel: matplotlib.axes.Axes, regrets: Sequence[Row]) -> None:
   sources = list(dict.fromkeys(row['source'] for row in regrets))
   by_cell = study_figures.groups(regrets, 'predictor', 'source')
-  predictors = list(dict.fromkeys(row['predictor'] for row in regrets))[1:]
+  predictors = list(dict.fromkeys(row['predictor'] for row in regrets))
   for (predictor, source), rows in by_cell.items():
-    if predictor not in predictors:  # The exact mixture, at 0.
-      continue
     shift = 0.12 * (predictors.index(predictor) - (len(predictors) - 1) / 2)
     panel.plot(
       [row['above_exact'] for row in rows],
@@ -374,6 +400,7 @@ def _draw_regrets(panel: matplotlib.axes.Axes, regrets: Sequence[Row]) -> None:
       **_looks(predictor),
     )
   panel.axvline(0, color='0.35', linewidth=1, zorder=0)
+  panel.margins(x=0.1)
   panel.set_xscale('symlog', linthresh=0.1)
   panel.xaxis.set_major_formatter(plotting.plain_number)
   panel.set_yticks(range(len(sources)), sources)
@@ -415,6 +442,8 @@ def _draw_scores(
   panel: matplotlib.axes.Axes, scores: Sequence[Row], sources: Sequence[str]
 ) -> None:
   for row in scores:
+    if row['r2_given_time'] is None:
+      continue
     looks = _looks(row['predictor'])
     panel.plot(
       row['r2_given_time'],

@@ -107,7 +107,7 @@ def test_regrets_are_those_of_the_sequences_of_each_source(
     (row['predictor'], row['seed'], row['source']): row
     for row in source_posteriors.regret_rows(network, mixture, sample)
   }
-  assert len(rows) == (1 + 3 + 2) * 4
+  assert len(rows) == (1 + 3 + 3 + 2) * 4
   regret = trained_networks.regret(members[1], sample.parameters).sum(axis=1)
   exact = trained_networks.regret(members[0], sample.parameters).sum(axis=1)
   for number, source in enumerate(mixture.names):
@@ -125,6 +125,10 @@ def test_regrets_are_those_of_the_sequences_of_each_source(
   # Who knows the source is better on its sequences, and worse on all.
   assert rows['KT', None, 'static']['above_exact'] < 0
   assert rows['KT', None, 'all']['above_exact'] > 0
+  # Who knows all but that source loses most on them.
+  assert rows['without lin', None, 'lin']['above_exact'] > 0
+  assert rows['without lin', None, 'all']['above_exact'] > 0
+  assert rows['without lin', None, 'static']['above_exact'] < 0
 
 
 def test_linear_map_finds_the_posterior_in_states_that_have_it(
@@ -180,7 +184,11 @@ def test_committed_figure_shows_every_row(committed):
   regrets, scores, curves = committed
   left, middle, right = source_posteriors.draw(*committed).axes
   points = sum(len(line.get_xdata()) for line in left.get_lines()) - 2
-  assert points == sum(row['predictor'] != 'Bayes mixture' for row in regrets)
+  # The mixture is the line at 0; those that lack a source are not shown.
+  assert points == sum(
+    not row['predictor'].startswith(('Bayes mixture', 'without'))
+    for row in regrets
+  )
   lengths = {len(line.get_xdata()) for line in middle.get_lines()}
   assert lengths == {max(row['symbols_seen'] for row in curves)}
   assert len(right.get_lines()) == len(scores)
@@ -204,5 +212,5 @@ def test_committed_network_is_near_the_exact_mixture(committed):
     assert all(
       row['above_exact'] < value
       for name, value in above.items()
-      if name != 'Bayes mixture'
+      if name in ('PTW', 'LAD', 'KT', 'known length distribution')
     )
