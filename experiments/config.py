@@ -58,7 +58,8 @@ class DataConfig(base_config.Config):
       segments end.
     trajectory_generator_kwargs: Keyword arguments of its constructor:
       `shift_period` of regular_shift, `shift_distribution` and
-      `shift_parameters` of random_shift, optionally `depth` of ptw.
+      `shift_parameters` of random_shift, optionally `depth` of ptw, `sources`
+      of mixture.
   """
 
   _path = 'data'

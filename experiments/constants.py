@@ -153,22 +153,14 @@ def build_data_generator(
   params = trajectory_generators.check_prior(
     f'{path}.', iid, prior, prior_parameters(config, path)
   )
-  generator = TRAJECTORY_GENERATORS.lookup(
-    f'{path}.trajectory_generator', config.trajectory_generator
-  )
-  kwargs_path = f'{path}.trajectory_generator_kwargs'
-  base_config.check_constructor(
-    f'{kwargs_path} of {config.trajectory_generator}',
-    generator,
+  return trajectory_generators.build(
+    config.trajectory_generator,
     config.trajectory_generator_kwargs,
-    given=(
-      'iid_distribution',
-      'parameter_distribution',
-      'parameter_distribution_params',
-    ),
+    iid,
+    prior,
+    params,
+    path,
   )
-  with base_config.naming(kwargs_path):
-    return generator(iid, prior, params, **config.trajectory_generator_kwargs)
 
 
 def _build_distributions(

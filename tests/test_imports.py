@@ -52,6 +52,7 @@ ORDER = (
     'experiments.run_length_predictors',
     'experiments.live_and_die_predictors',
     'experiments.forget_me_not_predictors',
+    'experiments.mixture_predictors',
     'experiments.trajectory_generators',
     'experiments.constants',
     'experiments.config',
@@ -79,6 +80,7 @@ ORDER = (
     'experiments.analysis.study_figures',
     'experiments.analysis.study_tables',
     'experiments.analysis.bayes_table',
+    'experiments.analysis.source_posteriors',
     'experiments.analysis.report',
   ),
 )

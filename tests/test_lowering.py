@@ -22,6 +22,7 @@ from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import evaluator as evaluator_lib
 from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
+from nonstationary_mbml.experiments import mixture_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.models import attention
 from nonstationary_mbml.models import backend
@@ -202,6 +203,12 @@ def test_all_products_of_training_in_bfloat16_are_in_it(network):
     ptw_predictors.PTWPredictor(3),
     live_and_die_predictors.LADPredictor(max_length=2 * SEQ_LENGTH),
     forget_me_not_predictors.ForgetMeNotPredictor(3),
+    mixture_predictors.MixturePredictor(
+      (
+        predictors.OptimalCategoricalPredictor(),
+        live_and_die_predictors.LADPredictor(),
+      )
+    ),
   ],
   ids=lambda predictor: type(predictor).__name__,
 )

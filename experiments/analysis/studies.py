@@ -294,7 +294,7 @@ def _can_be_longer(network: trained_networks.Network, seq_length: int) -> bool:
   """Whether the source has such long sequences, distributed as in training."""
   data = network.config.data
   generator = constants.build_data_generator(data)
-  if getattr(generator, 'depth', 0) is None:  # The tree of a longer sequence.
+  if generator.depends_on_length:
     return False
   try:
     generator.check_seq_length(seq_length)

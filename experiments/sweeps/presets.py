@@ -10,6 +10,7 @@ from typing import Any
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml.experiments import config as config_lib
+from nonstationary_mbml.experiments import constants
 
 _ENCODINGS = ('NONE', 'SIN_COS', 'ALIBI', 'RELATIVE')
 
@@ -239,6 +240,59 @@ def _recipes_of(
   }
 
 
+def mixture() -> config_lib.ExperimentSweep:
+  """An LSTM on sequences of four sources: does it infer which one it is?
+
+  The source is that of `--source=mixture`. Beside the exact mixture are the
+  predictors that know the source of one part of the sequences.
+  """
+  config = config_lib.ExperimentConfig(name='mixture')
+  config.train = base_config.TrainConfig(
+    model_init_seed=(0, 1, 2),
+    optimizer='muon',
+    schedule='warmup_cosine',
+    learning_rate=2e-2,
+    seq_length=64,
+    batch_size=128,
+  )
+  config.schedule = base_config.ScheduleConfig(
+    training_steps=5_000, ckpt_frequency=1_000
+  )
+  config.logger.log_frequency = 250
+  config.eval.batch_size = 512
+  config.eval.optimal_predictors = (
+    constants.EXACT,
+    'ptw',
+    'lad',
+    'random_shift',
+    'kt',
+  )
+  config.eval.optimal_predictors_kwargs = {
+    'random_shift': constants.source_kwargs('random_shift')
+  }
+  return config_lib.ExperimentSweep(
+    general_sweep={
+      'data': {
+        'mixture': {
+          'trajectory_generator': 'mixture',
+          'trajectory_generator_kwargs': constants.source_kwargs('mixture'),
+        }
+      }
+    },
+    specific_sweeps=(
+      {
+        'model': {
+          'lstm': {
+            'model_type': 'lstm',
+            'architecture_kwargs': {'hidden_size': 64},
+          }
+        }
+      },
+    ),
+    base_config=config,
+  )
+
+
 def tiny() -> config_lib.ExperimentSweep:
   """Six short runs, to see a sweep from start to end in a minute."""
   config = config_lib.ExperimentConfig(name='tiny')
@@ -266,6 +320,7 @@ def tiny() -> config_lib.ExperimentSweep:
 SWEEPS = base_config.Registry(
   'sweep',
   {
+    'mixture': mixture,
     'paper': paper,
     'recipes': recipes,
     'small': small,

@@ -33,6 +33,8 @@ RNN = '--model_type=rnn'
 REGULAR = '--source=regular_shift'
 RANDOM = '--source=random_shift'
 RECURRING = '--source=recurring'
+MIXTURE = '--source=mixture'
+DRIFT = '--source=drift'
 MODEL = 'model.architecture_kwargs'
 SOURCE = 'data.trajectory_generator_kwargs'
 PREDICTORS = 'eval.optimal_predictors'
@@ -227,6 +229,16 @@ CASES = {
   (RECURRING, f'{SOURCE}.switch_probability=0'): 'switch_probability is 0; it',
   (RECURRING, f'{SOURCE}.switch_probability=NaN'): 'switch_probability is nan',
   (RECURRING, f'{SOURCE}.switch_probability=True'): 'probability is True',
+  (DRIFT, f'{SOURCE}.step_scale=-1'): f'{SOURCE}: step_scale is -1; it must',
+  (MIXTURE, f'{SOURCE}.sources=ptw'): f"{SOURCE}: sources is 'ptw'; it must",
+  (
+    MIXTURE,
+    f"{SOURCE}.sources=[{{'trajectory_generator': 'lyn'}}]",
+  ): rf"{SOURCE}: sources\[0\].trajectory_generator 'lyn' .*mean 'lin'",
+  (
+    MIXTURE,
+    f"{SOURCE}.sources=[{{'trajectory_generator': 'lin', 'weight': 2}}]",
+  ): f'{SOURCE}: weight of sources is .* sum 2; weights must be positive and',
   # The evaluation.
   ('eval=3',): 'set one of its fields batch_size, chunk_length',
   ('eval.batch_size=0',): 'eval.batch_size is 0',

@@ -84,6 +84,11 @@ def test_names_mean_the_same_in_any_case_of_letters():
       {'pool_size': 3, 'switch_probability': 0.1},
       ('forget_me_not', 'ptw', 'lad', 'kt'),
     ),
+    (
+      'drift',
+      {'switch_probability': 0.1, 'step_scale': 0.2},
+      ('ptw', 'lad', 'kt'),
+    ),
   ],
 )
 def test_default_is_the_sources_exact_predictor_and_the_references(
@@ -491,6 +496,32 @@ def saved(tmp_path):
   values = base_config.to_dict(config)
   (tmp_path / 'config.json').write_text(json.dumps(values))
   return tmp_path, config
+
+
+def test_mixture_of_sources_is_saved_and_read_as_it_was_given():
+  config = local_launch.make_config(source='mixture')
+  config = config_lib.with_overrides(
+    config,
+    config_lib.parse_overrides(
+      config,
+      [
+        "data.trajectory_generator_kwargs.sources=[{'trajectory_generator': "
+        "'lin', 'weight': 0.5}, {'trajectory_generator': 'random_shift', "
+        "'trajectory_generator_kwargs': {'shift_distribution': 'constant', "
+        "'shift_parameters': [4.0]}, 'weight': 0.5}]"
+      ],
+    ),
+  )
+  text = json.dumps(base_config.to_dict(config))
+  loaded = base_config.from_dict(config_lib.ExperimentConfig, json.loads(text))
+  assert loaded == config
+  generator = constants.build_data_generator(loaded.data)
+  assert generator == constants.build_data_generator(config.data)
+  assert generator.sources[1].shift_parameters == (4.0,)
+  resolved = loaded.resolved()
+  assert resolved.eval.optimal_predictors == ('exact', 'ptw', 'lad', 'kt')
+  built = constants.build_optimal_predictors(resolved.eval, generator)
+  assert constants.exact_predictor(generator, built, 32) == 'exact'
 
 
 def test_saved_config_is_the_config(saved):

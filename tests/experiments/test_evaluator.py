@@ -325,6 +325,13 @@ SOURCES = {
     'shift_distribution': 'gamma',
     'shift_parameters': (3.0, 0.4),
   },
+  'mixture': {
+    'sources': (
+      {'trajectory_generator': 'ptw'},
+      {'trajectory_generator': 'static'},
+      {'trajectory_generator': 'lin'},
+    )
+  },
 }
 
 
@@ -343,7 +350,9 @@ def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
     seq_length=32,
   )
   regrets = evaluator.evaluate({}, jax.random.key(7), 4096)
-  exact = {'ptw': 'ptw', 'lin': 'lad', 'static': 'kt'}.get(source, source)
+  exact = constants.exact_predictor(
+    evaluator.generator, evaluator.optimal_predictors, 32
+  )
   for name in evaluator.optimal_predictors:
     if name != exact:
       surplus = regrets[name] - regrets[exact]
@@ -387,6 +396,14 @@ def test_exact_predictor_of_a_source_has_the_least_regret(source, prior):
       {
         'source': 'recurring',
         'source_kwargs': {'pool_size': 3, 'switch_probability': 0.1},
+      },
+      None,
+    ),
+    ({'source': 'mixture', 'source_kwargs': SOURCES['mixture']}, 'exact'),
+    (
+      {
+        'source': 'drift',
+        'source_kwargs': {'switch_probability': 0.1, 'step_scale': 0.1},
       },
       None,
     ),

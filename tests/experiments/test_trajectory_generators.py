@@ -9,6 +9,7 @@ from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import live_and_die_predictors
+from nonstationary_mbml.experiments import mixture_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.experiments import run_length_predictors
 from nonstationary_mbml.experiments import trajectory_generators
@@ -25,6 +26,17 @@ SOURCES = {
   'ptw': {},
   'lin': {},
   'recurring': {'pool_size': 3, 'switch_probability': 0.2},
+  'drift': {'switch_probability': 0.2, 'step_scale': 0.0},
+  'mixture': {
+    'sources': (
+      {'trajectory_generator': 'Static', 'weight': 0.25},
+      {
+        'trajectory_generator': 'regular_shift',
+        'trajectory_generator_kwargs': {'shift_period': 5},
+        'weight': 0.75,
+      },
+    )
+  },
 }
 # Frequencies are tested at this probability of failing under the right law, for
 # all times of a source together.
@@ -175,6 +187,154 @@ def test_recurring_regimes_are_uniform_over_the_others():
   assert test.pvalue > FALSE_ALARM_RATE
 
 
+@pytest.mark.parametrize('probability', [0.0, 0.3, 1.0])
+def test_drift_switches_have_their_probability_at_every_time(probability):
+  generator = _make('drift', switch_probability=probability, step_scale=1.0)
+  switches = generator.switch_points(jax.random.key(24), 20_000, 12)
+  _assert_frequencies(switches, np.array([0.0, *[probability] * 11]))
+
+
+def test_drift_begins_every_segment_with_a_draw_from_the_prior(x64):
+  generator = _make('drift', (2.0, 3.0), switch_probability=0.3, step_scale=1.0)
+  rng = jax.random.key(25)
+  _, parameters = generator.sample(rng, 8_000, 6)
+  starts = np.array(generator.switch_points(rng, 8_000, 6))
+  starts[:, 0] = True
+  for time in (0, 1, 5):
+    draws = np.asarray(parameters)[starts[:, time], time, 0]
+    test = stats.kstest(draws, stats.beta(2, 3).cdf)
+    assert test.pvalue > FALSE_ALARM_RATE / 3
+
+
+def test_drift_steps_are_normal_of_their_scale_at_every_time(x64):
+  generator = _make(
+    'drift', (2.0, 3.0, 4.0), switch_probability=0.2, step_scale=0.3
+  )
+  rng = jax.random.key(26)
+  _, parameters = generator.sample(rng, 8_000, 9)
+  switches = np.asarray(generator.switch_points(rng, 8_000, 9))
+  # Of differences of logits, which normalising leaves alone: each is of two
+  # independent steps.
+  logits = np.log(np.asarray(parameters))
+  steps = np.diff(logits[..., :2] - logits[..., 2:], axis=1) / 0.3
+  values = []
+  for time in (1, 4, 8):
+    inside = steps[~switches[:, time], time - 1]
+    for k in range(2):
+      test = stats.kstest(inside[:, k], stats.norm(scale=np.sqrt(2)).cdf)
+      assert test.pvalue > FALSE_ALARM_RATE / 6
+    values.append(inside[:6_000])
+  # One normal is shared by both differences.
+  assert abs(np.corrcoef(values[0].T)[0, 1] - 0.5) < 0.05
+
+
+def test_drift_steps_are_independent_of_each_other_and_of_where_they_start(x64):
+  generator = _make('drift', (2.0, 2.0), switch_probability=0.0, step_scale=0.5)
+  _, parameters = generator.sample(jax.random.key(27), 20_000, 4)
+  logits = np.log(np.asarray(parameters))
+  logits = logits[..., 0] - logits[..., 1]
+  values = np.concatenate([logits[:, :1], np.diff(logits, axis=1)], axis=1)
+  correlations = np.corrcoef(values.T)[np.triu_indices(4, 1)]
+  bound = stats.norm.isf(FALSE_ALARM_RATE / 2 / len(correlations))
+  assert np.all(np.abs(correlations) < bound / np.sqrt(20_000))
+
+
+def test_drift_of_a_symmetric_prior_prefers_no_symbol_at_any_time():
+  generator = _make('drift', switch_probability=0.05, step_scale=0.5)
+  batch, _ = generator.sample(jax.random.key(28), 20_000, 24)
+  _assert_frequencies(np.asarray(batch)[..., 0], np.full(24, 0.5))
+
+
+def test_drift_without_steps_is_a_source_of_constant_hazard(x64):
+  """In law: its segments have one draw from the prior each."""
+  rng = jax.random.key(29)
+  generator = _make('drift', switch_probability=0.2, step_scale=0.0)
+  batch, parameters = generator.sample(rng, 4_000, 12)
+  switches = np.asarray(generator.switch_points(rng, 4_000, 12))
+  changes = np.diff(np.asarray(parameters)[..., 0], axis=1) != 0
+  np.testing.assert_array_equal(changes, switches[:, 1:])
+  # So no predictor has less regret than that of the hazard.
+  regrets = {}
+  for hazard in (0.1, 0.2, 0.3):
+    log_probs, _ = run_length_predictors.RunLengthPredictor(hazard).unroll(
+      {}, None, batch
+    )
+    truth = parameters[:, 1:]
+    regrets[hazard] = np.asarray(-(truth * log_probs[:, :-1]).sum(axis=(1, 2)))
+  for hazard in (0.1, 0.3):
+    surplus = regrets[hazard] - regrets[0.2]
+    assert surplus.mean() > 4 * surplus.std() / np.sqrt(len(surplus))
+
+
+def test_sequences_of_a_mixture_are_of_the_sources_that_it_says():
+  generator, rng = _make('mixture'), jax.random.key(30)
+  index = np.asarray(generator.source_indices(rng, 400))
+  switches = np.asarray(generator.switch_points(rng, 400, 12))
+  _, parameters = generator.sample(rng, 400, 12)
+  is_static = np.all(np.asarray(parameters) == parameters[:, :1], axis=(1, 2))
+  np.testing.assert_array_equal(is_static, index == 0)
+  assert not switches[index == 0].any()
+  assert np.all(
+    switches[index == 1] == (np.arange(12) % 5 == 0) * [0, *[1] * 11]
+  )
+
+
+def test_sources_of_a_mixture_are_drawn_by_their_weights():
+  names = ('static', 'lin', 'ptw')
+  weights = (0.2, 0.5, 0.3)
+  generator = _make(
+    'mixture',
+    sources=[
+      {'trajectory_generator': name, 'weight': weight}
+      for name, weight in zip(names, weights, strict=True)
+    ],
+  )
+  index = np.asarray(generator.source_indices(jax.random.key(31), 20_000))
+  counts = np.bincount(index, minlength=3)
+  test = stats.chisquare(counts, 20_000 * np.array(weights))
+  assert test.pvalue > FALSE_ALARM_RATE
+
+
+def test_source_of_a_sequence_is_not_drawn_with_the_key_of_its_parameters():
+  source = {'trajectory_generator': 'static'}
+  generator, rng = _make('mixture', sources=[source] * 2), jax.random.key(32)
+  index = np.asarray(generator.source_indices(rng, 10_000))
+  batch, parameters = generator.sample(rng, 10_000, 1)
+  for chosen in (index == 0, index == 1):
+    draws = np.asarray(parameters, float)[chosen, 0, 0]
+    test = stats.kstest(draws, stats.beta(0.5, 0.5).cdf)
+    assert test.pvalue > FALSE_ALARM_RATE / 2
+    _assert_frequencies(np.asarray(batch)[chosen, :, 0], np.array([0.5]))
+
+
+def test_mixture_in_a_mixture_is_sampled_alike():
+  """Its switching points are those of its sequences."""
+  inner = {
+    'trajectory_generator': 'mixture',
+    'trajectory_generator_kwargs': SOURCES['mixture'],
+  }
+  recurring = {
+    'trajectory_generator': 'recurring',
+    'trajectory_generator_kwargs': SOURCES['recurring'],
+  }
+  generator = _make('mixture', sources=[inner, recurring])
+  rng = jax.random.key(33)
+  _, parameters = generator.sample(rng, 64, 12)
+  changes = np.any(np.diff(parameters, axis=1) != 0, axis=-1)
+  switches = np.asarray(generator.switch_points(rng, 64, 12))
+  np.testing.assert_array_equal(changes, switches[:, 1:])
+  assert generator.bayes_predictor(12) is None
+  assert generator.reference_predictors == ('forget_me_not',)
+
+
+def test_only_a_tree_of_the_length_depends_on_the_length():
+  depends = {name: _make(name).depends_on_length for name in ('ptw', *SOURCES)}
+  assert [name for name in depends if depends[name]] == ['ptw']
+  assert not _make('ptw', depth=9).depends_on_length
+  source = {'trajectory_generator': 'ptw'}
+  assert _make('mixture', sources=[source]).depends_on_length
+
+
 @pytest.mark.parametrize('value', [0.0, 0.2, -3.0])
 def test_segment_length_rounded_to_zero_becomes_one(value):
   generator = _make(
@@ -222,7 +382,9 @@ def test_parameters_change_exactly_at_the_switching_points(name):
   assert switches.any() == (name != 'static')
 
 
-@pytest.mark.parametrize('name', ['ptw', 'lin', 'random_shift', 'recurring'])
+@pytest.mark.parametrize(
+  'name', ['ptw', 'lin', 'random_shift', 'recurring', 'drift', 'mixture']
+)
 def test_every_sequence_has_its_own_switching_points(name):
   # A PTW sequence has no switch at all with probability 1/2, so 64 agree by
   # chance with probability 2^-64.
@@ -434,6 +596,72 @@ def test_distributions_that_do_not_fit_are_refused(
       "switch_probability is 'often'",
     ),
     (
+      'drift',
+      {'switch_probability': -0.1, 'step_scale': 0.1},
+      r'switch_probability is -0.1; it must be in \[0, 1\]',
+    ),
+    (
+      'drift',
+      {'switch_probability': 0.1, 'step_scale': -1},
+      'step_scale is -1; it must be a number in',
+    ),
+    ('mixture', {'sources': ()}, 'sources is empty'),
+    ('mixture', {'sources': 'ptw'}, "sources is 'ptw'; it must be a tuple"),
+    (
+      'mixture',
+      {'sources': ('ptw',)},
+      r"sources\[0\] is 'ptw'; it must be a d",
+    ),
+    (
+      'mixture',
+      {'sources': ({'trajectory_generator': 'ptv'},)},
+      r"sources\[0\].trajectory_generator 'ptv' is not .* mean 'ptw'",
+    ),
+    (
+      'mixture',
+      {'sources': ({'trajectory_generator': 'random_shift'},)},
+      r"sources\[0\].* of random_shift lacks 'shift_distribution'",
+    ),
+    (
+      'mixture',
+      {
+        'sources': (
+          {'trajectory_generator': 'lin'},
+          {
+            'trajectory_generator': 'ptw',
+            'trajectory_generator_kwargs': {'depth': -1},
+          },
+        )
+      },
+      r'sources\[1\].trajectory_generator_kwargs: depth is -1',
+    ),
+    ('mixture', {'sources': ({'weight': 1.0},)}, 'lacks .trajectory_generator'),
+    (
+      'mixture',
+      {'sources': ({'trajectory_generator': 'lin', 'wieght': 1.0},)},
+      "has no 'wieght'; .*did you mean 'weight'",
+    ),
+    (
+      'mixture',
+      {
+        'sources': (
+          {'trajectory_generator': 'lin', 'weight': 0.5},
+          {'trajectory_generator': 'ptw', 'weight': 0.6},
+        )
+      },
+      'weight of sources is .* sum 1.1; .* sum to 1',
+    ),
+    (
+      'mixture',
+      {
+        'sources': (
+          {'trajectory_generator': 'lin', 'weight': 1.0},
+          {'trajectory_generator': 'ptw'},
+        )
+      },
+      '1 of 2 sources have a weight; give one to all or to none',
+    ),
+    (
       'recurring',
       {'pool_size': 2, 'switch_probability': float('nan')},
       'switch_probability is nan',
@@ -456,6 +684,28 @@ def test_wrong_arguments_are_named(name, kwargs, message):
 def test_wrong_sizes_are_named(batch_size, seq_length, message):
   with pytest.raises(ValueError, match=message):
     _make('ptw', depth=3).sample(jax.random.key(0), batch_size, seq_length)
+
+
+def test_mixture_is_as_long_as_its_shortest_source():
+  shallow = {
+    'trajectory_generator': 'ptw',
+    'trajectory_generator_kwargs': {'depth': 3},
+  }
+  mixture = _make('mixture', sources=[shallow, {'trajectory_generator': 'lin'}])
+  mixture.check_seq_length(8)
+  with pytest.raises(ValueError, match='depth 3 holds 8 symbols, not 9'):
+    mixture.check_seq_length(9)
+
+
+def test_only_categorical_parameters_drift():
+  with pytest.raises(ValueError, match='iid_distribution is exponential; what'):
+    trajectory_generators.DriftGenerator(
+      distributions.Exponential(),
+      distributions.Gamma(),
+      (2.0, 1.0),
+      switch_probability=0.1,
+      step_scale=0.1,
+    )
 
 
 def test_other_name_of_the_ptw_source():
@@ -509,6 +759,18 @@ BAYES = {
   'iid_ptw_cat': ptw_predictors.PTWPredictor(6, (0.5, 2.0)),
   'lin': live_and_die_predictors.LADPredictor((0.5, 2.0)),
   'recurring': None,
+  'drift': None,
+  'mixture': mixture_predictors.MixturePredictor(
+    (
+      ptw_predictors.PTWPredictor(6, (0.5, 2.0)),
+      live_and_die_predictors.LADPredictor((0.5, 2.0)),
+      predictors.OptimalCategoricalPredictor((0.5, 2.0)),
+      run_length_predictors.random_shift_predictor(
+        'uniform', (1.0, 39.0), (0.5, 2.0)
+      ),
+    ),
+    (0.25, 0.25, 0.25, 0.25),
+  ),
 }
 
 
@@ -550,3 +812,37 @@ def test_source_from_outside_inherits_no_predictor_of_other_switches():
   np.testing.assert_allclose(
     posterior, known.switch_points(jax.random.key(0), 3, 8), atol=1e-6
   )
+
+
+class _Alternating(_KnownHalves):
+  """A source from outside whose parameters move inside a segment."""
+
+  def parameters_over_time(self, rng, switches):
+    starts = super().parameters_over_time(rng, switches)
+    is_odd = jnp.arange(len(switches)) % 2 == 1
+    return jnp.where(is_odd[:, None], starts[:, ::-1], starts)
+
+
+class _FormerName(_KnownHalves):
+  def _parameters_one(self, rng, switches):
+    return jnp.tile(jnp.where(switches, 0.25, 0.75)[:, None], (1, 2))
+
+
+def test_source_from_outside_moves_its_parameters_between_switches():
+  prior = distributions.Categorical(2), distributions.Dirichlet(2), (0.5, 0.5)
+  rng = jax.random.key(1)
+  _, parameters = _Alternating(*prior).sample(rng, 3, 8)
+  _, constant = _KnownHalves(*prior).sample(rng, 3, 8)
+  np.testing.assert_array_equal(parameters[:, ::2], constant[:, ::2])
+  np.testing.assert_array_equal(parameters[:, 1::2], constant[:, 1::2, ::-1])
+  # Its switches have a predictor, which knows nothing of how it moves.
+  assert _Alternating(*prior).bayes_predictor(8) is None
+
+
+def test_hook_of_the_parameters_is_still_found_by_its_former_name():
+  prior = distributions.Categorical(2), distributions.Dirichlet(2), (0.5, 0.5)
+  source = _FormerName(*prior)
+  _, parameters = source.sample(jax.random.key(2), 1, 8)
+  expected = [0.75] * 4 + [0.25] + [0.75] * 3
+  np.testing.assert_array_equal(parameters[0, :, 0], expected)
+  assert source.bayes_predictor(8) is None
