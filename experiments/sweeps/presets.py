@@ -180,6 +180,8 @@ def recipes() -> config_lib.ExperimentSweep:
   begun = _with_kwargs(far, 'begin', begin_symbol=True)
   rnn_and_lstm = _chosen(models, 'rnn', 'lstm')
   softer = ('parameters', 'bayes')
+  config = _small_config('recipes', 5_000)
+  config.logger.log_frequency = 250
   return config_lib.ExperimentSweep(
     specific_sweeps=(
       _recipes_of(near, rates=(5e-3, 1e-2, 2e-2, 4e-2)),
@@ -196,7 +198,7 @@ def recipes() -> config_lib.ExperimentSweep:
       _recipes_of(wide),
       _recipes_of(far, steps=10_000),
     ),
-    base_config=_small_config('recipes', 5_000),
+    base_config=config,
   )
 
 
