@@ -37,7 +37,7 @@ TARGETS = {
 }
 # Shares of the exact predictor's regret within which a network is called near
 # it, and not far from it.
-_SHARES = (0.02, 0.15)
+_SHARES = (0.01, 0.15)
 _STDERR = 'mean ± standard error over seeds'
 
 
