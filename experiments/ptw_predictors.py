@@ -92,6 +92,7 @@ class PTWPredictor(predictors.OptimalPredictor):
 
   label = 'PTW'
   state_class = PTWState
+  holds_predictions = False
 
   def __init__(
     self,
@@ -225,6 +226,16 @@ class PTWPredictor(predictors.OptimalPredictor):
       batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
     )
     return posterior.astype(predictors.dtype_of(batch))
+
+  def _symbol_log_probs(
+    self, symbols: jax.Array, state: PTWState
+  ) -> tuple[jax.Array, PTWState]:
+    self._check_time(state, symbols.shape[1])
+    prior = self.prior(state.counts.shape[-1], state.log_odds.dtype)
+    log_probs, final_state, _ = _unroll_symbols(symbols, state, prior)
+    # Concrete where it was.
+    time = state.time + np.int32(symbols.shape[1])
+    return log_probs, final_state._replace(time=time)
 
   def _by_run_length(self, posteriors: jax.Array, time: int) -> jax.Array:
     """Sums of posteriors `[B, T, d + 1]` of the last T times up to `time`."""
@@ -409,6 +420,139 @@ def _predict_one(
     jnp.stack(final_log_odds[::-1]) if depth else jnp.zeros(0, symbols.dtype),
     block_log_odds[::-1],
   )
+
+
+# One sequence: a state without the batch axis.
+_BATCH_AXES = PTWState(None, 0, 0, 0)
+
+
+@jax.jit
+def _unroll_symbols(
+  symbols: jax.Array, state: PTWState, prior: jax.Array
+) -> tuple[jax.Array, PTWState, jax.Array]:
+  """`_unroll_symbols_one` of every sequence of a batch `[B, T]`."""
+  return jax.vmap(
+    _unroll_symbols_one,
+    in_axes=(0, _BATCH_AXES, None),
+    out_axes=(0, _BATCH_AXES, 0),
+  )(symbols, state, prior)
+
+
+def _unroll_symbols_one(
+  symbols: jax.Array, state: PTWState, prior: jax.Array
+) -> tuple[jax.Array, PTWState, jax.Array]:
+  """PTW of the symbols that came, all times at once, from any state.
+
+  A level needs of its block the count of the symbol that comes, not of all. It
+  follows from that of the halves: to the count in its own half comes, where an
+  occurrence before that half lies in the block, the count there.
+
+  Args:
+    symbols: Integers `[T]`.
+    state: State before them.
+    prior: Dirichlet concentration `[K]`.
+
+  Returns:
+    log p_0 of every symbol given those before it `[T]`, the state after them,
+    and L_j of t's block with the symbol at t `[d, T]`.
+  """
+  dtype, alphabet_size, length = prior.dtype, len(prior), len(symbols)
+  times_sorted = predictors.times_by_symbol(symbols, alphabet_size)
+  by_symbol = symbols[times_sorted]
+  is_again = jnp.append(False, by_symbol[1:] == by_symbol[:-1])
+  # Index of the last occurrence of the same symbol; -1 for none.
+  last = jnp.zeros_like(symbols).at[times_sorted].set(
+    jnp.where(is_again, jnp.roll(times_sorted, 1), -1)
+  )
+  # Index of the last occurrence of each symbol, [K]; -1 for none.
+  ends = jnp.searchsorted(by_symbol, jnp.arange(alphabet_size), side='right')
+  newest = times_sorted[ends - 1]
+  newest = jnp.where(symbols[newest] == jnp.arange(alphabet_size), newest, -1)
+  times = state.time + jnp.arange(length, dtype=jnp.int32)
+  end = state.time + length
+  own_prior, rest_prior = predictors.prior_of_symbols(symbols, prior)
+
+  def add_level(carry, level):
+    inner, before, mixture, rest, excess = carry
+    bits, seen, old_log_odds, old_residual = level
+    block = times >> bits
+    in_block = (before >= 0) & ((state.time + before) >> bits == block)
+    # The count of the occurrences since the beginning of these symbols.
+    own = inner[2] + jnp.where(in_block, inner[2][before] + 1, 0)
+    before = jnp.where(in_block, before[before], before)
+    is_first = block == state.time >> bits  # Open before these symbols.
+    drawn = own + jnp.where(is_first, seen[symbols], 0)
+    position = times & ((1 << bits) - 1)
+    outer = (drawn, position - drawn)
+    kt, change = _kt_and_change(inner[:2], outer, (own_prior, rest_prior))
+    difference = excess + change
+    gains = _gain(difference, kt, mixture)
+    sums = _sums_in_blocks(gains, position == 0)
+    carried = jnp.where(is_first, old_log_odds, 0)
+    log_odds = sums - gains + carried
+    split, whole = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
+    kt_rest = (outer[1].astype(dtype) + rest_prior) / (
+      position.astype(dtype) + (own_prior + rest_prior)
+    )
+    is_open = end & ((1 << bits) - 1) != 0
+    new_log_odds, residual = compensated_sum(
+      carried[-1], jnp.where(is_first[-1], old_residual, 0), sums[-1]
+    )
+    has_newest = (newest >= 0) & (block[newest] == block[-1])
+    counts = jnp.where(has_newest, own[newest] + 1, 0)
+    counts = counts + jnp.where(is_first[-1], seen, 0)
+    carry = (
+      (*outer, own),
+      before,
+      whole * kt + split * mixture,
+      whole * kt_rest + split * rest,
+      split * difference,
+    )
+    final = (
+      jnp.where(is_open, counts, 0),
+      jnp.where(is_open, new_log_odds, 0),
+      jnp.where(is_open, residual, 0),
+      sums + carried,
+    )
+    return carry, final
+
+  depth = len(state.log_odds)
+  nothing = jnp.zeros_like(symbols)
+  total = own_prior + rest_prior
+  start = (
+    (nothing, nothing, nothing),
+    last,
+    own_prior / total,
+    rest_prior / total,
+    jnp.zeros_like(total),
+  )
+  levels = (
+    np.arange(depth, 0, -1, dtype=np.int32),
+    state.counts[:-1],
+    state.log_odds.astype(dtype),
+    state.log_odds_residual.astype(dtype),
+  )
+  carry, (counts, log_odds, residual, block_log_odds) = jax.lax.scan(
+    add_level, start, levels, reverse=True
+  )
+  _, _, mixture, rest, _ = carry
+  # The last level is never open.
+  counts = jnp.pad(counts, ((0, 1), (0, 0)))
+  final = PTWState(end, counts, log_odds, residual)
+  final = jax.tree.map(lambda new, old: new.astype(old.dtype), final, state)
+  return predictors.log_share(mixture, rest), final, block_log_odds
+
+
+def _sums_in_blocks(terms: jax.Array, is_start: jax.Array) -> jax.Array:
+  """Running sums `[T]` that begin anew where a block does."""
+
+  def add(
+    left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    total = jnp.where(right[1], right[0], left[0] + right[0])
+    return total, left[1] | right[1]
+
+  return jax.lax.associative_scan(add, (terms, is_start))[0]
 
 
 @jax.jit
