@@ -511,9 +511,7 @@ def _kt_of_symbols(
 ) -> tuple[jax.Array, KTState]:
   """Log-probabilities of symbols `[B, T]`, and the state after them."""
 
-  def one(
-    symbols: jax.Array, seen: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  def one(symbols: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     alphabet_size, length = len(seen), len(symbols)
     times = times_by_symbol(symbols, alphabet_size)
     by_symbol = symbols[times]
@@ -523,7 +521,8 @@ def _kt_of_symbols(
     others = seen.sum() + jnp.arange(length) - own
     own_prior, rest_prior = prior_of_symbols(symbols, prior)
     log_probs = log_share(
-      own.astype(prior.dtype) + own_prior, others.astype(prior.dtype) + rest_prior
+      own.astype(prior.dtype) + own_prior,
+      others.astype(prior.dtype) + rest_prior,
     )
     return log_probs, seen + jnp.diff(begins).astype(jnp.int32)
 

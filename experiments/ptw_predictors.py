@@ -461,8 +461,10 @@ def _unroll_symbols_one(
   by_symbol = symbols[times_sorted]
   is_again = jnp.append(False, by_symbol[1:] == by_symbol[:-1])
   # Index of the last occurrence of the same symbol; -1 for none.
-  last = jnp.zeros_like(symbols).at[times_sorted].set(
-    jnp.where(is_again, jnp.roll(times_sorted, 1), -1)
+  last = (
+    jnp.zeros_like(symbols)
+    .at[times_sorted]
+    .set(jnp.where(is_again, jnp.roll(times_sorted, 1), -1))
   )
   # Index of the last occurrence of each symbol, [K]; -1 for none.
   ends = jnp.searchsorted(by_symbol, jnp.arange(alphabet_size), side='right')
