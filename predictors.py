@@ -753,9 +753,7 @@ def symbol_log_probs(
     chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
   is_exact = isinstance(predictor, ScanPredictor)
   if is_exact:
-    state = _exact_state(predictor, params, state, batch_size, seq_length)
-    output = jax.eval_shape(predictor.output_from_state, state)
-    alphabet_size = output.shape[-1]
+    state, alphabet_size = _exact_state(predictor, params, state, symbols)
   else:
     alphabet_size = _output_size(predictor)
     state = _network_state(predictor, state, batch_size, alphabet_size)
@@ -806,25 +804,24 @@ def check_symbols(
 
 
 def _exact_state(
-  predictor: ScanPredictor,
-  params: Params,
-  state: State,
-  batch_size: int,
-  seq_length: int,
-) -> State:
-  """The state to begin with, checked."""
+  predictor: ScanPredictor, params: Params, state: State, symbols: jax.Array
+) -> tuple[State, int]:
+  """The state to begin with, checked, and its alphabet."""
+  batch_size, seq_length = np.shape(symbols)
   if state is None:
     state = predictor.initial_state(params, None, batch_size)
-  check_state_batch_size(state, np.empty((batch_size, 1)))
+  # The state stays concrete: its time may be needed.
+  output = jax.eval_shape(lambda: predictor.output_from_state(state))
+  alphabet_size = output.shape[-1]
+  check_state_batch_size(state, symbols)
   if isinstance(predictor, OptimalPredictor):
-    predictor._check_state(state)
     base_config.check_dirichlet(
-      'concentration', predictor.concentration, state.counts.shape[-1]
+      'concentration', predictor.concentration, alphabet_size
     )
     time = getattr(state, 'time', 0)
     if not isinstance(time, jax.core.Tracer):
       predictor.check_seq_length(int(time) + seq_length)
-  return state
+  return state, alphabet_size
 
 
 def _output_size(network: Predictor) -> int:
@@ -847,7 +844,7 @@ def _network_state(
   """The state to begin with, checked."""
   shape = (batch_size, alphabet_size)
   if state is None:
-    return SymbolState(None, jnp.full(shape, -jnp.log(alphabet_size)))
+    return SymbolState(None, jnp.full(shape, -np.log(alphabet_size)))
   if not isinstance(state, SymbolState):
     raise ValueError(
       f'state is a {type(state).__name__}; that of a network must come from '

@@ -227,12 +227,29 @@ class PTWPredictor(predictors.OptimalPredictor):
     )
     return posterior.astype(predictors.dtype_of(batch))
 
+  def symbol_switch_posterior(self, symbols: jax.Array) -> jax.Array:
+    """Returns `switch_posterior` of integers, in the memory of d numbers each.
+
+    Args:
+      symbols: Whole sequences of 0, ..., K - 1, `[B, T]`.
+
+    Returns:
+      `[B, T]`; 0 at t = 0.
+    """
+    predictors.check_symbols(symbols)
+    state = self.initial_state({}, None, symbols.shape[0])
+    alphabet_size = state.counts.shape[-1]
+    predictors.check_symbols(symbols, alphabet_size)
+    self._check_time(state, symbols.shape[1])
+    prior = self.prior(alphabet_size, state.log_odds.dtype)
+    return _switches_of_symbols(jnp.asarray(symbols, jnp.int32), state, prior)
+
   def _symbol_log_probs(
     self, symbols: jax.Array, state: PTWState
   ) -> tuple[jax.Array, PTWState]:
     self._check_time(state, symbols.shape[1])
     prior = self.prior(state.counts.shape[-1], state.log_odds.dtype)
-    log_probs, final_state, _ = _unroll_symbols(symbols, state, prior)
+    log_probs, final_state = _unroll_symbols(symbols, state, prior)
     # Concrete where it was.
     time = state.time + np.int32(symbols.shape[1])
     return log_probs, final_state._replace(time=time)
@@ -429,13 +446,42 @@ _BATCH_AXES = PTWState(None, 0, 0, 0)
 @jax.jit
 def _unroll_symbols(
   symbols: jax.Array, state: PTWState, prior: jax.Array
-) -> tuple[jax.Array, PTWState, jax.Array]:
-  """`_unroll_symbols_one` of every sequence of a batch `[B, T]`."""
+) -> tuple[jax.Array, PTWState]:
+  """Log-probabilities of symbols `[B, T]`, and the state after them."""
   return jax.vmap(
-    _unroll_symbols_one,
+    lambda *args: _unroll_symbols_one(*args)[:2],
     in_axes=(0, _BATCH_AXES, None),
-    out_axes=(0, _BATCH_AXES, 0),
+    out_axes=(0, _BATCH_AXES),
   )(symbols, state, prior)
+
+
+@jax.jit
+def _switches_of_symbols(
+  symbols: jax.Array, state: PTWState, prior: jax.Array
+) -> jax.Array:
+  """P(a segment starts at t | all symbols) for integers `[B, T]`."""
+  depth, length = state.log_odds.shape[1], symbols.shape[1]
+  times = np.arange(length, dtype=np.int32)
+  bits = np.arange(depth, 0, -1, dtype=np.int32)
+
+  def one(symbols: jax.Array, state: PTWState) -> jax.Array:
+    log_odds = _unroll_symbols_one(symbols, state, prior)[2]
+
+    def add_level(
+      carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+      all_split, posterior = carry
+      log_odds, bits = level
+      last = jnp.minimum((times >> bits) + 1, length >> bits) << bits
+      last = jnp.where(last > times, last, length) - 1
+      all_split = all_split * jax.nn.sigmoid(log_odds[last])
+      is_middle = times & ((1 << bits) - 1) == 1 << (bits - 1)
+      return (all_split, jnp.where(is_middle, all_split, posterior)), None
+
+    start = (jnp.ones(length, prior.dtype), jnp.zeros(length, prior.dtype))
+    return jax.lax.scan(add_level, start, (log_odds, bits))[0][1]
+
+  return jax.vmap(one, in_axes=(0, _BATCH_AXES))(symbols, state)
 
 
 def _unroll_symbols_one(
@@ -474,7 +520,7 @@ def _unroll_symbols_one(
   end = state.time + length
   own_prior, rest_prior = predictors.prior_of_symbols(symbols, prior)
 
-  def add_level(carry, level):
+  def add_level(carry: Any, level: Any) -> tuple[Any, Any]:
     inner, before, mixture, rest, excess = carry
     bits, seen, old_log_odds, old_residual = level
     block = times >> bits
