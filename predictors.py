@@ -747,8 +747,10 @@ def symbol_log_probs(
     ValueError: If a symbol is no integer or out of range, which the message
       says with its position; or the state or the length does not fit.
   """
+  if not hasattr(symbols, 'dtype'):
+    symbols = np.asarray(symbols)
   check_symbols(symbols)
-  batch_size, seq_length = np.shape(symbols)
+  batch_size, seq_length = symbols.shape
   if chunk_length is not None:
     chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
   is_exact = isinstance(predictor, ScanPredictor)

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 
+import jax
 import numpy as np
 from scipy import special
 
@@ -283,3 +284,17 @@ def lin_switch_probabilities(seq_length):
       sum(starts[time - age] * lengths[age - 1] for age in range(1, time + 1))
     )
   return np.array([0.0, *starts[1:]])
+
+
+def largest_array(jaxpr):
+  """Elements of the largest array in a jaxpr."""
+  sizes = [0]
+  for equation in jaxpr.eqns:
+    sizes += [np.prod(v.aval.shape) for v in equation.outvars]
+    for inner in jax.tree.leaves(
+      equation.params, is_leaf=lambda p: hasattr(p, 'eqns')
+    ):
+      inner = getattr(inner, 'jaxpr', inner)
+      if hasattr(inner, 'eqns'):
+        sizes.append(largest_array(inner))
+  return max(sizes)
