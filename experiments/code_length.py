@@ -17,6 +17,7 @@ segments only; the table says how many bits that costs at most.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import inspect
 import pathlib
 import sys
 import time
@@ -104,9 +105,11 @@ def exact_coder(
   given['alphabet_size'] = symbols.alphabet_size
   takes = base_config.keywords(constructor)
   given = {key: value for key, value in given.items() if key in takes}
-  if 'hazard' in takes and 'hazard' not in given and name == 'run_length':
-    raise ValueError('predictor run_length needs a hazard')
   with base_config.naming(f'predictor {name}'):
+    try:
+      inspect.signature(constructor).bind(**given)
+    except TypeError as error:
+      raise ValueError(str(error)) from error
     predictor = constructor(**given)
     predictor.check_seq_length(length)
   return Coder(predictor.label, predictor, {})
@@ -398,7 +401,7 @@ def main(argv: list[str]) -> None:
   if len(argv) < 2:
     sys.exit('error: give one file or more')
   values = flags.FLAGS
-  names = [name for name in values.predictors.split(',') if name]
+  names = [name.strip() for name in values.predictors.split(',') if name]
 
   def coders_of(symbols: symbol_files.Symbols) -> list[Coder]:
     return make_coders(

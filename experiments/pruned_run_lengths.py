@@ -1,35 +1,35 @@
-r"""The run-length mixture that keeps the heaviest starts, in O(T N) time.
+"""The run-length mixture that keeps the heaviest starts, in O(T N) time.
 
 Of the posterior w_t(s) that the current segment began after s symbols (see
-run_length_predictors.py), only N starts are kept. Whenever one more begins, the
-lightest of the others makes way for it, and the rest is normalised again. N = T
-is the whole mixture.
+run_length_predictors.py), N starts are kept. Whenever one more begins, the
+lightest of the others makes way for it, and the rest is normalised again. With
+N > T it is the whole mixture.
 
-How much that loses. Let P be the probability of the symbols under the whole
-mixture, and Q that under the pruned one, both of all partitions together. Drop
-at time t a start s of age a, so with the counts c of a symbols, and of weight
-w. What goes with it is w F(s), where F(s) is the probability of all symbols
-from t on, given that the current segment began at s. F(t) is that of the start
-which takes its place. With KT's posterior after the counts c, a Dirichlet
-density,
+How much that loses: let P be the probability of all symbols under the whole
+mixture, and Q under the pruned one. Of the start s that is dropped at time t,
+let a be its age, c the counts of its a symbols and w its weight. With it goes
+w F(s), where F(s) is the probability of all later symbols, given that the
+current segment began at s. F(t) is that of the start which takes its place.
+With S of the hazard h as in hazards.py,
 
-  F(s) <= C R F(t)     C = sup_p Dir(p; c + prior) / Dir(p; prior)
-                         = sup_p p^c / KT(c),  the regret of KT for c
+  F(s) <= C R F(t)     C = sup_p prod_k p_k^c_k / KT(c)
                        R = sup_n S(a + n) / [S(a) S(n)]
 
-the latter if the hazard h never grows with the length: then an old segment
-goes on for n symbols at most R times as likely as a new one, and ends no more
-likely after them. So nothing of P is lost if the start at t counts for its own
-weight v and w C R besides: 1 + e times, with e = w C R / v. A start that is
-dropped hands on its own e, and a start that begins has the mean of those it
-came from. P is then at most the sum of the kept weights, each 1 + e times, and
+C compares KT's posterior after c, as a density, with the prior: no later
+symbols are more than C times as probable under it. R does so for the rest of
+the segment, if h never grows with the length: the old segment goes on for n
+symbols at most R times as likely as a new one, and is no likelier to end then.
+So nothing of P is missing if the start at t, of weight v, counts 1 + e times,
+with e = w C R / v. A start that is dropped passes its own e on, w [1 + e(s)]
+for w, and one that begins has the mean of those it came from. P is then at most
+the sum of the starts kept, each counted 1 + e times:
 
   log P - log Q <= log sum_s w_T(s) [1 + e_T(s)]
 
 `RunLengthPredictor.nats_lost` returns the right side. It holds for every
-sequence, not on average; it is mostly far above what is lost, as it allows for
-the worst future of what was dropped. A hazard that grows has no such bound.
-With i the limit of h for long segments, R = (1 - i)^a / S(a).
+sequence, not on average, and is mostly far above what is lost: it allows for
+the worst future of what was dropped. If h grows somewhere, there is no such
+bound. With i the limit of h for long segments, R = (1 - i)^a / S(a).
 """
 
 import functools
@@ -61,8 +61,7 @@ class PrunedRunLengthState(NamedTuple):
     mantissas: Mantissas of r_t(s), `[B, N]`, as in RunLengthState.
     exponents: Their powers of two, int32 `[B, N]`.
     counts: Counts of the symbols since each start, int32 `[B, N, K]`.
-    log_excess: log(1 + e), of what was dropped and each start answers for,
-      `[B, N]`.
+    log_excess: log(1 + e), how often each start counts in the bound, `[B, N]`.
   """
 
   time: jax.Array

@@ -472,8 +472,7 @@ def _switches_of_symbols(
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
       all_split, posterior = carry
       log_odds, bits = level
-      last = jnp.minimum((times >> bits) + 1, length >> bits) << bits
-      last = jnp.where(last > times, last, length) - 1
+      last = jnp.minimum(((times >> bits) + 1) << bits, length) - 1
       all_split = all_split * jax.nn.sigmoid(log_odds[last])
       is_middle = times & ((1 << bits) - 1) == 1 << (bits - 1)
       return (all_split, jnp.where(is_middle, all_split, posterior)), None
@@ -489,9 +488,9 @@ def _unroll_symbols_one(
 ) -> tuple[jax.Array, PTWState, jax.Array]:
   """PTW of the symbols that came, all times at once, from any state.
 
-  A level needs of its block the count of the symbol that comes, not of all. It
-  follows from that of the halves: to the count in its own half comes, where an
-  occurrence before that half lies in the block, the count there.
+  A level needs the count of the symbol that comes in its block, not of all. It
+  is the count in the symbol's own half and, if there is an occurrence in the
+  half before, the count up to that one.
 
   Args:
     symbols: Integers `[T]`.
@@ -502,20 +501,8 @@ def _unroll_symbols_one(
     log p_0 of every symbol given those before it `[T]`, the state after them,
     and L_j of t's block with the symbol at t `[d, T]`.
   """
-  dtype, alphabet_size, length = prior.dtype, len(prior), len(symbols)
-  times_sorted = predictors.times_by_symbol(symbols, alphabet_size)
-  by_symbol = symbols[times_sorted]
-  is_again = jnp.append(False, by_symbol[1:] == by_symbol[:-1])
-  # Index of the last occurrence of the same symbol; -1 for none.
-  last = (
-    jnp.zeros_like(symbols)
-    .at[times_sorted]
-    .set(jnp.where(is_again, jnp.roll(times_sorted, 1), -1))
-  )
-  # Index of the last occurrence of each symbol, [K]; -1 for none.
-  ends = jnp.searchsorted(by_symbol, jnp.arange(alphabet_size), side='right')
-  newest = times_sorted[ends - 1]
-  newest = jnp.where(symbols[newest] == jnp.arange(alphabet_size), newest, -1)
+  dtype, length = prior.dtype, len(symbols)
+  last, newest = _last_occurrences(symbols, len(prior))
   times = state.time + jnp.arange(length, dtype=jnp.int32)
   end = state.time + length
   own_prior, rest_prior = predictors.prior_of_symbols(symbols, prior)
@@ -589,6 +576,25 @@ def _unroll_symbols_one(
   final = PTWState(end, counts, log_odds, residual)
   final = jax.tree.map(lambda new, old: new.astype(old.dtype), final, state)
   return predictors.log_share(mixture, rest), final, block_log_odds
+
+
+def _last_occurrences(
+  symbols: jax.Array, alphabet_size: int
+) -> tuple[jax.Array, jax.Array]:
+  """Indices of the occurrence before each symbol `[T]`, and of the last `[K]`.
+
+  -1 where there is none.
+  """
+  order = predictors.times_by_symbol(symbols, alphabet_size)
+  by_symbol, alphabet = symbols[order], jnp.arange(alphabet_size)
+  is_again = jnp.append(False, by_symbol[1:] == by_symbol[:-1])
+  before = jnp.where(is_again, jnp.roll(order, 1), -1)
+  ends = jnp.searchsorted(by_symbol, alphabet, side='right')
+  newest = order[ends - 1]
+  return (
+    jnp.zeros_like(symbols).at[order].set(before),
+    jnp.where(symbols[newest] == alphabet, newest, -1),
+  )
 
 
 def _sums_in_blocks(terms: jax.Array, is_start: jax.Array) -> jax.Array:

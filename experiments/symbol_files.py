@@ -81,7 +81,9 @@ def read(
     if alphabet_size is None:
       default = {'bytes': 256, 'bits': 2}.get(kind.lower())
       alphabet_size = default or max(2, int(values.max()) + 1)
-    _check(values, alphabet_size, 'offset' if kind == 'bytes' else 'symbol')
+    _check(
+      values, alphabet_size, 'offset' if kind.lower() == 'bytes' else 'symbol'
+    )
   return Symbols(values, alphabet_size)
 
 

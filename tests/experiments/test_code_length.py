@@ -104,7 +104,8 @@ def test_networks_code_in_pieces_that_they_can_read(folder):
   ('names', 'kwargs', 'message'),
   [
     (['ptw'], {'depth': 3}, 'predictor ptw: depth 3 holds 8 .*depth=4 does'),
-    (['run_length'], {}, 'run_length needs a hazard'),
+    (['run_length'], {}, "run_length: missing a required argument: 'hazard'"),
+    (['regular_shift'], {}, "regular_shift: missing .*'shift_period'"),
     (['run_length'], {'hazard': 2.0}, 'predictor run_length: hazard is 2.0'),
     (['ptv'], {}, "predictor 'ptv' is not one of .*did you mean 'ptw'"),
     (['kt'], {'concentration': -1.0}, 'predictor kt: concentration is -1.0'),
