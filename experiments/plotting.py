@@ -1136,7 +1136,7 @@ def plot_code_lengths(
     )[:, 0]
     for name, values in bits.items():
       draw_line(top, positions, values - bits[best], name)
-    top.set_ylabel(f'code length so far,\nabove that of {best} (bits)')
+    top.set_ylabel(f'code length so far,\nabove {best} (bits)')
     add_grid(top)
     size = -(-length // _MAX_POINTS)
     for panel, (name, posterior) in zip(panels, switches.items(), strict=True):
