@@ -9,6 +9,8 @@ one-hot symbols), K alphabet size.
 
 The last prediction is about a symbol not seen yet. Predictions are logits;
 those of Bayes predictors are normalised log-probabilities, in nats.
+`symbol_log_probs` reads integers `[B, T]` instead, and says how probable each
+symbol was before it came, x_0 included.
 """
 
 import abc
@@ -30,6 +32,9 @@ from nonstationary_mbml import base_config
 
 Params = Any
 State = Any
+
+# Numbers in the largest array of a chunk of integer symbols.
+_CHUNK_SIZE = 2**20
 
 
 class Predictor(abc.ABC):
@@ -289,6 +294,8 @@ class ScanPredictor(base_config.EqualByValue, Predictor):
   """
 
   has_state = True
+  # Whether `_symbol_log_probs` holds predictions `[B, T, K]`.
+  holds_predictions = True
 
   @abc.abstractmethod
   def update(self, symbols: jax.Array, state: State) -> State:
@@ -316,6 +323,20 @@ class ScanPredictor(base_config.EqualByValue, Predictor):
     check_state_batch_size(init_state, batch)
 
     return _scan(self, batch, init_state)
+
+  def _symbol_log_probs(
+    self, symbols: jax.Array, state: State
+  ) -> tuple[jax.Array, State]:
+    """The log-probability of every symbol of `[B, T]`, and the last state.
+
+    They are checked. A subclass that needs no `[B, T, K]` gives its own, and
+    says so by `holds_predictions`.
+    """
+    first = self.output_from_state(state)
+    batch = jax.nn.one_hot(symbols, first.shape[-1])
+    predictions, state = self.unroll({}, None, batch, state)
+    predictions = jnp.concatenate([first[:, None], predictions[:, :-1]], axis=1)
+    return _of_symbols(predictions, symbols), state
 
 
 class OptimalPredictor(ScanPredictor):
@@ -433,6 +454,7 @@ class OptimalCategoricalPredictor(OptimalPredictor):
 
   label = 'KT'
   state_class = KTState
+  holds_predictions = False
 
   def empty_state(self, batch_size: int, alphabet_size: int) -> KTState:
     return KTState(jnp.zeros((batch_size, alphabet_size), jnp.int32))
@@ -460,6 +482,13 @@ class OptimalCategoricalPredictor(OptimalPredictor):
     log_probs = self._log_probs(counts, compute_dtype(batch))
     return log_probs.astype(dtype_of(batch)), KTState(counts[:, -1])
 
+  def _symbol_log_probs(
+    self, symbols: jax.Array, state: KTState
+  ) -> tuple[jax.Array, KTState]:
+    _check_count(state.counts, symbols.shape[1])
+    prior = self.prior(state.counts.shape[-1], jnp.result_type(float))
+    return _kt_of_symbols(symbols, state, prior)
+
   def _log_probs(self, counts: jax.Array, dtype: Any) -> jax.Array:
     return jnp.log(kt_probs(counts, self.prior(counts.shape[-1], dtype)))
 
@@ -476,6 +505,58 @@ def _scan(
 
   final_state, outputs = jax.lax.scan(step, init_state, batch.swapaxes(0, 1))
   return outputs.swapaxes(0, 1).astype(dtype_of(batch)), final_state
+
+
+@jax.jit
+def _kt_of_symbols(
+  symbols: jax.Array, state: KTState, prior: jax.Array
+) -> tuple[jax.Array, KTState]:
+  """Log-probabilities of symbols `[B, T]`, and the state after them."""
+
+  def one(symbols: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    alphabet_size, length = len(seen), len(symbols)
+    times = times_by_symbol(symbols, alphabet_size)
+    by_symbol = symbols[times]
+    begins = jnp.searchsorted(by_symbol, jnp.arange(alphabet_size + 1))
+    ranks = jnp.arange(length, dtype=jnp.int32) - begins[by_symbol]
+    own = seen[symbols] + jnp.zeros_like(symbols).at[times].set(ranks)
+    others = seen.sum() + jnp.arange(length) - own
+    own_prior, rest_prior = prior_of_symbols(symbols, prior)
+    log_probs = log_share(
+      own.astype(prior.dtype) + own_prior,
+      others.astype(prior.dtype) + rest_prior,
+    )
+    return log_probs, seen + jnp.diff(begins).astype(jnp.int32)
+
+  log_probs, counts = jax.vmap(one)(symbols, state.counts)
+  return log_probs, KTState(counts)
+
+
+def times_by_symbol(symbols: jax.Array, alphabet_size: int) -> jax.Array:
+  """Returns the times of all symbols `[T]`, sorted by symbol, then by time."""
+  length = len(symbols)
+  if alphabet_size * length > base_config.MAX_SIZE:
+    return jnp.argsort(symbols, stable=True).astype(jnp.int32)
+  # One array of distinct numbers is sorted several times as fast as a pair.
+  times = jnp.arange(length, dtype=jnp.int32)
+  return jnp.sort(symbols * length + times, stable=False) % length
+
+
+def prior_of_symbols(
+  symbols: jax.Array, prior: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the concentrations of symbols `[...]`, and of all others."""
+  is_other = ~np.eye(len(prior), dtype=bool)
+  # No difference of the sum: it would cancel.
+  others = jnp.where(is_other, prior, 0).sum(axis=-1)
+  return prior[symbols], others[symbols]
+
+
+def log_share(own: jax.Array, others: jax.Array) -> jax.Array:
+  """Returns log(own / (own + others)), with all digits where it is near 0."""
+  is_likely = others < own
+  share = jnp.where(is_likely, others, own) / (own + others)
+  return jnp.where(is_likely, jnp.log1p(-share), jnp.log(share))
 
 
 def kt_probs(counts: jax.Array, prior: jax.Array) -> jax.Array:
@@ -615,6 +696,186 @@ def unroll_in_chunks(
     state, last = unroll(state, seq_length - rest, rest)
     predictions.append(last)
   return jnp.concatenate(predictions, axis=1), state
+
+
+class SymbolState(NamedTuple):
+  """Where a network is in a stream of symbols, for `symbol_log_probs`.
+
+  Attributes:
+    state: State of the network; None if it has none.
+    next_log_probs: Log-probabilities of the next symbol, `[B, K]`.
+  """
+
+  state: State
+  next_log_probs: jax.Array
+
+
+def symbol_log_probs(
+  predictor: Predictor,
+  params: Params,
+  symbols: jax.Array | np.ndarray,
+  state: State = None,
+  chunk_length: int | None = None,
+) -> tuple[jax.Array, State]:
+  """Returns how probable every symbol was before it came.
+
+  The sum over time is minus the code length of the sequence, in nats. A network
+  has no prediction before the first symbol; that is a uniform one.
+
+    symbols    0           0           1                K = 2, KT
+    log_probs  log(1/2)    log(3/4)    log(1/6)
+
+  KT, PTW, Forget-Me-Not and pruned run-length mixtures never hold `[B, T, K]`,
+  others that of one chunk. Chunk after chunk, or with the state carried on from
+  call to call, it is the same as at once, but for networks without a state:
+  they begin anew in every chunk, whose first symbol is predicted from the last
+  one.
+
+  Args:
+    predictor: Exact predictor or network. An exact one has K symbols by its
+      `alphabet_size`, its concentration, or else 2.
+    params: Its parameters; {} for an exact one.
+    symbols: Integers 0, ..., K - 1, `[B, T]`.
+    state: State to go on from, as returned here; None is the beginning.
+      Exact predictors take that of `unroll` as well.
+    chunk_length: Symbols at a time; by default as many as take little memory,
+      or the whole sequence where there is no state.
+
+  Returns:
+    Log-probabilities `[B, T]` in nats, and the state after the last symbol: of
+    a network a `SymbolState`, of an exact predictor its own.
+
+  Raises:
+    ValueError: If a symbol is no integer or out of range, which the message
+      says with its position; or the state or the length does not fit.
+  """
+  if not hasattr(symbols, 'dtype'):
+    symbols = np.asarray(symbols)
+  check_symbols(symbols)
+  batch_size, seq_length = symbols.shape
+  if chunk_length is not None:
+    chunk_length = base_config.check_int('chunk_length', chunk_length, 1)
+  is_exact = isinstance(predictor, ScanPredictor)
+  if is_exact:
+    state, alphabet_size = _exact_state(predictor, params, state, symbols)
+  else:
+    alphabet_size = _output_size(predictor)
+    state = _network_state(predictor, state, batch_size, alphabet_size)
+  check_symbols(symbols, alphabet_size)
+  if chunk_length is None:
+    chunk_length = seq_length
+    if predictor.has_state:
+      holds = not is_exact or predictor.holds_predictions
+      size = batch_size * (alphabet_size if holds else 1)
+      chunk_length = max(1, _CHUNK_SIZE // size)
+  log_probs = []
+  for begin in range(0, seq_length, chunk_length):
+    chunk = jnp.asarray(symbols[:, begin : begin + chunk_length], jnp.int32)
+    if is_exact:
+      chunk, state = predictor._symbol_log_probs(chunk, state)
+    else:
+      chunk, state = _network_log_probs(predictor, params, chunk, state)
+    log_probs.append(chunk)
+  return jnp.concatenate(log_probs, axis=1), state
+
+
+def check_symbols(
+  symbols: jax.Array | np.ndarray, alphabet_size: int | None = None
+) -> None:
+  """Raises ValueError unless symbols are integers `[B, T]` below K.
+
+  Args:
+    symbols: Symbols; only concrete ones are looked at.
+    alphabet_size: K; None checks shape and dtype alone.
+  """
+  shape, dtype = np.shape(symbols), jnp.result_type(symbols)
+  if len(shape) != 2 or 0 in shape:
+    raise ValueError(
+      f'symbols has shape {shape}; it must be [B, T], none of them 0'
+    )
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise ValueError(f'symbols must be integers, not {dtype}')
+  if alphabet_size is None or isinstance(symbols, jax.core.Tracer):
+    return
+  array = np.asarray(symbols)
+  if 0 <= array.min() and array.max() < alphabet_size:
+    return
+  where = np.argwhere((array < 0) | (array >= alphabet_size))[0].tolist()
+  raise ValueError(
+    f'symbols must be 0, ..., {alphabet_size - 1} for an alphabet of '
+    f'{alphabet_size}; at {tuple(where)} there is {array[tuple(where)]}'
+  )
+
+
+def _exact_state(
+  predictor: ScanPredictor, params: Params, state: State, symbols: jax.Array
+) -> tuple[State, int]:
+  """The state to begin with, checked, and its alphabet."""
+  batch_size, seq_length = np.shape(symbols)
+  if state is None:
+    state = predictor.initial_state(params, None, batch_size)
+  # The state stays concrete: its time may be needed.
+  output = jax.eval_shape(lambda: predictor.output_from_state(state))
+  alphabet_size = output.shape[-1]
+  check_state_batch_size(state, symbols)
+  if isinstance(predictor, OptimalPredictor):
+    base_config.check_dirichlet(
+      'concentration', predictor.concentration, alphabet_size
+    )
+    time = getattr(state, 'time', 0)
+    if not isinstance(time, jax.core.Tracer):
+      predictor.check_seq_length(int(time) + seq_length)
+  return state, alphabet_size
+
+
+def _output_size(network: Predictor) -> int:
+  """The alphabet of a network, which its output tells for any input."""
+  batch = jnp.zeros((1, 1, 2))
+
+  def output() -> jax.Array:
+    params = network.init_params(jax.random.key(0), batch, None)
+    return network.unroll(params, None, batch)[0]
+
+  return jax.eval_shape(output).shape[-1]
+
+
+def _network_state(
+  network: Predictor,
+  state: SymbolState | None,
+  batch_size: int,
+  alphabet_size: int,
+) -> SymbolState:
+  """The state to begin with, checked."""
+  shape = (batch_size, alphabet_size)
+  if state is None:
+    return SymbolState(None, jnp.full(shape, -np.log(alphabet_size)))
+  if not isinstance(state, SymbolState):
+    raise ValueError(
+      f'state is a {type(state).__name__}; that of a network must come from '
+      'symbol_log_probs, since it has the next prediction'
+    )
+  check_state_batch_size(state, np.empty(shape))
+  return state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _network_log_probs(
+  network: Predictor, params: Params, symbols: jax.Array, state: SymbolState
+) -> tuple[jax.Array, SymbolState]:
+  """Log-probabilities of a chunk `[B, T]`, and the state after it."""
+  first = state.next_log_probs[:, None]
+  batch = jax.nn.one_hot(symbols, first.shape[-1], dtype=first.dtype)
+  init_state = state.state if network.has_state else None
+  logits, final_state = network.unroll(params, None, batch, init_state)
+  predictions = jax.nn.log_softmax(logits)
+  before = jnp.concatenate([first, predictions[:, :-1]], axis=1)
+  state = SymbolState(final_state, predictions[:, -1])
+  return _of_symbols(before, symbols), state
+
+
+def _of_symbols(predictions: jax.Array, symbols: jax.Array) -> jax.Array:
+  """The entries of `[B, T, K]` for symbols `[B, T]`."""
+  return jnp.take_along_axis(predictions, symbols[..., None], axis=-1)[..., 0]
 
 
 def _last_linear_inputs(

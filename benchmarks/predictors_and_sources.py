@@ -42,15 +42,29 @@ class Sizes:
     seq_length: T.
     long_mixture: T of the longest run-length mixture.
     long: T of the longest sequence.
+    file: T of a file of bytes, and of one of bits.
+    pruned: T of a pruned run-length mixture.
+    num_starts: Starts that it keeps.
   """
 
   batch_size: int = 128
   seq_length: int = 256
   long_mixture: int = 8192
   long: int = 2**20
+  file: int = 10**6
+  pruned: int = 10**6
+  num_starts: int = 512
 
 
-QUICK = Sizes(batch_size=8, seq_length=32, long_mixture=64, long=2**10)
+QUICK = Sizes(
+  batch_size=8,
+  seq_length=32,
+  long_mixture=64,
+  long=2**10,
+  file=1000,
+  pruned=200,
+  num_starts=16,
+)
 
 
 def numpy_ptw(batch: np.ndarray, depth: int) -> np.ndarray:
@@ -370,6 +384,99 @@ def time_stream(sizes: Sizes) -> Iterator[Row]:
   yield quantity(f'{name}, state', size, 'bytes', 'O(K log T)')
 
 
+def numpy_symbols(values: np.ndarray, alphabet_size: int, depth: int) -> float:
+  """PTW's code length of integers `[T]`, one symbol after the other."""
+  counts = np.zeros((depth + 1, alphabet_size))
+  log_odds = np.zeros(depth)
+  sizes = 1 << np.arange(depth, -1, -1)
+  total = 0.0
+  for t, symbol in enumerate(values):
+    kts = (counts[:, symbol] + 0.5) / (t % sizes + 0.5 * alphabet_size)
+    split = 1 / (1 + np.exp(-log_odds))
+    mixtures = kts.copy()
+    for level in reversed(range(depth)):
+      mixtures[level] += split[level] * (mixtures[level + 1] - kts[level])
+    total -= np.log(mixtures[0])
+    log_odds += np.log(mixtures[1:]) - np.log(kts[:-1])
+    counts[:, symbol] += 1
+    ended = (t + 1) % sizes == 0
+    counts[ended] = 0
+    log_odds[ended[:-1]] = 0
+  return total
+
+
+def code_files(sizes: Sizes) -> Iterator[Row]:
+  """Integer symbols, beside the one-hot way and a loop in NumPy."""
+  depth = ptw_predictors.min_depth(sizes.file)
+  rng = np.random.default_rng(0)
+  for alphabet_size, targets in (
+    (256, {'KT': '<= 2', 'PTW': '<= 10'}),
+    (2, {'PTW': '<= 2'}),
+  ):
+    values = rng.integers(alphabet_size, size=(1, sizes.file)).astype(np.uint8)
+    for predictor in (
+      predictors.OptimalCategoricalPredictor(alphabet_size=alphabet_size),
+      ptw_predictors.PTWPredictor(depth, alphabet_size=alphabet_size),
+    ):
+      target = targets.get(predictor.label, '')
+      yield from code_file(predictor, values, alphabet_size, target)
+
+
+def code_file(
+  predictor: predictors.OptimalPredictor,
+  values: np.ndarray,
+  alphabet_size: int,
+  target: str,
+) -> Iterator[Row]:
+  """Rows of one exact predictor on the symbols of a file, `[1, T]`."""
+  name = f'{predictor.label}, K={alphabet_size}, integers'
+  # The other ways have to do with less.
+  few = values[:, : values.size // 100]
+  batch = jnp.asarray(np.eye(alphabet_size, dtype=np.float32)[few])
+  unroll = jit_unroll(predictor)
+
+  def code(values: np.ndarray) -> jax.Array:
+    return predictors.symbol_log_probs(predictor, {}, values)[0]
+
+  began = time.perf_counter()
+  jax.block_until_ready(code(values))
+  first = time.perf_counter() - began
+  others = {'one-hot': lambda: unroll(batch)}
+  if predictor.label == 'PTW':
+    loop = lambda: numpy_symbols(few[0], alphabet_size, predictor.depth)
+    difference = abs(-float(code(few).sum()) / loop() - 1)
+    if difference > 1e-4:
+      raise RuntimeError(f'PTW differs from NumPy by {difference}')
+    others['NumPy loop over time'] = loop
+  sides = {'all': lambda: code(values), 'few': lambda: code(few), **others}
+  times = in_turns(sides, repeats=3)
+  yield quantity(
+    f'{name}, T={values.size}', np.median(times['all']), 's', target
+  )
+  yield quantity(f'{name}, T={values.size}, first call', first, 's')
+  yield milliseconds(f'{name}, T={few.size}', times['few'])
+  for side in others:
+    yield milliseconds(f'{name}, T={few.size}, {side}', times[side])
+
+
+def prune_run_lengths(sizes: Sizes) -> Iterator[Row]:
+  """LAD by its heaviest starts on a long sequence of bits."""
+  length = sizes.pruned
+  rng = np.random.default_rng(0)
+  means = np.repeat(rng.beta(0.5, 0.5, 50), length // 50)
+  values = (rng.random((1, length)) < means).astype(np.uint8)
+  predictor = live_and_die_predictors.LADPredictor(
+    max_length=length, max_run_lengths=sizes.num_starts
+  )
+  began = time.perf_counter()
+  log_probs, state = predictors.symbol_log_probs(predictor, {}, values)
+  jax.block_until_ready(log_probs)
+  name = f'LAD of {sizes.num_starts} starts, T={length}'
+  yield quantity(name, time.perf_counter() - began, 's', '<= 60')
+  share = float(predictor.nats_lost(state)[0]) / -float(log_probs.sum())
+  yield quantity(f'{name}, bound on the loss', 100 * share, '%')
+
+
 def compare_sampling(sizes: Sizes) -> Iterator[Row]:
   """Sampling a PTW batch against a training step on it."""
 
@@ -412,6 +519,8 @@ PARTS = {
   'long mixtures': scale_run_length_mixture,
   'long sequence': time_long_sequence,
   'stream': time_stream,
+  'files': code_files,
+  'pruned mixture': prune_run_lengths,
   'sampling': compare_sampling,
 }
 

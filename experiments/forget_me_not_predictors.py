@@ -97,6 +97,7 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
 
   label = 'Forget-Me-Not'
   state_class = ForgetMeNotState
+  holds_predictions = False
 
   def __init__(
     self,
@@ -181,6 +182,16 @@ class ForgetMeNotPredictor(predictors.OptimalPredictor):
     predictions = predictions.astype(predictors.dtype_of(batch))
     return predictions, _cast(final_state, state.log_odds.dtype)
 
+  def _symbol_log_probs(
+    self, symbols: jax.Array, state: ForgetMeNotState
+  ) -> tuple[jax.Array, ForgetMeNotState]:
+    self._check_time(state, symbols.shape[1])
+    prior = self.prior(state.counts.shape[-1], state.log_odds.dtype)
+    log_probs, final_state = _advance_symbols(symbols, state, prior)
+    # Concrete where it was.
+    time = state.time + np.int32(symbols.shape[1])
+    return log_probs, final_state._replace(time=time)
+
   def _check_state(self, state: ForgetMeNotState) -> None:
     super()._check_state(state)
     _, num_levels, num_models, _ = state.counts.shape
@@ -224,7 +235,8 @@ def _advance_one(
     state: ForgetMeNotState, symbol: jax.Array
   ) -> tuple[ForgetMeNotState, jax.Array]:
     levels = _levels(state, prior)
-    return _learn(symbol, state, *levels), jnp.log(levels[-1][0])
+    learnt = _learn(symbol, state, *_log_probs(symbol, *levels))
+    return learnt, jnp.log(levels[-1][0])
 
   # log_probs[t] is about symbol t, given those before it.
   state, log_probs = jax.lax.scan(step, state, symbols)
@@ -232,10 +244,45 @@ def _advance_one(
   return jnp.concatenate([log_probs[1:], last[None]]), state
 
 
+@jax.jit
+def _advance_symbols(
+  symbols: jax.Array, state: ForgetMeNotState, prior: jax.Array
+) -> tuple[jax.Array, ForgetMeNotState]:
+  """Log-probabilities of symbols `[B, T]`, and the state after them.
+
+  For the symbol that comes, an alphabet of two says as much as all K: itself,
+  and any other one. So a step sums counts, and mixes nothing of K.
+  """
+  totals = predictors.prior_of_symbols(jnp.arange(len(prior)), prior)
+
+  def step(
+    state: ForgetMeNotState, symbol: jax.Array
+  ) -> tuple[ForgetMeNotState, jax.Array]:
+    own = state.counts[..., symbol]
+    counts = jnp.stack([own, state.counts.sum(axis=-1) - own], axis=-1)
+    pair = jnp.stack([total[symbol] for total in totals])
+    levels = _levels(state._replace(counts=counts), pair)
+    # In the alphabet of two it is the first.
+    log_probs = _log_probs(jnp.eye(2, dtype=prior.dtype)[0], *levels)
+    is_symbol = jnp.arange(len(prior)) == symbol
+    return _learn(is_symbol, state, *log_probs), log_probs[-1][0]
+
+  def one(
+    symbols: jax.Array, state: ForgetMeNotState
+  ) -> tuple[jax.Array, ForgetMeNotState]:
+    state, log_probs = jax.lax.scan(step, state, symbols)
+    return log_probs, state
+
+  return jax.vmap(one, in_axes=(0, _BATCH_AXES), out_axes=(0, _BATCH_AXES))(
+    symbols, state
+  )
+
+
 def _update_one(
   symbol: jax.Array, state: ForgetMeNotState, prior: jax.Array
 ) -> ForgetMeNotState:
-  return _learn(symbol, state, *_levels(state, prior))
+  log_probs = _log_probs(symbol, *_levels(state, prior))
+  return _learn(symbol, state, *log_probs)
 
 
 def _output_one(state: ForgetMeNotState, prior: jax.Array) -> jax.Array:
@@ -273,22 +320,19 @@ def _levels(
 def _learn(
   symbol: jax.Array,
   state: ForgetMeNotState,
-  kts: jax.Array,
-  segments: jax.Array,
-  mixtures: jax.Array,
+  log_kts: jax.Array,
+  log_segments: jax.Array,
+  log_mixtures: jax.Array,
 ) -> ForgetMeNotState:
   """The state after one more symbol.
 
   Args:
     symbol: `[K]`, one-hot.
     state: The state before it.
-    kts: KT probabilities from `_levels`, like the rest.
-    segments: xi_j.
-    mixtures: p_j.
+    log_kts: log kt_ji of the symbol, from `_log_probs` like the rest.
+    log_segments: log xi_j.
+    log_mixtures: log p_j.
   """
-  log_kts, log_segments, log_mixtures = (
-    _log_prob(symbol, probs) for probs in (kts, segments, mixtures)
-  )
   log_weights = state.log_weights + (log_kts - log_segments[:, None])
   log_odds, residual = ptw_predictors.compensated_sum(
     state.log_odds,
@@ -323,6 +367,11 @@ def _learn(
     log_odds=jnp.where(ended[:-1], 0, log_odds),
     log_odds_residual=jnp.where(ended[:-1], 0, residual),
   )
+
+
+def _log_probs(symbol: jax.Array, *probs: jax.Array) -> tuple[jax.Array, ...]:
+  """Log-probabilities of a symbol `[K]` from each of those of `_levels`."""
+  return tuple(_log_prob(symbol, prob) for prob in probs)
 
 
 def _log_prob(symbol: jax.Array, probs: jax.Array) -> jax.Array:

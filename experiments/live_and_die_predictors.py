@@ -31,8 +31,13 @@ class LADPredictor(run_length_predictors.RunLengthPredictor):
     concentration: float | Sequence[float] = 0.5,
     alphabet_size: int | None = None,
     max_length: int | None = None,
+    max_run_lengths: int | None = None,
   ):
     """Initializes the predictor; arguments as in RunLengthPredictor."""
     super().__init__(
-      hazards.HazardFunction(hazard), concentration, alphabet_size, max_length
+      hazards.HazardFunction(hazard),
+      concentration,
+      alphabet_size,
+      max_length,
+      max_run_lengths,
     )

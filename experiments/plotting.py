@@ -100,6 +100,8 @@ _MARKER_SHIFT = 0.03
 _MARK = {'color': '0.35', 'linestyle': ':', 'linewidth': 1.2}
 # More symbols than this are plotted only up to it.
 _MAX_SYMBOLS = 3
+# More positions than this are drawn together.
+_MAX_POINTS = 1000
 # A less probable run length has the colour of 0 in the heat map.
 _LEAST_PROBABILITY = 1e-3
 # Widths in letters of a legend: the figure, and a handle with its margins.
@@ -1092,4 +1094,62 @@ def plot_switch_posteriors(
       more,
       'true switching point',
     )
+  return figure
+
+
+def plot_code_lengths(
+  positions: np.ndarray,
+  bits: Mapping[str, np.ndarray],
+  switches: Mapping[str, np.ndarray] | None = None,
+  title: str = '',
+) -> figure_lib.Figure:
+  """Draws how many bits predictors need for a file, and where it switched.
+
+  Args:
+    positions: Positions 1, ..., T, `[P]`, the last one at the end.
+    bits: Code length of the symbols up to them in bits, `[P]`, by predictor.
+    switches: P(a segment starts at t | the whole file), `[T]`, by predictor.
+    title: Title of the figure.
+
+  Returns:
+    The figure: code length so far above that of the predictor which is best at
+    the end, and under it the probability of a switch, in long files the largest
+    one around each position.
+
+  Raises:
+    ValueError: If there is nothing to draw, or arrays do not fit each other.
+  """
+  _check_not_empty('bits', bits)
+  positions = _array('positions', positions, '[P]')
+  bits = _arrays('bits', bits, '[P]', positions.shape)
+  length = int(positions[-1])
+  switches = _arrays('switches', switches or {}, '[T]', (length,))
+  best = min(bits, key=lambda name: bits[name][-1])
+  num_panels = 1 + len(switches)
+  with new_figure(9, 2.6 + 1.4 * num_panels, title) as figure:
+    top, *panels = figure.subplots(
+      num_panels,
+      1,
+      sharex=True,
+      height_ratios=[2.2] + [1] * len(switches),
+      squeeze=False,
+    )[:, 0]
+    for name, values in bits.items():
+      draw_line(top, positions, values - bits[best], name)
+    top.set_ylabel(f'code length so far,\nabove {best} (bits)')
+    add_grid(top)
+    size = -(-length // _MAX_POINTS)
+    for panel, (name, posterior) in zip(panels, switches.items(), strict=True):
+      padded = np.pad(posterior, (0, -length % size))
+      height = padded.reshape(-1, size).max(axis=1)
+      middles = np.arange(len(height)) * size + (size + 1) / 2
+      panel.vlines(middles, 0, height, color=style(name).colour, linewidth=1)
+      around = f'\nlargest of {size:,}' if size > 1 else ''
+      panel.set_ylabel(f'P(switch),\n{name}{around}')
+      panel.set_ylim(0, 1)
+      add_grid(panel)
+    [top, *panels][-1].set_xlabel('position (symbols)')
+    top.xaxis.set_major_formatter(plain_number)
+    top.yaxis.set_major_formatter(plain_number)
+    add_legend(figure, predictor_handles(bits))
   return figure

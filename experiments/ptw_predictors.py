@@ -92,6 +92,7 @@ class PTWPredictor(predictors.OptimalPredictor):
 
   label = 'PTW'
   state_class = PTWState
+  holds_predictions = False
 
   def __init__(
     self,
@@ -225,6 +226,33 @@ class PTWPredictor(predictors.OptimalPredictor):
       batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
     )
     return posterior.astype(predictors.dtype_of(batch))
+
+  def symbol_switch_posterior(self, symbols: jax.Array) -> jax.Array:
+    """Returns `switch_posterior` of integers, in the memory of d numbers each.
+
+    Args:
+      symbols: Whole sequences of 0, ..., K - 1, `[B, T]`.
+
+    Returns:
+      `[B, T]`; 0 at t = 0.
+    """
+    predictors.check_symbols(symbols)
+    state = self.initial_state({}, None, symbols.shape[0])
+    alphabet_size = state.counts.shape[-1]
+    predictors.check_symbols(symbols, alphabet_size)
+    self._check_time(state, symbols.shape[1])
+    prior = self.prior(alphabet_size, state.log_odds.dtype)
+    return _switches_of_symbols(jnp.asarray(symbols, jnp.int32), state, prior)
+
+  def _symbol_log_probs(
+    self, symbols: jax.Array, state: PTWState
+  ) -> tuple[jax.Array, PTWState]:
+    self._check_time(state, symbols.shape[1])
+    prior = self.prior(state.counts.shape[-1], state.log_odds.dtype)
+    log_probs, final_state = _unroll_symbols(symbols, state, prior)
+    # Concrete where it was.
+    time = state.time + np.int32(symbols.shape[1])
+    return log_probs, final_state._replace(time=time)
 
   def _by_run_length(self, posteriors: jax.Array, time: int) -> jax.Array:
     """Sums of posteriors `[B, T, d + 1]` of the last T times up to `time`."""
@@ -409,6 +437,176 @@ def _predict_one(
     jnp.stack(final_log_odds[::-1]) if depth else jnp.zeros(0, symbols.dtype),
     block_log_odds[::-1],
   )
+
+
+# One sequence: a state without the batch axis.
+_BATCH_AXES = PTWState(None, 0, 0, 0)
+
+
+@jax.jit
+def _unroll_symbols(
+  symbols: jax.Array, state: PTWState, prior: jax.Array
+) -> tuple[jax.Array, PTWState]:
+  """Log-probabilities of symbols `[B, T]`, and the state after them."""
+  return jax.vmap(
+    lambda *args: _unroll_symbols_one(*args)[:2],
+    in_axes=(0, _BATCH_AXES, None),
+    out_axes=(0, _BATCH_AXES),
+  )(symbols, state, prior)
+
+
+@jax.jit
+def _switches_of_symbols(
+  symbols: jax.Array, state: PTWState, prior: jax.Array
+) -> jax.Array:
+  """P(a segment starts at t | all symbols) for integers `[B, T]`."""
+  depth, length = state.log_odds.shape[1], symbols.shape[1]
+  times = np.arange(length, dtype=np.int32)
+  bits = np.arange(depth, 0, -1, dtype=np.int32)
+
+  def one(symbols: jax.Array, state: PTWState) -> jax.Array:
+    log_odds = _unroll_symbols_one(symbols, state, prior)[2]
+
+    def add_level(
+      carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+      all_split, posterior = carry
+      log_odds, bits = level
+      last = jnp.minimum(((times >> bits) + 1) << bits, length) - 1
+      all_split = all_split * jax.nn.sigmoid(log_odds[last])
+      is_middle = times & ((1 << bits) - 1) == 1 << (bits - 1)
+      return (all_split, jnp.where(is_middle, all_split, posterior)), None
+
+    start = (jnp.ones(length, prior.dtype), jnp.zeros(length, prior.dtype))
+    return jax.lax.scan(add_level, start, (log_odds, bits))[0][1]
+
+  return jax.vmap(one, in_axes=(0, _BATCH_AXES))(symbols, state)
+
+
+def _unroll_symbols_one(
+  symbols: jax.Array, state: PTWState, prior: jax.Array
+) -> tuple[jax.Array, PTWState, jax.Array]:
+  """PTW of the symbols that came, all times at once, from any state.
+
+  A level needs the count of the symbol that comes in its block, not of all. It
+  is the count in the symbol's own half and, if there is an occurrence in the
+  half before, the count up to that one.
+
+  Args:
+    symbols: Integers `[T]`.
+    state: State before them.
+    prior: Dirichlet concentration `[K]`.
+
+  Returns:
+    log p_0 of every symbol given those before it `[T]`, the state after them,
+    and L_j of t's block with the symbol at t `[d, T]`.
+  """
+  dtype, length = prior.dtype, len(symbols)
+  last, newest = _last_occurrences(symbols, len(prior))
+  times = state.time + jnp.arange(length, dtype=jnp.int32)
+  end = state.time + length
+  own_prior, rest_prior = predictors.prior_of_symbols(symbols, prior)
+
+  def add_level(carry: Any, level: Any) -> tuple[Any, Any]:
+    inner, before, mixture, rest, excess = carry
+    bits, seen, old_log_odds, old_residual = level
+    block = times >> bits
+    in_block = (before >= 0) & ((state.time + before) >> bits == block)
+    # The count of the occurrences since the beginning of these symbols.
+    own = inner[2] + jnp.where(in_block, inner[2][before] + 1, 0)
+    before = jnp.where(in_block, before[before], before)
+    is_first = block == state.time >> bits  # Open before these symbols.
+    drawn = own + jnp.where(is_first, seen[symbols], 0)
+    position = times & ((1 << bits) - 1)
+    outer = (drawn, position - drawn)
+    kt, change = _kt_and_change(inner[:2], outer, (own_prior, rest_prior))
+    difference = excess + change
+    gains = _gain(difference, kt, mixture)
+    sums = _sums_in_blocks(gains, position == 0)
+    carried = jnp.where(is_first, old_log_odds, 0)
+    log_odds = sums - gains + carried
+    split, whole = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
+    kt_rest = (outer[1].astype(dtype) + rest_prior) / (
+      position.astype(dtype) + (own_prior + rest_prior)
+    )
+    is_open = end & ((1 << bits) - 1) != 0
+    new_log_odds, residual = compensated_sum(
+      carried[-1], jnp.where(is_first[-1], old_residual, 0), sums[-1]
+    )
+    has_newest = (newest >= 0) & (block[newest] == block[-1])
+    counts = jnp.where(has_newest, own[newest] + 1, 0)
+    counts = counts + jnp.where(is_first[-1], seen, 0)
+    carry = (
+      (*outer, own),
+      before,
+      whole * kt + split * mixture,
+      whole * kt_rest + split * rest,
+      split * difference,
+    )
+    final = (
+      jnp.where(is_open, counts, 0),
+      jnp.where(is_open, new_log_odds, 0),
+      jnp.where(is_open, residual, 0),
+      sums + carried,
+    )
+    return carry, final
+
+  depth = len(state.log_odds)
+  nothing = jnp.zeros_like(symbols)
+  total = own_prior + rest_prior
+  start = (
+    (nothing, nothing, nothing),
+    last,
+    own_prior / total,
+    rest_prior / total,
+    jnp.zeros_like(total),
+  )
+  levels = (
+    np.arange(depth, 0, -1, dtype=np.int32),
+    state.counts[:-1],
+    state.log_odds.astype(dtype),
+    state.log_odds_residual.astype(dtype),
+  )
+  carry, (counts, log_odds, residual, block_log_odds) = jax.lax.scan(
+    add_level, start, levels, reverse=True
+  )
+  _, _, mixture, rest, _ = carry
+  # The last level is never open.
+  counts = jnp.pad(counts, ((0, 1), (0, 0)))
+  final = PTWState(end, counts, log_odds, residual)
+  final = jax.tree.map(lambda new, old: new.astype(old.dtype), final, state)
+  return predictors.log_share(mixture, rest), final, block_log_odds
+
+
+def _last_occurrences(
+  symbols: jax.Array, alphabet_size: int
+) -> tuple[jax.Array, jax.Array]:
+  """Indices of the occurrence before each symbol `[T]`, and of the last `[K]`.
+
+  -1 where there is none.
+  """
+  order = predictors.times_by_symbol(symbols, alphabet_size)
+  by_symbol, alphabet = symbols[order], jnp.arange(alphabet_size)
+  is_again = jnp.append(False, by_symbol[1:] == by_symbol[:-1])
+  before = jnp.where(is_again, jnp.roll(order, 1), -1)
+  ends = jnp.searchsorted(by_symbol, alphabet, side='right')
+  newest = order[ends - 1]
+  return (
+    jnp.zeros_like(symbols).at[order].set(before),
+    jnp.where(symbols[newest] == alphabet, newest, -1),
+  )
+
+
+def _sums_in_blocks(terms: jax.Array, is_start: jax.Array) -> jax.Array:
+  """Running sums `[T]` that begin anew where a block does."""
+
+  def add(
+    left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    total = jnp.where(right[1], right[0], left[0] + right[0])
+    return total, left[1] | right[1]
+
+  return jax.lax.associative_scan(add, (terms, is_start))[0]
 
 
 @jax.jit

@@ -23,9 +23,7 @@ segment is. With S and f as in hazards.py:
 
 so that the hazards, which can be 0 or 1, are in no recursion, and a start that
 is out of the question now can come back. To that end, r, S and f are scaled
-numbers: a mantissa in [1, 2) and a power of two, an int32. They have the range
-of logarithms, neither underflow nor lose digits as large logarithms do, and
-need no exp and no log.
+numbers, as in scaled.py.
 
 Smoothed, with u_t(s) = P(the segment of symbol t began after s | all symbols):
 
@@ -53,6 +51,8 @@ from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import distributions
 from nonstationary_mbml.experiments import hazards as hazards_lib
+from nonstationary_mbml.experiments import pruned_run_lengths
+from nonstationary_mbml.experiments import scaled as scaled_lib
 
 # The capacity of a state that goes on grows from this many symbols, a
 # power of two: 64, 96, 128, 192, ... More steps would do less work, and compile
@@ -61,24 +61,6 @@ _MIN_CAPACITY = 64
 # A whole sequence is read in so many chunks. Each has capacity only for the
 # starts that there can be by its end: 5/8 of the work of a single chunk.
 _NUM_CHUNKS = 4
-# Power of two of a scaled 0: less than any other, and sums of few do not wrap.
-_ZERO_EXPONENT = -(10**8)
-# In a sum above this, terms too small for a float do not count.
-_SAFE_SUM = 1e-20
-
-# Sums over at most so many starts are matrix products, which are faster on
-# CPUs. Longer ones are sums of _LANES partial sums: a single running sum of
-# thousands of terms would lose the small ones.
-_LONGEST_PRODUCT = 257
-_LANES = 32
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-class Scaled(NamedTuple):
-  """mantissa * 2^exponent; 0 has an exponent far below all others."""
-
-  mantissa: jax.Array
-  exponent: jax.Array
 
 
 class RunLengthState(NamedTuple):
@@ -112,11 +94,13 @@ class RunLengthPredictor(predictors.OptimalPredictor):
   through a `lax.scan`; it must not go on for longer, which is an error wherever
   the time is concrete.
 
+  With `max_run_lengths` N it keeps the N heaviest starts instead, in O(T N)
+  time and O(N) memory (pruned_run_lengths.py). `nats_lost` bounds what that
+  costs. Where the time is not concrete it needs a `max_length` then.
+
   Attributes:
     hazard: Segment-length distribution.
   """
-
-  state_class = RunLengthState
 
   def __init__(
     self,
@@ -127,6 +111,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     concentration: float | Sequence[float] = 0.5,
     alphabet_size: int | None = None,
     max_length: int | None = None,
+    max_run_lengths: int | None = None,
   ):
     """Initializes the predictor.
 
@@ -136,6 +121,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
       concentration: Dirichlet concentration of a segment's prior; 1/2 is KT.
       alphabet_size: K, as in OptimalPredictor.
       max_length: Capacity of the state, in symbols; None lets it grow.
+      max_run_lengths: N, starts that are kept; None keeps all.
 
     Raises:
       ValueError: If a hazard is outside [0, 1], or an argument out of range.
@@ -143,20 +129,50 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     super().__init__(concentration, alphabet_size)
     if max_length is not None:
       max_length = base_config.check_int('max_length', max_length, 1)
+    if max_run_lengths is not None:
+      max_run_lengths = base_config.check_int(
+        'max_run_lengths', max_run_lengths, 2
+      )
     self.hazard = hazards_lib.as_hazard(hazard)
     self.max_length = max_length
+    self.max_run_lengths = max_run_lengths
 
   @property
   def label(self) -> str:
     """Name in tables and figures, by what is known of the lengths."""
     return self.hazard.label
 
-  def empty_state(self, batch_size: int, alphabet_size: int) -> RunLengthState:
+  @property
+  def state_class(self) -> type:
+    """Class of its states."""
+    if self.max_run_lengths is None:
+      return RunLengthState
+    return pruned_run_lengths.PrunedRunLengthState
+
+  @property
+  def holds_predictions(self) -> bool:
+    """Whether the predictions of all symbols are held for some."""
+    return self.max_run_lengths is None
+
+  def check_seq_length(self, seq_length: int) -> None:
+    super().check_seq_length(seq_length)
+    if self.max_length is not None and seq_length > self.max_length:
+      raise ValueError(
+        f'max_length {self.max_length} is less than the {seq_length} symbols'
+      )
+
+  def empty_state(
+    self, batch_size: int, alphabet_size: int
+  ) -> RunLengthState | pruned_run_lengths.PrunedRunLengthState:
+    if self.max_run_lengths is not None:
+      return pruned_run_lengths.empty_state(
+        batch_size, self.max_run_lengths, alphabet_size
+      )
     size = 1 + (self.max_length or 0)
     # Made in NumPy, which compiles nothing.
     mantissas = np.zeros((batch_size, size), jnp.result_type(float))
     mantissas[:, 0] = 1
-    exponents = np.full((batch_size, size), _ZERO_EXPONENT, np.int32)
+    exponents = np.full((batch_size, size), scaled_lib.ZERO_EXPONENT, np.int32)
     exponents[:, 0] = 0
     counts = np.zeros((batch_size, size, alphabet_size), np.int32)
     arrays = jax.device_put((mantissas, exponents, counts))
@@ -170,7 +186,9 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     self._check_state(state)
     dtype = state.mantissas.dtype
     prior = self.prior(state.counts.shape[-1], dtype)
-    survival, _ = _tables(self.hazard, self._capacity(state), np.dtype(dtype))
+    survival, _ = self._tables_of(state)
+    if self.max_run_lengths is not None:
+      return jnp.log(pruned_run_lengths.next_probs(state, prior, survival))
     return jnp.log(_next_probs(state, prior, survival))
 
   def unroll(
@@ -180,8 +198,40 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     batch: jax.Array,
     init_state: RunLengthState | None = None,
   ) -> tuple[jax.Array, RunLengthState]:
+    if self.max_run_lengths is not None:
+      return self._unroll_pruned(batch, init_state)
     log_probs, state, _ = self._unroll(batch, init_state)
     return log_probs, state
+
+  def _symbol_log_probs(
+    self, symbols: jax.Array, state: Any
+  ) -> tuple[jax.Array, Any]:
+    if self.max_run_lengths is None:
+      return super()._symbol_log_probs(symbols, state)
+    return self._advance_pruned(symbols, state, state.mantissas.dtype, False)
+
+  def nats_lost(
+    self, state: pruned_run_lengths.PrunedRunLengthState
+  ) -> jax.Array:
+    """Returns a bound on the nats that pruning has lost so far.
+
+    The code length of the symbols is that of the whole mixture and at most so
+    much; pruned_run_lengths.py derives it. It is infinite if weight was dropped
+    and the hazard is not known to never grow with the length.
+
+    Args:
+      state: State of a predictor with `max_run_lengths`, concrete.
+
+    Returns:
+      `[B]`; 0 where nothing was dropped.
+    """
+    self._check_pruned('nats_lost', True)
+    self._check_state(state)
+    capacity = self._capacity(state)
+    bound = pruned_run_lengths.nats_lost(state, self._tables_of(state)[0])
+    if pruned_run_lengths.never_grows(self.hazard, capacity + 1):
+      return bound
+    return jnp.where(bound > 0, jnp.inf, 0)
 
   def run_length_posterior(self, state: RunLengthState) -> jax.Array:
     """Returns P(the current segment has n symbols so far | the t seen).
@@ -196,6 +246,8 @@ class RunLengthPredictor(predictors.OptimalPredictor):
       with zeros beyond t.
     """
     self._check_state(state)
+    if self.max_run_lengths is not None:
+      return self._pruned_posterior(state)
     posterior = _by_run_length(self._weights(state), state.time)
     return _up_to_time(posterior, state.time)
 
@@ -212,6 +264,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
       P(n symbols so far) `[B, T, t + T + 1]`: T times the memory of `unroll`.
       Impossible run lengths are 0.
     """
+    self._check_pruned('unroll_run_lengths', False)
     _, state, weights = self._unroll(batch, init_state, with_weights=True)
     # Those after a symbol are those before the next one.
     weights = jnp.concatenate(
@@ -233,6 +286,7 @@ class RunLengthPredictor(predictors.OptimalPredictor):
     Returns:
       `[B, T]`; 0 at t = 0, as in `switch_points` of a source.
     """
+    self._check_pruned('switch_posterior', False)
     state = self._start(batch, None)
     seq_length, dtype = batch.shape[1], predictors.compute_dtype(batch)
     self._capacity_after(state, seq_length)
@@ -272,12 +326,89 @@ class RunLengthPredictor(predictors.OptimalPredictor):
 
   def _weights(self, state: RunLengthState) -> jax.Array:
     """w_t(s), `[B, S]`."""
-    dtype = state.mantissas.dtype
-    survival, _ = _tables(self.hazard, self._capacity(state), np.dtype(dtype))
-    return _start_weights(state, survival)
+    return _start_weights(state, self._tables_of(state)[0])
 
-  def _capacity(self, state: RunLengthState) -> int:
+  def _tables_of(
+    self, state: Any
+  ) -> tuple[scaled_lib.Scaled, scaled_lib.Scaled]:
+    """S and f for all lengths that the segments of a state can have."""
+    dtype = np.dtype(state.mantissas.dtype)
+    return _tables(self.hazard, self._capacity(state), dtype)
+
+  def _unroll_pruned(
+    self,
+    batch: jax.Array,
+    init_state: pruned_run_lengths.PrunedRunLengthState | None,
+  ) -> tuple[jax.Array, pruned_run_lengths.PrunedRunLengthState]:
+    """`unroll` with the heaviest starts."""
+    state = self._start(batch, init_state)
+    symbols = jnp.argmax(jnp.asarray(batch), axis=-1).astype(jnp.int32)
+    log_probs, state = self._advance_pruned(
+      symbols, state, predictors.compute_dtype(batch), True
+    )
+    return log_probs.astype(predictors.dtype_of(batch)), state
+
+  def _advance_pruned(
+    self,
+    symbols: jax.Array,
+    state: pruned_run_lengths.PrunedRunLengthState,
+    dtype: Any,
+    with_predictions: bool,
+  ) -> tuple[jax.Array, pruned_run_lengths.PrunedRunLengthState]:
+    """Takes in symbols `[B, T]`, as `pruned_run_lengths.unroll`."""
+    seq_length = symbols.shape[1]
+    if not isinstance(state.time, jax.core.Tracer):
+      self.check_seq_length(int(state.time) + seq_length)
+    outputs, final_state = pruned_run_lengths.unroll(
+      symbols,
+      state,
+      self.prior(state.counts.shape[-1], dtype),
+      _tables(
+        self.hazard, self._pruned_capacity(state, seq_length), np.dtype(dtype)
+      ),
+      pruned_run_lengths.log_limit(self.hazard),
+      with_predictions,
+    )
+    # Concrete where it was.
+    time = state.time + np.int32(seq_length)
+    return outputs, final_state._replace(time=time)
+
+  def _pruned_capacity(self, state: Any, seq_length: int = 0) -> int:
+    """The longest segment there can be after so many more symbols."""
+    if self.max_length is not None:
+      return self.max_length
+    if isinstance(state.time, jax.core.Tracer):
+      raise ValueError(
+        'max_length is None, but with max_run_lengths it must be given where '
+        'the time of the state is traced'
+      )
+    return _capacity_for(max(1, int(state.time) + seq_length))
+
+  def _pruned_posterior(
+    self, state: pruned_run_lengths.PrunedRunLengthState
+  ) -> jax.Array:
+    """`run_length_posterior` by the heaviest starts."""
+    weights = pruned_run_lengths.weights(state, self._tables_of(state)[0])
+    time = int(state.time)
+    posterior = np.zeros((len(weights), time + 1), weights.dtype)
+    rows = np.arange(len(weights))[:, None]
+    # A free place has weight 0.
+    ages = np.where(np.asarray(state.starts) < 0, 0, time - state.starts)
+    np.add.at(posterior, (rows, ages), np.asarray(weights))
+    return jax.device_put(posterior)
+
+  def _check_pruned(self, method: str, is_pruned: bool) -> None:
+    """Raises ValueError if a method does not go with `max_run_lengths`."""
+    if (self.max_run_lengths is not None) != is_pruned:
+      raise ValueError(
+        f'max_run_lengths is {self.max_run_lengths}; {method} needs '
+        f'{"a number" if is_pruned else "None, since it reads all starts"}'
+      )
+
+  def _capacity(self, state: Any) -> int:
     """The capacity of a state, in symbols."""
+    if self.max_run_lengths is not None:
+      return self._pruned_capacity(state)
     capacity = state.mantissas.shape[1] - 1
     is_concrete = not isinstance(state.time, jax.core.Tracer)
     if is_concrete and int(state.time) > capacity:
@@ -397,33 +528,41 @@ def _capacity_for(num: int) -> int:
 @functools.lru_cache(maxsize=128)
 def _tables(
   hazard: hazards_lib.Hazard, capacity: int, dtype: np.dtype
-) -> tuple[Scaled, Scaled]:
+) -> tuple[scaled_lib.Scaled, scaled_lib.Scaled]:
   """S(n) and f(n + 1) for n = capacity, ..., 0, and zeros for as many n < 0."""
   log_pmf, log_survival = hazard.log_probs(capacity + 1)
 
-  def scaled(logs: np.ndarray) -> Scaled:
+  def scaled(logs: np.ndarray) -> scaled_lib.Scaled:
     logs = np.pad(logs[::-1], (0, len(logs)), constant_values=-np.inf)
-    powers = np.maximum(logs / np.log(2), _ZERO_EXPONENT)
+    powers = np.maximum(logs / np.log(2), scaled_lib.ZERO_EXPONENT)
     exponents = np.floor(powers)
     mantissas = np.exp2(powers - exponents).astype(dtype)
-    return Scaled(mantissas, exponents.astype(np.int32))
+    return scaled_lib.Scaled(mantissas, exponents.astype(np.int32))
 
   return scaled(log_survival), scaled(log_pmf)
 
 
-def _by_start(table: Scaled, time: jax.Array, num: int) -> Scaled:
+def _by_start(
+  table: scaled_lib.Scaled, time: jax.Array, num: int
+) -> scaled_lib.Scaled:
   """The entries n = time - s of a table, for s = 0, ..., num - 1."""
   zero = table.mantissa.shape[0] // 2 - 1  # Where n = 0 is.
-  return Scaled(
+  return scaled_lib.Scaled(
     *(jax.lax.dynamic_slice_in_dim(array, zero - time, num) for array in table)
   )
 
 
 @jax.jit
-def _start_weights(state: RunLengthState, survival: Scaled) -> jax.Array:
+def _start_weights(
+  state: RunLengthState, survival: scaled_lib.Scaled
+) -> jax.Array:
   """w_t(s), `[B, S]`, by the table of S."""
   survival = _by_start(survival, state.time, state.mantissas.shape[1])
-  return _value(_times(Scaled(state.mantissas, state.exponents), survival))
+  return scaled_lib.value(
+    scaled_lib.times(
+      scaled_lib.Scaled(state.mantissas, state.exponents), survival
+    )
+  )
 
 
 @jax.jit
@@ -450,7 +589,7 @@ def _with_capacity(
   return RunLengthState(
     jnp.asarray(state.time),
     _resize(state.mantissas.astype(dtype), capacity + 1, 0),
-    _resize(state.exponents, capacity + 1, _ZERO_EXPONENT),
+    _resize(state.exponents, capacity + 1, scaled_lib.ZERO_EXPONENT),
     _resize(state.counts, capacity + 1, 0),
   )
 
@@ -467,76 +606,12 @@ def _resize(
   return jnp.pad(array, padding, constant_values=value)
 
 
-def _layout(dtype: Any) -> tuple[Any, int, int]:
-  """Integers as wide as a float, the bits of its fraction, and its bias."""
-  info = jnp.finfo(dtype)
-  return jnp.dtype(f'int{info.bits}'), info.nmant, info.maxexp - 1
-
-
-def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-  """2^exponent as a float; 0 where that is too small for a normal one."""
-  int_dtype, fraction_bits, bias = _layout(dtype)
-  biased = jnp.clip(exponent, -bias, bias).astype(int_dtype) + bias
-  return jax.lax.bitcast_convert_type(biased << fraction_bits, dtype)
-
-
-def _normalise(number: Scaled) -> Scaled:
-  """The same number with its mantissa in [1, 2)."""
-  dtype = number.mantissa.dtype
-  int_dtype, fraction_bits, bias = _layout(dtype)
-  bits = jax.lax.bitcast_convert_type(number.mantissa, int_dtype)
-  fraction = bits & ((1 << fraction_bits) - 1)
-  biased = (bits >> fraction_bits) & (2 * bias + 1)  # Without the sign.
-  exponent = biased.astype(jnp.int32) - bias
-  return Scaled(
-    jax.lax.bitcast_convert_type(fraction | (bias << fraction_bits), dtype),
-    number.exponent + exponent,
-  )
-
-
-def _times(a: Scaled, b: Scaled) -> Scaled:
-  """The product, its mantissa not normalised."""
-  return Scaled(a.mantissa * b.mantissa, a.exponent + b.exponent)
-
-
-def _value(number: Scaled) -> jax.Array:
-  """As a float; 0 where it is too small for one."""
-  return number.mantissa * _power_of_two(number.exponent, number.mantissa.dtype)
-
-
-def _dot(a: Scaled, b: Scaled) -> Scaled:
-  """sum_s a(s) b(s), however small all terms are.
-
-  Args:
-    a: `[B, S]`.
-    b: `[S]`.
-  """
-
-  def dot(less: jax.Array) -> jax.Array:
-    powers = _power_of_two(
-      a.exponent + b.exponent - less[:, None], a.mantissa.dtype
-    )
-    return _sum_products(a.mantissa * b.mantissa, powers)
-
-  def relative_to_largest() -> Scaled:
-    largest = (a.exponent + b.exponent).max(axis=1)
-    return _normalise(Scaled(dot(largest), largest))
-
-  zero = jnp.zeros(len(a.mantissa), jnp.int32)
-  total = dot(zero)
-  return jax.lax.cond(
-    jnp.all(total > _SAFE_SUM),
-    lambda: _normalise(Scaled(total, zero)),
-    relative_to_largest,
-  )
-
-
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _unroll(
   symbols: jax.Array,
   state: RunLengthState,
   prior: jax.Array,
-  tables: tuple[Scaled, Scaled],
+  tables: tuple[scaled_lib.Scaled, scaled_lib.Scaled],
   chunks: tuple[tuple[int, int, int], ...],
   with_weights: bool,
 ) -> tuple[jax.Array, RunLengthState, jax.Array | None]:
@@ -583,7 +658,7 @@ def _switch_posterior(
   symbols: jax.Array,
   state: RunLengthState,
   prior: jax.Array,
-  tables: tuple[Scaled, Scaled],
+  tables: tuple[scaled_lib.Scaled, scaled_lib.Scaled],
 ) -> jax.Array:
   """P(a new segment starts at t | the whole sequence), `[B, T]`.
 
@@ -605,7 +680,7 @@ def _switch_posterior(
       False,
     )
     probs.append((chunk * chunk_probs).sum(axis=-1))  # p(x_t)
-  r = Scaled(state.mantissas, state.exponents)  # r_T
+  r = scaled_lib.Scaled(state.mantissas, state.exponents)  # r_T
   weights = _start_weights(state, tables[0])  # u_T
   posteriors = []
   for (_, end, capacity), chunk_probs in zip(
@@ -614,7 +689,7 @@ def _switch_posterior(
     r, weights, posterior = _backward(
       symbols[:, :end],
       chunk_probs,
-      Scaled(*(array[:, : capacity + 1] for array in r)),
+      scaled_lib.Scaled(*(array[:, : capacity + 1] for array in r)),
       weights[:, : capacity + 1],
       prior,
       tables[1],
@@ -626,20 +701,23 @@ def _switch_posterior(
 
 @jax.jit
 def _next_probs(
-  state: RunLengthState, prior: jax.Array, survival: Scaled
+  state: RunLengthState, prior: jax.Array, survival: scaled_lib.Scaled
 ) -> jax.Array:
   """Probabilities `[B, K]` of the next symbol, by the table of S."""
   starts = jnp.arange(state.mantissas.shape[1])
   return _mix(
     state.counts.swapaxes(1, 2).astype(prior.dtype) + prior[:, None],
     _kt_scale(state.time, starts, prior),
-    Scaled(state.mantissas, state.exponents),
+    scaled_lib.Scaled(state.mantissas, state.exponents),
     _by_start(survival, state.time, len(starts)),
   )
 
 
 def _mix(
-  counts: jax.Array, scale: jax.Array, r: Scaled, survival: Scaled
+  counts: jax.Array,
+  scale: jax.Array,
+  r: scaled_lib.Scaled,
+  survival: scaled_lib.Scaled,
 ) -> jax.Array:
   """sum_s r(s) S(s) counts(s) scale(s), `[B, K]`.
 
@@ -650,25 +728,16 @@ def _mix(
     survival: `[S]`.
   """
   survival = survival._replace(mantissa=survival.mantissa * scale)
-  return _sum_products(counts, _value(_times(r, survival)))
-
-
-def _sum_products(a: jax.Array, b: jax.Array) -> jax.Array:
-  """sum_s a(s) b(s), `[B, ...]`, for `[B, ..., S]` and `[B, S]`."""
-  size = a.shape[-1]
-  if size <= _LONGEST_PRODUCT:
-    return _einsum('b...s,bs->b...', a, b)
-  terms = a * jnp.expand_dims(b, range(1, a.ndim - 1))
-  terms = _resize(terms, size + -size % _LANES, 0, axis=-1)
-  terms = terms.reshape(*terms.shape[:-1], -1, _LANES)
-  return terms.sum(axis=-2).sum(axis=-1)
+  return scaled_lib.sum_products(
+    counts, scaled_lib.value(scaled_lib.times(r, survival))
+  )
 
 
 def _forward(
   symbols: jax.Array,
   state: RunLengthState,
   prior: jax.Array,
-  tables: tuple[Scaled, Scaled],
+  tables: tuple[scaled_lib.Scaled, scaled_lib.Scaled],
   with_weights: bool,
 ) -> tuple[RunLengthState, jax.Array, jax.Array | None]:
   """Takes in the symbols of a batch, for which the state has capacity.
@@ -696,8 +765,8 @@ def _forward(
   before = seen_by_start.swapaxes(1, 2).astype(dtype)  # [B, K, S]
 
   def step(
-    r: Scaled, inputs: tuple[jax.Array, jax.Array, jax.Array]
-  ) -> tuple[Scaled, tuple[jax.Array, jax.Array | None]]:
+    r: scaled_lib.Scaled, inputs: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[scaled_lib.Scaled, tuple[jax.Array, jax.Array | None]]:
     time, symbol, seen_by_time = inputs
     survival = _by_start(tables[0], time, len(starts))
     # Whole numbers first: a small prior would be lost in a large count.
@@ -706,12 +775,14 @@ def _forward(
     probs = _mix(counts, scale, r, survival)
     # kt(x_t | s) / p(x_t)
     symbol = symbol / (symbol * probs).sum(axis=1, keepdims=True)
-    own = _einsum('bk,bks->bs', symbol, counts) * scale
-    weights = _value(_times(r, survival)) if with_weights else None
-    r = _normalise(r._replace(mantissa=r.mantissa * own))
-    new = _dot(r, _by_start(tables[1], time, len(starts)))
+    own = scaled_lib.einsum('bk,bks->bs', symbol, counts) * scale
+    weights = (
+      scaled_lib.value(scaled_lib.times(r, survival)) if with_weights else None
+    )
+    r = scaled_lib.normalise(r._replace(mantissa=r.mantissa * own))
+    new = scaled_lib.dot(r, _by_start(tables[1], time, len(starts)))
     is_new = starts == time + 1
-    r = Scaled(
+    r = scaled_lib.Scaled(
       *(jnp.where(is_new, n[:, None], o) for n, o in zip(new, r, strict=True))
     )
     return r, (probs, weights)
@@ -719,7 +790,7 @@ def _forward(
   times = state.time + jnp.arange(seq_length)
   r, outputs = jax.lax.scan(
     step,
-    Scaled(state.mantissas, state.exponents),
+    scaled_lib.Scaled(state.mantissas, state.exponents),
     (times, *_time_major(symbols, (seen - symbols).astype(dtype))),
   )
   begun = starts <= state.time + seq_length
@@ -732,11 +803,11 @@ def _forward(
 def _backward(
   symbols: jax.Array,
   probs: jax.Array,
-  r: Scaled,
+  r: scaled_lib.Scaled,
   weights: jax.Array,
   prior: jax.Array,
-  pmf: Scaled,
-) -> tuple[Scaled, jax.Array, jax.Array]:
+  pmf: scaled_lib.Scaled,
+) -> tuple[scaled_lib.Scaled, jax.Array, jax.Array]:
   """Goes back over the last symbols of a batch.
 
   Args:
@@ -758,24 +829,28 @@ def _backward(
   before = before[:, : len(starts)].swapaxes(1, 2)  # [B, K, S]
 
   def step(
-    carry: tuple[Scaled, jax.Array],
+    carry: tuple[scaled_lib.Scaled, jax.Array],
     inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-  ) -> tuple[tuple[Scaled, jax.Array], jax.Array]:
+  ) -> tuple[tuple[scaled_lib.Scaled, jax.Array], jax.Array]:
     r, weights = carry
     time, symbol, seen_by_time, prob = inputs
     new_weight, *new = (
       jax.lax.dynamic_index_in_dim(array, time + 1, axis=1)
       for array in (weights, *r)
     )
-    ended = _times(r, _by_start(pmf, time, len(starts)))
-    ended = _value(Scaled(ended.mantissa / new[0], ended.exponent - new[1]))
+    ended = scaled_lib.times(r, _by_start(pmf, time, len(starts)))
+    ended = scaled_lib.value(
+      scaled_lib.Scaled(ended.mantissa / new[0], ended.exponent - new[1])
+    )
     # It is 1 already, but for what rounding has added up to in r.
-    total = _sum_products(ended, jnp.ones_like(ended))[:, None]
+    total = scaled_lib.sum_products(ended, jnp.ones_like(ended))[:, None]
     weights += ended * (new_weight / jnp.where(total > 0, total, 1))
     counts = seen_by_time[..., None] - before + prior[:, None]
-    own = _einsum('bk,bks->bs', symbol, counts)
+    own = scaled_lib.einsum('bk,bks->bs', symbol, counts)
     own = own * _kt_scale(time, starts, prior)
-    r = _normalise(r._replace(mantissa=r.mantissa * (prob[:, None] / own)))
+    r = scaled_lib.normalise(
+      r._replace(mantissa=r.mantissa * (prob[:, None] / own))
+    )
     return (r, weights), new_weight[:, 0]
 
   num = probs.shape[1]

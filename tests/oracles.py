@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 
+import jax
 import numpy as np
 from scipy import special
 
@@ -141,6 +142,51 @@ def mixture_posteriors(sequences, partitions, prior):
   return switches, run_lengths
 
 
+def kt_log_probs(symbols, prior):
+  """Log-probability of every symbol given those before it, `[T]`."""
+  counts = list(prior)
+  log_probs = []
+  for symbol in symbols:
+    log_probs.append(math.log(counts[symbol] / math.fsum(counts)))
+    counts[symbol] += 1
+  return np.array(log_probs)
+
+
+def ptw_log_probs(symbols, depth, prior):
+  """The same under PTW, from probabilities of blocks, in O(T d).
+
+  For sequences too long to enumerate.
+  """
+  total = math.fsum(prior)
+  counts = [{} for _ in range(depth + 1)]
+  sizes = [0] * (depth + 1)
+  segments = [0.0] * (depth + 1)  # Log-probability as one segment.
+  lefts = [0.0] * (depth + 1)  # That of the left half.
+  log_probs, before = [], 0.0
+  for time, symbol in enumerate(symbols):
+    for level in range(depth + 1):
+      if time % 2 ** (depth - level) == 0:
+        counts[level], sizes[level], segments[level] = {}, 0, 0.0
+      seen = counts[level].get(symbol, 0)
+      segments[level] += math.log(
+        (seen + prior[symbol]) / (sizes[level] + total)
+      )
+      counts[level][symbol] = seen + 1
+      sizes[level] += 1
+    block = segments[depth]
+    for level in reversed(range(depth)):
+      half = 2 ** (depth - level - 1)
+      if time // half % 2 == 0:
+        lefts[level] = block
+      else:
+        block += lefts[level]
+      block = np.logaddexp(segments[level], block) - math.log(2)
+    log_probs.append(block - before)
+    # The whole tree is one block, so its probability is that of all symbols.
+    before = block
+  return np.array(log_probs)
+
+
 def run_length_log_domain(symbols, prior, hazard):
   """Log predictions `[T, K]` after each symbol, in O(T^2), all in logs.
 
@@ -238,3 +284,17 @@ def lin_switch_probabilities(seq_length):
       sum(starts[time - age] * lengths[age - 1] for age in range(1, time + 1))
     )
   return np.array([0.0, *starts[1:]])
+
+
+def largest_array(jaxpr):
+  """Elements of the largest array in a jaxpr."""
+  sizes = [0]
+  for equation in jaxpr.eqns:
+    sizes += [np.prod(v.aval.shape) for v in equation.outvars]
+    for inner in jax.tree.leaves(
+      equation.params, is_leaf=lambda p: hasattr(p, 'eqns')
+    ):
+      inner = getattr(inner, 'jaxpr', inner)
+      if hasattr(inner, 'eqns'):
+        sizes.append(largest_array(inner))
+  return max(sizes)

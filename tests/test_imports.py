@@ -50,6 +50,8 @@ ORDER = (
     'experiments.distributions',
     'experiments.hazards',
     'experiments.ptw_predictors',
+    'experiments.scaled',
+    'experiments.pruned_run_lengths',
     'experiments.run_length_predictors',
     'experiments.live_and_die_predictors',
     'experiments.forget_me_not_predictors',
@@ -64,6 +66,8 @@ ORDER = (
     'experiments.evaluate',
     'experiments.local_launch',
     'experiments.export_run',
+    'experiments.symbol_files',
+    'experiments.code_length',
   ),
   (
     'experiments.sweeps.presets',

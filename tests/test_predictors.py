@@ -263,8 +263,182 @@ def test_update_refuses_a_state_of_another_batch_size(name):
     BAYES[name].update(jnp.eye(2), state)
 
 
+# Of alphabets of 2, 26 and 256, and of lengths that no chunk divides.
+SYMBOLS = {2: 101, 26: 67, 256: 45}
+
+
+def _symbols(alphabet_size, batch_size=2):
+  """Random ones, then a constant stretch, then all symbols in order."""
+  length = SYMBOLS[alphabet_size]
+  rng = np.random.default_rng(alphabet_size)
+  symbols = rng.integers(alphabet_size, size=(batch_size, length))
+  symbols[0, length // 3 : 2 * length // 3] = 1
+  symbols[1, -20:] = np.arange(20) % alphabet_size
+  return symbols
+
+
+def _with_alphabet(name, alphabet_size, **kwargs):
+  if name in ('ptw', 'fmn'):
+    kwargs['depth'] = 7
+  return type(BAYES[name])(alphabet_size=alphabet_size, **kwargs)
+
+
+def _by_one_hot(predictor, symbols):
+  """Log-probabilities by `unroll`, and its final state."""
+  state = predictor.initial_state({}, None, len(symbols))
+  first = predictor.output_from_state(state)
+  batch = oracles.one_hot(symbols, first.shape[-1], jnp.result_type(float))
+  predictions, state = predictor.unroll({}, None, batch, state)
+  predictions = np.concatenate([first[:, None], predictions[:, :-1]], axis=1)
+  return np.take_along_axis(predictions, symbols[..., None], 2)[..., 0], state
+
+
+@pytest.mark.parametrize('name', BAYES)
+@pytest.mark.parametrize('alphabet_size', SYMBOLS)
+def test_integer_symbols_have_the_probabilities_of_one_hot_ones(
+  name, alphabet_size
+):
+  predictor = _with_alphabet(name, alphabet_size)
+  symbols = _symbols(alphabet_size)
+  truth, state = _by_one_hot(predictor, symbols)
+  log_probs, final = predictors.symbol_log_probs(
+    predictor, {}, symbols.astype(np.uint8)
+  )
+  np.testing.assert_allclose(log_probs, truth, atol=1e-5)
+  for array, wanted in zip(final, state, strict=True):
+    np.testing.assert_allclose(array, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['kt', 'ptw'])
+@pytest.mark.parametrize('alphabet_size', SYMBOLS)
+@pytest.mark.parametrize('concentration', [0.5, 0.1])
+def test_integer_symbols_equal_a_loop_in_float64(
+  name, alphabet_size, concentration
+):
+  predictor = _with_alphabet(name, alphabet_size, concentration=concentration)
+  symbols = _symbols(alphabet_size)
+  log_probs, _ = predictors.symbol_log_probs(predictor, {}, symbols)
+  prior = (concentration,) * alphabet_size
+  for row, sequence in zip(log_probs, symbols.tolist(), strict=True):
+    truth = (
+      oracles.ptw_log_probs(sequence, 7, prior)
+      if name == 'ptw'
+      else oracles.kt_log_probs(sequence, prior)
+    )
+    np.testing.assert_allclose(row, truth, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', BAYES)
+@pytest.mark.parametrize('chunk_length', [1, 13])
+def test_integer_symbols_in_chunks_and_as_a_stream_are_those_of_the_whole(
+  x64, name, chunk_length
+):
+  predictor, symbols = _with_alphabet(name, 26), _symbols(26)[:, :40]
+  whole, _ = predictors.symbol_log_probs(predictor, {}, symbols)
+  chunks, _ = predictors.symbol_log_probs(
+    predictor, {}, symbols, None, chunk_length
+  )
+  np.testing.assert_allclose(chunks, whole, atol=1e-12)
+  # On from a state of `unroll`, whose time is no power of two.
+  batch = oracles.one_hot(symbols[:, :27], 26)
+  _, state = predictor.unroll({}, None, batch)
+  rest, _ = predictors.symbol_log_probs(predictor, {}, symbols[:, 27:], state)
+  np.testing.assert_allclose(rest, whole[:, 27:], atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['kt', 'ptw', 'fmn'])
+def test_integer_symbols_need_no_predictions_of_all(name):
+  depth = {} if name == 'kt' else {'depth': 11}
+  predictor = type(BAYES[name])(**depth, alphabet_size=256)
+  symbols = np.zeros((1, 2048), np.int32)
+  jaxpr = jax.make_jaxpr(
+    lambda symbols: predictors.symbol_log_probs(predictor, {}, symbols)
+  )(symbols)
+  assert oracles.largest_array(jaxpr.jaxpr) < 2048 * 256 / 4
+
+
+def test_integer_symbols_of_a_constant_file_keep_their_digits():
+  """Each costs less than a float32 below 1 can tell."""
+  zeros = np.zeros((1, 50_000), np.uint8)
+  for predictor in (
+    predictors.OptimalCategoricalPredictor(),
+    ptw_predictors.PTWPredictor(16),
+  ):
+    log_probs, _ = predictors.symbol_log_probs(predictor, {}, zeros)
+    truth = oracles.kt_log_probs(zeros[0].tolist(), (0.5, 0.5))
+    if predictor.label == 'PTW':
+      truth = oracles.ptw_log_probs(zeros[0, :5000].tolist(), 16, (0.5, 0.5))
+    total = np.asarray(log_probs, np.float64)[0, : len(truth)].sum()
+    np.testing.assert_allclose(total, truth.sum(), rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ('symbols', 'message'),
+  [
+    ([[0, 1, 2]], r'0, ..., 1 for an alphabet of 2; at \(0, 2\) there is 2'),
+    ([[0, 1], [-1, 5]], r'at \(1, 0\) there is -1'),
+    ([[0.0, 1.0]], 'symbols must be integers, not float'),
+    ([0, 1], r'symbols has shape \(2,\); it must be \[B, T\]'),
+    ([[]], r'symbols has shape \(1, 0\)'),
+  ],
+)
+@pytest.mark.parametrize('kind', ['exact', 'network'])
+def test_wrong_integer_symbols_are_named(symbols, message, kind):
+  predictor, params = BAYES['ptw'], {}
+  if kind == 'network':
+    predictor = _lstm()
+    params = predictor.init_params(
+      jax.random.key(0), jnp.zeros((1, 1, 2)), None
+    )
+  with pytest.raises(ValueError, match=message):
+    predictors.symbol_log_probs(predictor, params, np.array(symbols))
+
+
+def test_integer_symbols_do_not_run_past_the_horizon():
+  symbols = np.zeros((1, 65), int)
+  with pytest.raises(ValueError, match='depth 6 holds 64 symbols, not 65'):
+    predictors.symbol_log_probs(BAYES['ptw'], {}, symbols, chunk_length=8)
+
+
+@pytest.mark.parametrize('kind', ['lstm', 'transformer'])
+def test_networks_read_integer_symbols(kind):
+  predictor = {'lstm': _lstm, 'transformer': _small_transformer}[kind]()
+  batch = _random_batch(2, 11)
+  params = predictor.init_params(jax.random.key(0), batch, None)
+  symbols = batch.argmax(axis=-1)
+  log_probs, state = predictors.symbol_log_probs(predictor, params, symbols)
+  logits, _ = predictor.unroll(params, None, batch)
+  truth = np.take_along_axis(
+    np.asarray(jax.nn.log_softmax(logits))[:, :-1], symbols[:, 1:, None], 2
+  )[..., 0]
+  np.testing.assert_allclose(log_probs[:, 0], -np.log(2), rtol=1e-6)
+  np.testing.assert_allclose(log_probs[:, 1:], truth, atol=1e-5)
+  # Chunks, and a stream.
+  chunks, _ = predictors.symbol_log_probs(predictor, params, symbols, None, 4)
+  first, state = predictors.symbol_log_probs(predictor, params, symbols[:, :4])
+  second, _ = predictors.symbol_log_probs(
+    predictor, params, symbols[:, 4:8], state
+  )
+  np.testing.assert_allclose(chunks[:, :4], first, atol=1e-6)
+  np.testing.assert_allclose(chunks[:, 4:8], second, atol=1e-6)
+  # The first one of a chunk is predicted from the chunk before it.
+  np.testing.assert_allclose(chunks[:, :5], log_probs[:, :5], atol=1e-5)
+  if kind == 'lstm':
+    np.testing.assert_allclose(chunks, log_probs, atol=1e-5)
+  with pytest.raises(ValueError, match='must come from symbol_log_probs'):
+    predictors.symbol_log_probs(predictor, params, symbols, {'hidden': 0})
+
+
 def _lstm():
   return predictors.RNNPredictor(basic.make_rnn(2, hk.LSTM, hidden_size=5))
+
+
+def _small_transformer():
+  return predictors.InContextPredictor(
+    transformer.make_transformer_encoder(
+      2, embedding_dim=4, num_layers=1, num_heads=2
+    )
+  )
 
 
 def test_rnn_initialises_with_any_batch_size():

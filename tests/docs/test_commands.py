@@ -19,7 +19,7 @@ DOCUMENTS = (
   *sorted((ROOT / 'docs').glob('*.md')),
 )
 # Arguments that are no flags.
-_NUM_POSITIONAL = {'evaluate': 1, 'export_run': 2}
+_NUM_POSITIONAL = {'code_length': 1, 'evaluate': 1, 'export_run': 2}
 
 
 def _commands():

@@ -102,6 +102,24 @@ def test_posteriors_of_three_symbols_equal_enumeration(x64):
   )
 
 
+@pytest.mark.parametrize(
+  ('depth', 'seq_length', 'alphabet_size'),
+  [(6, 33, 2), (3, 8, 3), (9, 41, 256)],
+)
+def test_switch_posterior_of_integers_is_that_of_one_hot_symbols(
+  depth, seq_length, alphabet_size
+):
+  batch = _random_batch(8, 2, seq_length, alphabet_size).astype(np.float32)
+  predictor = ptw_predictors.PTWPredictor(depth, alphabet_size=alphabet_size)
+  np.testing.assert_allclose(
+    predictor.symbol_switch_posterior(batch.argmax(axis=-1)),
+    predictor.switch_posterior(batch),
+    atol=1e-6,
+  )
+  with pytest.raises(ValueError, match=r'at \(0, 0\) there is -1'):
+    predictor.symbol_switch_posterior(np.full((1, 3), -1))
+
+
 def test_switch_posterior_is_calibrated_on_its_own_source():
   """Expected and true number of switches agree to 4 standard errors.
 

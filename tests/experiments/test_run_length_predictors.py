@@ -460,21 +460,7 @@ def test_no_array_is_quadratic_in_time(what):
     function = predictor.switch_posterior
   jaxpr = jax.make_jaxpr(function)(jnp.zeros((batch_size, seq_length, 2)))
   # Twice the starts, for both symbols.
-  assert _largest(jaxpr.jaxpr) <= batch_size * 2 * 2 * 1025
-
-
-def _largest(jaxpr):
-  """Elements of the largest array in a computation."""
-  sizes = [0]
-  for equation in jaxpr.eqns:
-    sizes += [np.prod(v.aval.shape) for v in equation.outvars]
-    for inner in jax.tree.leaves(
-      equation.params, is_leaf=lambda p: hasattr(p, 'eqns')
-    ):
-      inner = getattr(inner, 'jaxpr', inner)
-      if hasattr(inner, 'eqns'):
-        sizes.append(_largest(inner))
-  return max(sizes)
+  assert oracles.largest_array(jaxpr.jaxpr) <= batch_size * 2 * 2 * 1025
 
 
 @pytest.mark.parametrize(
