@@ -272,7 +272,7 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
       image = plotting.draw_heat_map(
         panel,
         np.maximum(matrix, 0.01),
-        [[f'{value:.2f}' for value in row] for row in matrix],
+        [[f'{value:z.2f}' for value in row] for row in matrix],
         [cell for cell in own if not np.isnan(matrix[cell])],
         norm,
       )
