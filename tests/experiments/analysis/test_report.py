@@ -55,7 +55,7 @@ def _seeds(rows, *columns):
 def test_committed_sweep_has_all_points_and_all_seeds():
   runs = {(row['source'], row['predictor']): row for row in _rows('runs')}
   assert set(runs) == CELLS
-  assert {row['steps'] for row in runs.values()} == {10_000}
+  assert {row['steps'] for row in runs.values()} == {5_000}
   seeds = _seeds(_rows('on_distribution'), 'source', 'predictor')
   assert seeds == dict.fromkeys(CELLS, SEEDS)
 
