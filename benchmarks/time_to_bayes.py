@@ -99,7 +99,7 @@ def cases() -> list[Case]:
     'model_type': kind,
     'architecture_kwargs': kwargs,
   }
-  rates = dict(zip(RECIPES, (2e-3, 1e-2, 1e-2, 1e-2), strict=True))
+  rates = dict(zip(RECIPES, (2e-3, 1e-2, 2e-2, 2e-2), strict=True))
   short = [
     Case(
       name,
