@@ -391,6 +391,18 @@ class OptimalPredictor(ScanPredictor):
     """Raises ValueError if a sequence cannot be that long."""
     base_config.check_int('seq_length', seq_length, 1)
 
+  def check_alphabet_size(self, alphabet_size: int, field: str) -> None:
+    """Raises ValueError if `field` cannot have so many symbols."""
+    if alphabet_size != (self._alphabet_size or alphabet_size):
+      raise ValueError(
+        f'{field} has {alphabet_size} symbols, but alphabet_size is '
+        f'{self._alphabet_size}'
+      )
+    # A symmetric prior of few symbols may fit where one of many does not.
+    base_config.check_dirichlet(
+      'concentration', self.concentration, alphabet_size
+    )
+
   def prior(self, alphabet_size: int, dtype: Any) -> jax.Array:
     """Returns the concentration of every symbol, `[K]`."""
     # By NumPy, which compiles nothing.
@@ -402,15 +414,7 @@ class OptimalPredictor(ScanPredictor):
     check_batch(batch)
     check_one_hot(batch)
     alphabet_size = batch.shape[-1]
-    if alphabet_size != (self._alphabet_size or alphabet_size):
-      raise ValueError(
-        f'the batch has {alphabet_size} symbols, but alphabet_size is '
-        f'{self._alphabet_size}'
-      )
-    # A symmetric prior of few symbols may fit where one of many does not.
-    base_config.check_dirichlet(
-      'concentration', self.concentration, alphabet_size
-    )
+    self.check_alphabet_size(alphabet_size, 'the batch')
     if init_state is None:
       return self.empty_state(batch.shape[0], alphabet_size)
     self._check_state(init_state)
@@ -546,10 +550,11 @@ def prior_of_symbols(
   symbols: jax.Array, prior: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the concentrations of symbols `[...]`, and of all others."""
-  is_other = ~np.eye(len(prior), dtype=bool)
-  # No difference of the sum: it would cancel.
-  others = jnp.where(is_other, prior, 0).sum(axis=-1)
-  return prior[symbols], others[symbols]
+  # No difference of the sum, which would cancel, and no array of K times K.
+  zero = jnp.zeros(1, prior.dtype)
+  before = jnp.concatenate([zero, jnp.cumsum(prior[:-1])])
+  after = jnp.concatenate([jnp.cumsum(prior[:0:-1])[::-1], zero])
+  return prior[symbols], (before + after)[symbols]
 
 
 def log_share(own: jax.Array, others: jax.Array) -> jax.Array:
@@ -819,9 +824,7 @@ def _exact_state(
   alphabet_size = output.shape[-1]
   check_state_batch_size(state, symbols)
   if isinstance(predictor, OptimalPredictor):
-    base_config.check_dirichlet(
-      'concentration', predictor.concentration, alphabet_size
-    )
+    predictor.check_alphabet_size(alphabet_size, 'the state')
     time = getattr(state, 'time', 0)
     if not isinstance(time, jax.core.Tracer):
       predictor.check_seq_length(int(time) + seq_length)

@@ -25,6 +25,7 @@ from typing import Any
 from typing import NamedTuple
 
 from absl import flags
+import jax
 from matplotlib import figure as figure_lib
 import numpy as np
 
@@ -115,7 +116,11 @@ def exact_coder(
   return Coder(predictor.label, predictor, {})
 
 
-def network_coder(folder: str, symbols: symbol_files.Symbols) -> Coder:
+def network_coder(
+  folder: str,
+  symbols: symbol_files.Symbols,
+  imports: Sequence[str] | None = None,
+) -> Coder:
   """Returns a saved network, to code the symbols of a file.
 
   A network without a state reads them in pieces as long as it was trained on.
@@ -123,18 +128,19 @@ def network_coder(folder: str, symbols: symbol_files.Symbols) -> Coder:
   Args:
     folder: Folder of its run.
     symbols: Symbols of the file.
+    imports: Modules to import, as in `saved_runs.load_run`.
 
   Raises:
     ValueError: If it cannot be loaded, or is of another alphabet.
   """
-  run = saved_runs.load_run(folder)
+  run = saved_runs.load_run(folder, imports=imports)
   alphabet_size = constants.build_data_generator(run.config.data).alphabet_size
   if alphabet_size != symbols.alphabet_size:
     raise ValueError(
       f'network {folder} has an alphabet of {alphabet_size}, the file one of '
       f'{symbols.alphabet_size}'
     )
-  chunk_length = _CHUNK_LENGTH // alphabet_size
+  chunk_length = max(1, _CHUNK_LENGTH // alphabet_size)
   if not run.predictor.has_state:
     chunk_length = run.config.train.seq_length
   label = predictor_factories.label(run.config.model)
@@ -198,7 +204,8 @@ def switch_posterior(
   whole = run_length_predictors.RunLengthPredictor(
     predictor.hazard, predictor.concentration, symbols.alphabet_size
   )
-  batch = np.eye(symbols.alphabet_size, dtype=np.float32)[values]
+  # No np.eye, which of a large alphabet is larger than all else.
+  batch = jax.nn.one_hot(values, symbols.alphabet_size)
   return np.asarray(whole.switch_posterior(batch)[0])
 
 
@@ -288,6 +295,7 @@ def make_coders(
   names: Sequence[str],
   folders: Sequence[str],
   symbols: symbol_files.Symbols,
+  imports: Sequence[str] | None = None,
   **kwargs: Any,
 ) -> list[Coder]:
   """Returns the coders of a file, each with a label of its own.
@@ -296,22 +304,23 @@ def make_coders(
     names: Names of exact predictors.
     folders: Folders of the runs of networks.
     symbols: Symbols of the file.
+    imports: Modules to import for the networks, as in `saved_runs.load_run`.
     **kwargs: Arguments of exact predictors, as in `exact_coder`.
 
   Raises:
     ValueError: If one cannot be made, or there is none.
   """
+  names, folders = dict.fromkeys(names), dict.fromkeys(folders)
   coders = [exact_coder(name, symbols, **kwargs) for name in names]
-  coders += [network_coder(folder, symbols) for folder in folders]
+  coders += [network_coder(folder, symbols, imports) for folder in folders]
   if not coders:
     raise ValueError('there is no predictor; give --predictors or --network')
   labels = [coder.label for coder in coders]
-  given = [*names, *(pathlib.Path(folder).name for folder in folders)]
   return [
     coder._replace(label=f'{coder.label} ({name})')
     if labels.count(coder.label) > 1
     else coder
-    for coder, name in zip(coders, given, strict=True)
+    for coder, name in zip(coders, [*names, *folders], strict=True)
   ]
 
 
@@ -408,6 +417,7 @@ def main(argv: list[str]) -> None:
       names,
       values.network,
       symbols,
+      cli.imports(values),
       concentration=values.concentration,
       depth=values.depth,
       hazard=_hazard(values.hazard),
@@ -417,12 +427,15 @@ def main(argv: list[str]) -> None:
   try:
     cli.start(argv[:1])
     folder = cli.make_folder(values.output_dir)
-    for number, path in enumerate(map(pathlib.Path, argv[1:])):
+    written = set()
+    for path in map(pathlib.Path, argv[1:]):
       content, figure = _code_file(path, coders_of)
       # Two files may have one name.
-      same = [pathlib.Path(other).name for other in argv[1 : number + 1]]
-      count = same.count(path.name)
-      name = path.name if not count else f'{path.name}_{count + 1}'
+      name, count = path.name, 1
+      while name in written:
+        count += 1
+        name = f'{path.name}_{count}'
+      written.add(name)
       with cli.saving(folder):
         atomic_files.write_json(folder / f'{name}.json', content)
         atomic_files.write_whole(

@@ -126,6 +126,10 @@ class MixturePredictor(predictors.OptimalPredictor):
     for component in self.components:
       component.check_seq_length(seq_length)
 
+  def check_alphabet_size(self, alphabet_size: int, field: str) -> None:
+    for component in self.components:
+      component.check_alphabet_size(alphabet_size, field)
+
   def empty_state(self, batch_size: int, alphabet_size: int) -> MixtureState:
     # In NumPy, which compiles nothing.
     log_weights = np.log(self.weights).astype(jnp.result_type(float))

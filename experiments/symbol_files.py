@@ -10,6 +10,7 @@ devices without an end among it, is read up to `max_symbols` and no further.
 
 import array
 import bz2
+import codecs
 from collections.abc import Iterator
 import csv
 import lzma
@@ -25,6 +26,8 @@ import numpy as np
 from nonstationary_mbml import base_config
 
 MAX_SYMBOLS = 2**24
+# Predictors count every symbol; a column of dates would fill the memory.
+MAX_ALPHABET_SIZE = 2**20
 # Bytes read, or compressed, at a time.
 _BLOCK = 2**20
 # A longer line is none of integers, but perhaps a device without an end.
@@ -70,7 +73,9 @@ def read(
   if column is not None and kind.lower() != 'csv':
     raise ValueError(f'column {column!r} needs a CSV file, not {kind}')
   if alphabet_size is not None:
-    alphabet_size = base_config.check_int('alphabet_size', alphabet_size, 2)
+    alphabet_size = base_config.check_int(
+      'alphabet_size', alphabet_size, 2, MAX_ALPHABET_SIZE
+    )
   max_symbols = base_config.check_int('max_symbols', max_symbols, 1)
   with base_config.naming(str(path)), open(path, 'rb') as file:
     values = reader(file, max_symbols, column)
@@ -81,6 +86,11 @@ def read(
     if alphabet_size is None:
       default = {'bytes': 256, 'bits': 2}.get(kind.lower())
       alphabet_size = default or max(2, int(values.max()) + 1)
+    if alphabet_size > MAX_ALPHABET_SIZE:
+      raise ValueError(
+        f'its largest symbol is {values.max()}; an alphabet has at most '
+        f'{MAX_ALPHABET_SIZE}'
+      )
     _check(
       values, alphabet_size, 'offset' if kind.lower() == 'bytes' else 'symbol'
     )
@@ -138,6 +148,8 @@ def _lines(file: BinaryIO) -> Iterator[str]:
   number = 0
   while line := file.readline(_LONGEST_LINE + 1):
     number += 1
+    if number == 1:  # Spreadsheets begin a text in UTF-8 with a mark.
+      line = line.removeprefix(codecs.BOM_UTF8)
     if len(line) > _LONGEST_LINE:
       raise ValueError(
         f'line {number} is longer than {_LONGEST_LINE} bytes; is it a text?'
@@ -177,13 +189,14 @@ def _read_csv(
   """A column of integers, under a line with the names of all."""
   rows = csv.reader(_lines(file))
   try:
-    header = [name.strip() for name in next(rows, ())]
+    header = [name.strip() for name in next(filter(None, rows), ())]
     if column is None and len(header) == 1:
       column = header[0]
+    if not header:
+      return np.zeros(0, np.int32)
     if column not in header:
-      raise ValueError(
-        f'there is no column {column!r}; it has {", ".join(header)[:200]}'
-      )
+      missing = f'no column {column!r}' if column else 'column is needed'
+      raise ValueError(f'{missing}; it has {", ".join(header)[:200]}')
     place = header.index(column)
     texts = (
       (rows.line_num, row[place] if place < len(row) else '')

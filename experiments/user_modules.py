@@ -18,6 +18,9 @@ from types import ModuleType
 
 from nonstationary_mbml import base_config
 
+# Files whose frames say nothing about the user's code.
+_OURS = (__file__, importlib.__file__, importlib.util.__file__)
+
 
 def import_all(names: Iterable[str], named_by: str | None = None) -> None:
   """Imports modules; those that this process has already are left alone.
@@ -54,7 +57,13 @@ def import_all(names: Iterable[str], named_by: str | None = None) -> None:
 def _is_imported(name: str) -> bool:
   if not base_config.is_file(name):
     return name in sys.modules
-  return any(_is_from(module, name) for module in list(sys.modules.values()))
+  return _find(name) is not None
+
+
+def _find(path: str) -> ModuleType | None:
+  """The module that is from a file, if there is one yet."""
+  modules = list(sys.modules.values())
+  return next((module for module in modules if _is_from(module, path)), None)
 
 
 def _is_from(module: ModuleType, path: str) -> bool:
@@ -77,6 +86,10 @@ def _import(name: str) -> None:
   # Of a script, Python looks into the folder of the script only.
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
+  spec = importlib.util.find_spec(name)
+  if spec is not None and (same := _find(spec.origin or '')):
+    sys.modules[name] = same
+    return
   importlib.import_module(name)
 
 
@@ -99,7 +112,6 @@ def _one_line(error: BaseException) -> str:
   places = [
     f' ({frame.filename}, line {frame.lineno})'
     for frame in traceback.extract_tb(error.__traceback__)
-    if frame.filename not in (__file__, importlib.__file__)
-    and not frame.filename.startswith('<')
+    if frame.filename not in _OURS and not frame.filename.startswith('<')
   ]
   return text + (places or [''])[-1]

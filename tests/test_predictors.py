@@ -357,6 +357,24 @@ def test_integer_symbols_need_no_predictions_of_all(name):
   assert oracles.largest_array(jaxpr.jaxpr) < 2048 * 256 / 4
 
 
+def test_prior_of_all_other_symbols_keeps_its_digits_and_is_no_matrix():
+  prior = np.array([1e6, 1e-3, 2e-3, 0.3], np.float32)
+  of = predictors.prior_of_symbols
+  own, others = of(np.arange(4), jnp.asarray(prior))
+  truth = [np.delete(prior.astype(float), index).sum() for index in range(4)]
+  np.testing.assert_array_equal(own, prior)
+  np.testing.assert_allclose(others, truth, rtol=1e-6)
+  jaxpr = jax.make_jaxpr(of)(np.array([0, 20_000]), jnp.full(20_001, 0.5))
+  assert oracles.largest_array(jaxpr.jaxpr) <= 20_001
+
+
+def test_state_of_another_alphabet_is_refused():
+  state = BAYES['kt'].empty_state(1, 5)
+  kt = type(BAYES['kt'])(alphabet_size=3)
+  with pytest.raises(ValueError, match='state has 5 symbols, but alpha'):
+    predictors.symbol_log_probs(kt, {}, np.zeros((1, 4), int), state)
+
+
 def test_integer_symbols_of_a_constant_file_keep_their_digits():
   """Each costs less than a float32 below 1 can tell."""
   zeros = np.zeros((1, 50_000), np.uint8)

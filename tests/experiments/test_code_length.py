@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -100,6 +101,38 @@ def test_networks_code_in_pieces_that_they_can_read(folder):
     code_length.network_coder(str(folder), symbols._replace(alphabet_size=256))
 
 
+def test_networks_of_one_name_have_labels_of_their_own(tmp_path):
+  folders = [str(tmp_path / name / 'run') for name in 'ab']
+  for folder in folders:
+    shutil.copytree(LSTM, folder)
+  symbols = symbol_files.Symbols(np.zeros(9, np.uint8), 2)
+  coders = code_length.make_coders(['kt', 'kt'], folders, symbols)
+  assert [coder.label for coder in coders] == [
+    'KT',
+    *(f'LSTM ({folder})' for folder in folders),
+  ]
+
+
+def test_module_of_a_network_may_have_moved(tmp_path):
+  shutil.copytree(LSTM, tmp_path / 'run')
+  path = tmp_path / 'run' / 'config.json'
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps({**config, 'imports': ['/nowhere/mine.py']}))
+  symbols = symbol_files.Symbols(np.zeros(9, np.uint8), 2)
+  folders = [str(tmp_path / 'run')]
+  with pytest.raises(ValueError, match='mine.py cannot be imported'):
+    code_length.make_coders([], folders, symbols)
+  assert code_length.make_coders([], folders, symbols, imports=())
+
+
+def test_posterior_of_a_large_alphabet_takes_no_matrix_of_it(monkeypatch):
+  symbols = symbol_files.Symbols(np.array([0, 50_000, 3]), 50_001)
+  coder = code_length.exact_coder('lad', symbols, max_run_lengths=2)
+  monkeypatch.setattr(np, 'eye', None)  # Of 10 GB.
+  posterior = code_length.switch_posterior(coder, symbols)
+  assert posterior.shape == (3,) and posterior[0] == 0
+
+
 @pytest.mark.parametrize(
   ('names', 'kwargs', 'message'),
   [
@@ -140,22 +173,24 @@ def _script(tmp_path, *arguments):
 
 
 def test_script_writes_a_table_and_a_figure_of_every_file(tmp_path):
-  folders = [tmp_path / name for name in 'ab']
+  folders = [tmp_path / name for name in ('a', 'b', 'up.csv_2')]
   for number, folder in enumerate(folders):
     folder.mkdir()
     rng = np.random.default_rng(number)
     lines = (f'{int(x)}' for x in rng.random(40) < 0.2)
     (folder / 'up.csv').write_text('\n'.join(('up', *lines)))
+  (folders[2] / 'up.csv').rename(folders[2] / 'up.csv_2')
   result = _script(
     tmp_path,
-    *(folder / 'up.csv' for folder in folders),
+    tmp_path / 'up.csv_2' / 'up.csv_2',
+    *(folder / 'up.csv' for folder in folders[:2]),
     '--as=csv',
     '--predictors=kt,ptw',
     f'--network={LSTM}',
   )
   assert result.returncode == 0, result.stderr
   written = tmp_path / 'runs' / 'code_length'
-  for name in ('up.csv', 'up.csv_2'):
+  for name in ('up.csv_2', 'up.csv', 'up.csv_3'):
     content = json.loads((written / f'{name}.json').read_text())
     assert content['num_symbols'] == 40 and content['alphabet_size'] == 2
     coders = [row['coder'] for row in content['rows']]

@@ -325,6 +325,18 @@ def test_weights_may_be_rounded():
   assert _Mixture([_KT()] * 3, (0.3333333, 0.3333333, 0.3333333)).weights
 
 
+def test_integer_symbols_have_the_probabilities_of_one_hot_ones():
+  mixture, batch = _mixture(), _random_batch(9, 2, 8)
+  symbols = batch.argmax(axis=-1)
+  log_probs, state = predictors.symbol_log_probs(mixture, {}, symbols[:, :3])
+  rest, _ = predictors.symbol_log_probs(mixture, {}, symbols[:, 3:], state)
+  found = np.concatenate([log_probs, rest], axis=1)
+  predictions, _ = mixture.unroll({}, None, batch)
+  truth = (predictions[:, :-1] * batch[:, 1:]).sum(axis=-1)
+  np.testing.assert_allclose(found[:, 0], np.log(0.5), atol=1e-6)
+  np.testing.assert_allclose(found[:, 1:], truth, atol=1e-5)
+
+
 def test_sequences_and_states_that_do_not_fit_are_refused():
   mixture, batch = _mixture(), _random_batch(7, 2, 9)
   with pytest.raises(ValueError, match='depth 3 holds 8 symbols, not 9'):

@@ -41,6 +41,14 @@ def test_file_that_was_imported_by_its_name_does_not_run_again(things):
   assert _runs() == 1
 
 
+def test_name_of_a_file_that_was_imported_does_not_run_it_again(things):
+  user_modules.import_all([str(things), 'my_things'])
+  assert _runs() == 1
+  import my_things  # noqa: PLC0415 (nor does code that imports it)
+
+  assert my_things.__file__ == str(things) and _runs() == 1
+
+
 def test_files_of_one_name_are_two_modules(things):
   other = things.parent / 'other' / things.name
   other.parent.mkdir()
