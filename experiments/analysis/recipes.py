@@ -36,18 +36,18 @@ _RECIPE = {
   'schedule': 'train.schedule',
   'target': 'train.target',
   'peak rate': 'train.learning_rate',
-  'steps': 'schedule.training_steps',
 }
 # The recipe that the others differ from in one thing.
-_USUAL = ('muon', 'warmup_cosine', 'symbols', 0.01, 5_000)
+_USUAL = ('muon', 'warmup_cosine', 'symbols', 0.01)
 _SCHEDULES = {
   'constant': 'constant',
   'warmup_stable_decay': 'decay at the end',
   'warmup_cosine': 'cosine',
 }
 _TARGETS = ('symbols', 'parameters', 'bayes')
-# Variants of a network, by the suffix of its name in the sweep.
-_VARIANTS = {'64': 'twice as wide', 'begin': 'begin symbol'}
+# End of the name of a network with a begin symbol, and of its label.
+_BEGIN = '_begin'
+_BEGIN_LABEL = ', begin symbol'
 # Less is shown as this much: what is left is noise.
 _LEAST_PERCENT = 0.02
 
@@ -82,7 +82,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row]) -> figure_lib.Figure:
-  """Draws what the peak rate, the schedule, the target and the size do.
+  """Draws what the peak rate, the schedule, the target and the beginning do.
 
   Args:
     rows: Results of the sweep `recipes`.
@@ -92,7 +92,7 @@ def draw(rows: Sequence[Row]) -> figure_lib.Figure:
   """
   title = 'Regret above PTW after training on ptw, T = 32, by recipe'
   with plotting.new_figure(13, 5.2, title) as figure:
-    rates, recipes, sizes = figure.subplots(1, 3)
+    rates, recipes, encodings = figure.subplots(1, 3)
     near = _draw_rates(rates, rows)
     _draw_cases(
       recipes,
@@ -104,22 +104,18 @@ def draw(rows: Sequence[Row]) -> figure_lib.Figure:
       },
       'schedule and target\n(Muon, peak 0.01, 5,000 steps)',
     )
-    far = [row for row in rows if _split(row['model'])[0] not in near]
+    far = [row for row in rows if row['model'].removesuffix(_BEGIN) not in near]
+    begins = lambda row: row['model'].endswith(_BEGIN)
     usual = _usual()
-    variant = lambda suffix: (
-      lambda row: usual(row) and _split(row['model'])[1] == suffix
-    )
     _draw_cases(
-      sizes,
+      encodings,
       far,
       {
-        'as they are': variant(''),
-        'begin symbol': variant('begin'),
-        'twice as wide': variant('64'),
-        '10,000 steps': _usual(steps=10_000),
-        'target bayes': _usual(target='bayes'),
+        'symbols': lambda row: usual(row) and not begins(row),
+        'bayes': _usual(target='bayes'),
+        'symbols,\nbegin symbol': lambda row: usual(row) and begins(row),
       },
-      'encoding, width, time and target\n(Muon, peak 0.01, cosine)',
+      'target and begin symbol\n(Muon, peak 0.01, cosine, 5,000 steps)',
     )
     names = dict.fromkeys(_label(row['model'], short=True) for row in rows)
     plotting.add_legend(
@@ -140,7 +136,7 @@ def draw(rows: Sequence[Row]) -> figure_lib.Figure:
 
 def _usual(**other: Any) -> Callable[[Row], bool]:
   """Whether a row has the usual recipe, but for some of its parts."""
-  names = ('optimizer', 'schedule', 'target', 'rate', 'steps')
+  names = ('optimizer', 'schedule', 'target', 'rate')
   wanted = tuple({**dict(zip(names, _USUAL, strict=True)), **other}.values())
   return lambda row: wanted == tuple(row[path] for path in _RECIPE.values())
 
@@ -214,17 +210,10 @@ def _draw_cases(
   plotting.add_grid(panel)
 
 
-def _split(model: str) -> tuple[str, str]:
-  """Name of a network and suffix of its variant, if it is one."""
-  name, _, suffix = model.rpartition('_')
-  return (name, suffix) if suffix in _VARIANTS else (model, '')
-
-
 def _label(model: str, short: bool = False) -> str:
-  """Label of a network, by its name in the sweep; short without the variant."""
-  name, suffix = _split(model)
-  label = study_figures.label(name)
-  return f'{label}, {_VARIANTS[suffix]}' if suffix and not short else label
+  """Label of a network, by its name; short without the begin symbol."""
+  label = study_figures.label(model.removesuffix(_BEGIN))
+  return label + (_BEGIN_LABEL if model.endswith(_BEGIN) and not short else '')
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

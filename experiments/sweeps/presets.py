@@ -168,16 +168,24 @@ def recipes() -> config_lib.ExperimentSweep:
   """Which recipe of training comes nearest, for which network, on `ptw`.
 
   Optimisers at several peak rates; schedules and targets of the loss; and for
-  the Transformers that do not come near, a begin symbol, twice the width and
-  twice the steps: is it the encoding, size, or time?
+  the Transformers that do not come near, the exact targets and a begin symbol:
+  is it the recipe or the encoding?
   """
   models = _small_architectures()
   near = _chosen(models, 'rnn', 'lstm', 'stack_rnn', 'transformer_sin_cos')
   far = _chosen(
     models, 'transformer_none', 'transformer_alibi', 'transformer_relative'
   )
-  wide = _with_kwargs(far, '64', embedding_dim=64)
-  begun = _with_kwargs(far, 'begin', begin_symbol=True)
+  begun = {
+    f'{name}_begin': {
+      **model,
+      'architecture_kwargs': {
+        **model['architecture_kwargs'],
+        'begin_symbol': True,
+      },
+    }
+    for name, model in far.items()
+  }
   rnn_and_lstm = _chosen(models, 'rnn', 'lstm')
   softer = ('parameters', 'bayes')
   config = _small_config('recipes', 5_000)
@@ -195,8 +203,6 @@ def recipes() -> config_lib.ExperimentSweep:
         schedules=('constant', 'warmup_stable_decay'),
         targets=softer,
       ),
-      _recipes_of(wide),
-      _recipes_of(far, steps=10_000),
     ),
     base_config=config,
   )
@@ -206,26 +212,12 @@ def _chosen(models: dict[str, Any], *names: str) -> dict[str, Any]:
   return {name: models[name] for name in names}
 
 
-def _with_kwargs(
-  models: dict[str, Any], suffix: str, **kwargs: Any
-) -> dict[str, Any]:
-  """Fields of `model` by name and suffix, with other architecture arguments."""
-  return {
-    f'{name}_{suffix}': {
-      **model,
-      'architecture_kwargs': {**model['architecture_kwargs'], **kwargs},
-    }
-    for name, model in models.items()
-  }
-
-
 def _recipes_of(
   models: dict[str, Any],
   optimizer: str = 'muon',
   rates: tuple[float, ...] = (1e-2,),
   schedules: tuple[str, ...] = ('warmup_cosine',),
   targets: tuple[str, ...] = ('symbols',),
-  steps: int = 5_000,
 ) -> dict[str, Any]:
   """Values of a sweep of recipes: every combination, for some networks."""
   values = {
@@ -233,7 +225,7 @@ def _recipes_of(
     'train.schedule': schedules,
     'train.target': targets,
     'train.learning_rate': rates,
-    'schedule.training_steps': (steps,),
+    'schedule.training_steps': (5_000,),
   }
   # Named by the values alone, since all points have all of them.
   return {'model': models} | {

@@ -48,13 +48,13 @@ def test_table_has_a_line_for_every_recipe_and_a_column_for_every_network(
   (line,) = (
     line
     for line in lines
-    if line.startswith('| adam | warmup_cosine | symbols | 0.02 | 5000 |')
+    if line.startswith('| adam | warmup_cosine | symbols | 0.02 |')
   )
   cells = [text.strip() for text in line.split('|')]
   # The standard error of three numbers a tenth apart.
   assert cells[columns.index('LSTM')] == f'{number}.00 ± 0.06'
   assert cells[columns.index('Transformer, ALIBI')] == ''
-  assert 'Transformer, RELATIVE, twice as wide' in columns
+  assert 'Transformer, RELATIVE, begin symbol' in columns
 
 
 def test_figure_has_the_means_of_every_rate(tmp_path):
@@ -87,7 +87,7 @@ def test_figure_has_the_means_of_every_rate(tmp_path):
 
 def test_figure_has_every_case_of_the_other_panels(tmp_path):
   rows = _rows(tmp_path)
-  _, schedules, sizes = recipes.draw(rows).axes
+  _, schedules, encodings = recipes.draw(rows).axes
   means = lambda panel: {
     round(float(np.ravel(container.lines[0].get_xdata())[0]), 6)
     for container in panel.containers
@@ -99,16 +99,16 @@ def test_figure_has_every_case_of_the_other_panels(tmp_path):
   assert number(
     'transformer_sin_cos', 'muon', 'warmup_cosine', 'parameters', '0.01', '5000'
   ) in means(schedules)
-  for model, steps in (
-    ('transformer_none', '10000'),
-    ('transformer_alibi_64', '5000'),
-    ('transformer_relative_begin', '5000'),
+  for model, target in (
+    ('transformer_none', 'bayes'),
+    ('transformer_alibi', 'symbols'),
+    ('transformer_relative_begin', 'symbols'),
   ):
     assert number(
-      model, 'muon', 'warmup_cosine', 'symbols', '0.01', steps
-    ) in means(sizes)
-  # Of three networks: begin symbol, width, time, target, and none of them.
-  assert len(sizes.containers) == 15
+      model, 'muon', 'warmup_cosine', target, '0.01', '5000'
+    ) in means(encodings)
+  # Of three networks: as they are, to bayes, and with a begin symbol.
+  assert len(encodings.containers) == 9
 
 
 def _run(*args, cwd):
