@@ -49,7 +49,7 @@ _TARGETS = ('symbols', 'parameters', 'bayes')
 _BEGIN = '_begin'
 _BEGIN_LABEL = ', begin symbol'
 # Less is shown as this much: what is left is noise.
-_LEAST_PERCENT = 0.02
+_LEAST_PERCENT = 0.005
 
 
 def percent(rows: Sequence[Row]) -> tuple[float, float]:

@@ -172,7 +172,8 @@ def recipes() -> config_lib.ExperimentSweep:
   is it the recipe or the encoding?
   """
   models = _small_architectures()
-  near = _chosen(models, 'rnn', 'lstm', 'stack_rnn', 'transformer_sin_cos')
+  recurrent = _chosen(models, 'rnn', 'lstm', 'stack_rnn')
+  sin_cos = _chosen(models, 'transformer_sin_cos')
   far = _chosen(
     models, 'transformer_none', 'transformer_alibi', 'transformer_relative'
   )
@@ -186,23 +187,25 @@ def recipes() -> config_lib.ExperimentSweep:
     }
     for name, model in far.items()
   }
-  rnn_and_lstm = _chosen(models, 'rnn', 'lstm')
-  softer = ('parameters', 'bayes')
   config = _small_config('recipes', 5_000)
   config.logger.log_frequency = 250
   return config_lib.ExperimentSweep(
     specific_sweeps=(
-      _recipes_of(near, rates=(5e-3, 1e-2, 2e-2, 4e-2)),
+      _recipes_of(recurrent | sin_cos, rates=(5e-3, 1e-2, 2e-2, 4e-2)),
       _recipes_of(far, targets=('symbols', 'bayes')),
       _recipes_of(begun),
-      _recipes_of(near, 'adam', rates=(2e-3, 5e-3, 1e-2, 2e-2)),
-      _recipes_of(near, schedules=('constant', 'warmup_stable_decay')),
-      _recipes_of(near, targets=softer),
+      _recipes_of(recurrent, 'adam', rates=(2e-3, 5e-3, 1e-2, 2e-2)),
+      _recipes_of(recurrent, schedules=('constant', 'warmup_stable_decay')),
+      _recipes_of(recurrent, targets=('parameters', 'bayes')),
       _recipes_of(
-        rnn_and_lstm,
+        _chosen(models, 'rnn', 'lstm'),
         schedules=('constant', 'warmup_stable_decay'),
-        targets=softer,
+        targets=('parameters', 'bayes'),
       ),
+      # A Transformer takes as long as five recurrent networks.
+      _recipes_of(sin_cos, 'adam'),
+      _recipes_of(sin_cos, schedules=('constant',)),
+      _recipes_of(sin_cos, targets=('bayes',)),
     ),
     base_config=config,
   )
