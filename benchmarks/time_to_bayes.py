@@ -99,14 +99,14 @@ def cases() -> list[Case]:
     'model_type': kind,
     'architecture_kwargs': kwargs,
   }
-  rates = dict(zip(RECIPES, (2e-3, 1e-2, 2e-2, 2e-2), strict=True))
+  rates = lambda muon: dict(zip(RECIPES, (2e-3, 1e-2, muon, muon), strict=True))
   short = [
     Case(
       name,
       fields(*model),
       source,
       32,
-      rates,
+      rates(1e-2 if name == 'Transformer SIN_COS' else 2e-2),
       (625, 1_250, 2_500, 5_000),
     )
     for name, model in small.items()

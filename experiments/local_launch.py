@@ -234,7 +234,7 @@ def run(
   start = time.monotonic()
   with devices.count_compilations() as compilations:
     trained = train.train_components(
-      config, components, True, folder, callbacks
+      config, components, use_tqdm=True, folder=folder, callbacks=callbacks
     )
     seconds = time.monotonic() - start
     rng_table, rng_figure = evaluate.launch_keys(config)

@@ -96,6 +96,7 @@ CASES = {
   ('train.warmup_steps=20000',): 'warmup_steps is 20000, more than the 5000',
   ('train.target=symbol',): "train.target 'symbol' is not .*mean 'symbols'",
   (RECURRING, 'train.target=bayes'): 'the source has no exact Bayes predictor',
+  ('train.compute_dtype=float16',): "compute_dtype 'float16' is not one of b",
   ('train.init_from=',): "train.init_from is ''; it must be the folder of a",
   ('train.ema_decay=0',): 'train.ema_decay is 0; None turns averaging off',
   ('train.ema_decay=1',): r'train.ema_decay is 1.0; .* in \[0.0, 1.0\)',
