@@ -126,6 +126,17 @@ def test_scanned_loop_equals_a_loop_in_python(fixed, reset, num_devices):
     )
 
 
+def _first_params(config):
+  """The network of a config, and the parameters that training begins with."""
+  predictor = predictor_factories.build_predictor(config.model, 2)
+  params = jax.jit(predictor.init_params)(
+    train_state.step_keys(config.seed, 0, 0).predictor,
+    jnp.zeros((4, 2, 2)),
+    None,
+  )
+  return predictor, params
+
+
 @pytest.mark.parametrize('target', base_config.TARGETS)
 def test_a_step_goes_down_on_the_target_and_reports_the_symbols(target):
   config = _config(
@@ -133,12 +144,7 @@ def test_a_step_goes_down_on_the_target_and_reports_the_symbols(target):
   )
   losses, state = _run_steps(config, 1, 1)
   generator = constants.build_data_generator(config.data)
-  predictor = predictor_factories.build_predictor(config.model, 2)
-  params = jax.jit(predictor.init_params)(
-    train_state.step_keys(config.seed, 0, 0).predictor,
-    jnp.zeros((4, 2, 2)),
-    None,
-  )
+  predictor, params = _first_params(config)
   keys = train_state.step_keys(config.seed, 0, 1)
   batch, parameters = generator.sample(keys.data, 4, 8)
   log_probs, _ = generator.bayes_predictor(8).unroll({}, None, batch)
@@ -172,12 +178,7 @@ def test_dropout_is_on_in_training_with_a_key_for_every_chunk(chunk_length):
   config = _config('transformer', kwargs, gradient_chunk_length=chunk_length)
   losses, _ = _run_steps(config, 1, 1)
   generator = constants.build_data_generator(config.data)
-  predictor = predictor_factories.build_predictor(config.model, 2)
-  params = jax.jit(predictor.init_params)(
-    train_state.step_keys(config.seed, 0, 0).predictor,
-    jnp.zeros((4, 2, 2)),
-    None,
-  )
+  predictor, params = _first_params(config)
   keys = train_state.step_keys(config.seed, 0, 1)
   batch, _ = generator.sample(keys.data, 4, 8)
   unroll = jax.jit(predictor.unroll)

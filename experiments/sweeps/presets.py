@@ -109,7 +109,7 @@ def paper() -> config_lib.ExperimentSweep:
 
 
 def small() -> config_lib.ExperimentSweep:
-  """The same questions at a size that two CPU cores finish in an hour.
+  """The same questions at a size that two CPU cores finish in 80 minutes.
 
   Besides the four kinds of source there is PTW of a given depth, whose
   segment-length distribution does not depend on the length of its sequences.

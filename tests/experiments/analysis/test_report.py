@@ -94,6 +94,15 @@ def test_committed_tables_have_all_networks():
     assert _seeds(rows, source, 'predictor') == dict.fromkeys(CELLS, SEEDS)
 
 
+@pytest.mark.parametrize('name', ['small', 'small_constant'])
+def test_committed_tables_are_of_the_preset_as_it_is(name, tmp_path):
+  folder = sweep_folder.SweepFolder(tmp_path)
+  with folder.open(presets.SWEEPS[name]().points(), 10_240):
+    pass
+  commands = atomic_files.read_json(SMALL.parent / name / report.COMMANDS)
+  assert commands['sweep'] == folder.digest()
+
+
 def test_networks_with_a_clock_are_within_half_a_percent_of_bayes():
   """On the four sources of the paper; some network on the fifth, too."""
   rows = _rows('on_distribution')

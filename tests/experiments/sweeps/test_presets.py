@@ -59,6 +59,19 @@ def test_small_has_the_same_sources_and_one_that_ignores_the_length():
     assert point.config.train.model_init_seed == (0, 1, 2)
 
 
+def test_small_has_the_recipe_and_small_constant_that_of_before():
+  recipes = {
+    (name, point.config.schedule.training_steps): point.config.train
+    for name in ('small', 'small_constant')
+    for point in presets.SWEEPS[name]().points()
+  }
+  train, before = recipes['small', 5_000], recipes['small_constant', 10_000]
+  assert len(recipes) == 2
+  assert vars(train).items() >= config_lib.RECIPE.items()
+  assert (before.optimizer, before.schedule) == ('adam', 'constant')
+  assert before.learning_rate == 2e-3
+
+
 def test_points_have_the_networks_of_their_names():
   by_name = {
     point.settings['model']: point.config.model
