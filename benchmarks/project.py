@@ -101,6 +101,7 @@ def training(job: timing.Job) -> timing.Work:
   config = make_config(job)
   if job.whole_batches:
     config.train.microbatch_size = job.batch_size // num_devices
+  config.train.compute_dtype = job.compute_dtype
   train_on, temp_bytes = project_step(config, num_devices, job.steps, predictor)
 
   def run() -> list[jax.Array]:

@@ -119,6 +119,7 @@ def cpu_groups(sizes: Sizes) -> Iterator[Group]:
         f'{plain_name} in our loop': change(
           network='plain', whole_batches=is_lstm
         ),
+        'in bfloat16': change(compute_dtype='bfloat16'),
         **({} if is_lstm else {'whole batches': change(whole_batches=True)}),
       },
       is_slow=_is_slow(ours),

@@ -2,6 +2,7 @@
 
   python benchmarks/time_to_bayes.py
   python benchmarks/time_to_bayes.py --only='LSTM-64, ptw' --seeds=1
+  python benchmarks/time_to_bayes.py --only_times
   python benchmarks/time_to_bayes.py --markdown
 
 Near is measured as the regret above the source's exact Bayes predictor, in
@@ -9,8 +10,10 @@ percent of that predictor's own, on fresh sequences that both read: the same for
 all seeds, recipes and steps. A recipe whose schedule knows its length is
 trained anew for every number of steps; a constant rate is read on the way.
 
-Seconds are those of the steps of one network, on all cores: without compiling
-and without the measuring. The file is written after every training.
+Seconds are steps times the time of one, which a training of its own measures: a
+network on all cores, without compiling. `--only_times` measures just that
+again, on a machine that has nothing else to do. The file is written after every
+training.
 """
 
 import argparse
@@ -99,16 +102,9 @@ def cases() -> list[Case]:
     'model_type': kind,
     'architecture_kwargs': kwargs,
   }
-  rates = lambda muon: dict(zip(RECIPES, (2e-3, 1e-2, muon, muon), strict=True))
+  rates = dict(zip(RECIPES, (2e-3, 1e-2, 1e-2, 1e-2), strict=True))
   short = [
-    Case(
-      name,
-      fields(*model),
-      source,
-      32,
-      rates(1e-2 if name == 'Transformer SIN_COS' else 2e-2),
-      (625, 1_250, 2_500, 5_000),
-    )
+    Case(name, fields(*model), source, 32, rates, (625, 1_250, 2_500, 5_000))
     for name, model in small.items()
     for source in ('ptw', 'lin')
   ]
@@ -168,12 +164,48 @@ def measure(
     seeds: Seeds, each of a network.
     num_sequences: Fresh sequences to measure on.
   """
+  read_at = [(steps,) for steps in case.steps]
   if recipe == _CONSTANT:
-    read_at = (*case.steps, 2 * case.steps[-1])
-    yield from _train(case, recipe, read_at, seeds, num_sequences)
-    return
-  for steps in case.steps:
-    yield from _train(case, recipe, (steps,), seeds, num_sequences)
+    read_at = [(*case.steps, 2 * case.steps[-1])]
+  one_step = step_seconds(case, recipe)
+  for steps_of_run in read_at:
+    excess = _train(case, recipe, steps_of_run, seeds, num_sequences)
+    for steps, percents in excess.items():
+      mean, stderr = statistics.mean_and_stderr(np.array(percents))
+      yield {
+        'case': case.name,
+        'recipe': recipe,
+        'steps': steps,
+        'seconds': steps * one_step,
+        'percent': float(mean),
+        'percent_stderr': None if len(seeds) == 1 else float(stderr),
+        'seeds': len(seeds),
+      }
+
+
+def step_seconds(case: Case, recipe: str) -> float:
+  """Returns the seconds of a training step of one network: a median.
+
+  Args:
+    case: Network and source.
+    recipe: A key of RECIPES.
+  """
+  log_every = max(10, 2_000 // case.seq_length)
+  # The first interval compiles.
+  config = make_config(case, recipe, 6 * log_every, (0,), log_every)
+  ends = []
+  train.train_components(
+    config,
+    _build(config),
+    callbacks=[lambda *_: ends.append(time.perf_counter())],
+  )
+  return float(np.median(np.diff(ends))) / log_every
+
+
+def _build(config: config_lib.ExperimentConfig) -> train.Components:
+  return train.build_components(
+    config, constants.build_data_generator, evaluator_lib.build_evaluator
+  )
 
 
 def _train(
@@ -182,56 +214,31 @@ def _train(
   read_at: tuple[int, ...],
   seeds: tuple[int, ...],
   num_sequences: int,
-) -> list[Row]:
-  """The rows of one training, which is read at some of its steps."""
-  # The first interval compiles, and is not timed.
-  log_every = min(read_at) // 5
-  config = make_config(case, recipe, max(read_at), seeds, log_every)
-  components = train.build_components(
-    config, constants.build_data_generator, evaluator_lib.build_evaluator
-  )
+) -> dict[int, list[float]]:
+  """Percent above the optimum at some steps of one training, per seed."""
+  config = make_config(case, recipe, max(read_at), seeds, min(read_at))
+  components = _build(config)
   evaluator = components.evaluator
   (exact,) = evaluator.optimal_predictors
-  ends, excess = [], {}
+  excess = {}
 
   def read(step: int, entry: dict[str, float], params: Any) -> None:
     del entry
-    began = time.perf_counter()
-    if step in read_at:
-      percents = []
-      for member in range(len(seeds)):
-        regrets = evaluator.evaluate(
-          jax.tree.map(lambda x, m=member: x[m], params),
-          jax.random.key(1),
-          num_sequences,
-        )
-        own = regrets[exact].mean()
-        above = regrets[evaluator_lib.NETWORK].mean() - own
-        percents.append(100 * above / own)
-      excess[step] = np.array(percents)
-    ends.append((began, time.perf_counter()))
+    if step not in read_at:
+      return
+    excess[step] = []
+    for member in range(len(seeds)):
+      regrets = evaluator.evaluate(
+        jax.tree.map(lambda x, m=member: x[m], params),
+        jax.random.key(1),
+        num_sequences,
+      )
+      own = regrets[exact].mean()
+      above = regrets[evaluator_lib.NETWORK].mean() - own
+      excess[step].append(100 * float(above / own))
 
   train.train_components(config, components, callbacks=[read])
-  intervals = [
-    after[0] - before[1]
-    for before, after in zip(ends[:-1], ends[1:], strict=True)
-  ]
-  step_seconds = float(np.median(intervals)) / log_every / len(seeds)
-  rows = []
-  for step in read_at:
-    mean, stderr = statistics.mean_and_stderr(excess[step])
-    rows.append(
-      {
-        'case': case.name,
-        'recipe': recipe,
-        'steps': step,
-        'seconds': step * step_seconds,
-        'percent': float(mean),
-        'percent_stderr': None if len(seeds) == 1 else float(stderr),
-        'seeds': len(seeds),
-      }
-    )
-  return rows
+  return excess
 
 
 def markdown(rows: list[Row]) -> str:
@@ -295,6 +302,11 @@ def main() -> None:
   parser.add_argument(
     '--num_sequences', type=int, default=10_240, help='Sequences to measure on.'
   )
+  parser.add_argument(
+    '--only_times',
+    action='store_true',
+    help='Measure only the time of a step again, for rows that are there.',
+  )
   parser.add_argument('--output', type=pathlib.Path, default=_OUTPUT)
   parser.add_argument(
     '--markdown', action='store_true', help='Print the table of the file.'
@@ -306,30 +318,32 @@ def main() -> None:
   if not args.markdown:
     devices.start(devices.num_cpu_devices())
     results['machine'] = suite_run.machine()
-    chosen = [
-      (case, recipe)
-      for case in cases()
-      for recipe in RECIPES
-      if re.search(args.only, f'{case.name}: {recipe}')
-    ]
-    for case, recipe in chosen:
-      is_new = lambda row, c=case, r=recipe: (
-        (row['case'], row['recipe'])
-        != (
-          c.name,
-          r,
-        )
-      )
-      kept = list(filter(is_new, results['rows']))
-      new = []
-      for row in measure(
-        case, recipe, tuple(range(args.seeds)), args.num_sequences
-      ):
-        print(json.dumps(row), flush=True)
-        new.append(row)
-        results['rows'] = sorted(kept + new, key=_place)
-        atomic_files.write_json(args.output, results)
+    for case in cases():
+      for recipe in RECIPES:
+        if re.search(args.only, f'{case.name}: {recipe}'):
+          _replace_rows(results, case, recipe, args)
   print(markdown(results['rows']))
+
+
+def _replace_rows(
+  results: dict[str, Any], case: Case, recipe: str, args: argparse.Namespace
+) -> None:
+  """Measures a case with a recipe; writes the file after every row."""
+  is_old = lambda row: (row['case'], row['recipe']) == (case.name, recipe)
+  old = [row for row in results['rows'] if is_old(row)]
+  kept = [row for row in results['rows'] if not is_old(row)]
+  if args.only_times:
+    one_step = step_seconds(case, recipe) if old else 0
+    rows = [{**row, 'seconds': row['steps'] * one_step} for row in old]
+  else:
+    seeds = tuple(range(args.seeds))
+    rows = measure(case, recipe, seeds, args.num_sequences)
+  new = []
+  for row in rows:
+    print(json.dumps(row), flush=True)
+    new.append(row)
+    results['rows'] = sorted(kept + new, key=_place)
+    atomic_files.write_json(args.output, results)
 
 
 if __name__ == '__main__':

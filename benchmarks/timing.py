@@ -57,6 +57,7 @@ class Job:
       PyTorch, `pytorch_defaults` has dropout in more places than ours.
     whole_batches: Each device's share of a batch at once, else in microbatches
       as the project chooses.
+    compute_dtype: Dtype of loss and gradient, for `project`.
     num_sequences: Sequences of an evaluation.
     size: Rows and columns of a matrix, or length of a vector.
     all_cores: As many CPU devices as `make run` takes, else one.
@@ -79,6 +80,7 @@ class Job:
   seeds: int = 1
   network: str = 'project'
   whole_batches: bool = False
+  compute_dtype: str = 'float32'
   num_sequences: int = 0
   size: int = 0
   all_cores: bool = False

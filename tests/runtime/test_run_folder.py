@@ -414,7 +414,9 @@ def test_unreadable_config_is_named_and_nothing_is_lost(
 def test_cleared_folder_begins_anew_and_keeps_what_is_not_the_runs(tmp_path):
   _run_to(tmp_path, 2)
   (tmp_path / 'notes.txt').write_text('mine')
+  (tmp_path / run_folder.TENSORBOARD).mkdir()
   run_folder.RunFolder(tmp_path).clear()
+  assert not (tmp_path / run_folder.TENSORBOARD).exists()
   other = base_config.ExperimentConfig(name='other')
   assert _restore(tmp_path, config=other)[0] == 0
   assert (tmp_path / 'notes.txt').read_text() == 'mine'
