@@ -25,9 +25,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Time to Bayes comes last, and takes three hours; its file has what was done.
+# Time to Bayes comes last, and takes hours; its file has what was done so far.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/sweep_throughput.py)
 	$(if $(ARGS),,$(BIN)/python benchmarks/time_to_bayes.py)
 
 # Trains what is not finished, as many runs at once as there are cores.

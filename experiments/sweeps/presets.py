@@ -313,7 +313,7 @@ def t256_width() -> config_lib.ExperimentSweep:
         },
         **_length_of_training(steps, num_seeds=1),
       }
-      for width, steps in ((32, 10_000), (64, 5_000), (128, 2_500), (256, 850))
+      for width, steps in ((32, 12_000), (64, 5_500), (128, 2_300), (256, 700))
     ),
     base_config=_t256_config('t256_width'),
   )
