@@ -19,12 +19,7 @@ def networks(seq_length: int, num_layers: int) -> dict[str, tuple[str, Kwargs]]:
     seq_length: T.
     num_layers: Number of layers of the Transformers.
   """
-  transformer = {
-    'embedding_dim': 64,
-    'num_layers': num_layers,
-    'num_heads': 8,
-    'dropout_prob': 0.1,
-  }
+  transformer = _transformer(num_layers)
   named = {
     'LSTM-128': lstm(128),
     'RNN-128': ('rnn', {'core': 'vanilla_rnn', 'hidden_size': 128}),
@@ -43,6 +38,40 @@ def networks(seq_length: int, num_layers: int) -> dict[str, tuple[str, Kwargs]]:
     {**transformer, 'context_length': seq_length // _WINDOWS},
   )
   return named
+
+
+def transformers(
+  num_layers: int, seq_length: int
+) -> dict[str, tuple[str, Kwargs]]:
+  """Returns type and architecture of Transformers that differ in attention.
+
+  Args:
+    num_layers: Number of layers.
+    seq_length: T.
+  """
+  kwargs = _transformer(num_layers)
+  named = {
+    encodings: ('transformer', {**kwargs, 'positional_encodings': encodings})
+    for encodings in ('SIN_COS', 'NONE', 'ALIBI', 'RELATIVE')
+  }
+  named['attention window'] = (
+    'transformer',
+    {**kwargs, 'attention_window': seq_length // 8},
+  )
+  named['in windows'] = (
+    'sliding_window_transformer',
+    {**kwargs, 'context_length': seq_length // 16},
+  )
+  return named
+
+
+def _transformer(num_layers: int) -> Kwargs:
+  return {
+    'embedding_dim': 64,
+    'num_layers': num_layers,
+    'num_heads': 8,
+    'dropout_prob': 0.1,
+  }
 
 
 def lstm(hidden_size: int) -> tuple[str, Kwargs]:
@@ -88,8 +117,10 @@ def _transformer_products(kwargs: Kwargs, context: int) -> int:
   """Multiplications per symbol."""
   dim = kwargs['embedding_dim']
   is_relative = kwargs.get('positional_encodings') == 'RELATIVE'
-  # A query sees (context + 1) / 2 keys in the mean, and as many values.
-  attention = (3 if is_relative else 2) * dim * (context + 1) // 2
+  # Keys, and as many values, that all queries together see.
+  window = min(kwargs.get('attention_window', context), context)
+  num_seen = window * (2 * context - window + 1) // 2
+  attention = (3 if is_relative else 2) * dim * num_seen // context
   # Queries, keys, values and output; then an MLP four times as wide.
   block = 4 * dim**2 + 2 * 4 * dim**2 + attention
   return kwargs['num_layers'] * block + 2 * ALPHABET_SIZE * dim

@@ -99,6 +99,18 @@ def cpu_groups(sizes: Sizes) -> Iterator[Group]:
     for name, (model_type, kwargs) in named.items():
       yield _training_group(name, _ours(model_type, kwargs, sizes, seq_length))
 
+  yield Group(
+    part='transformers',
+    name=_row_name('Transformer', length),
+    jobs={
+      name: _ours(model_type, kwargs, sizes, length)
+      for name, (model_type, kwargs) in networks.transformers(
+        sizes.num_layers, length
+      ).items()
+    },
+    is_slow=True,
+  )
+
   named = networks.networks(length, sizes.num_layers)
   for name in ('LSTM-128', 'Transformer SIN_COS'):
     model_type, kwargs = named[name]
@@ -200,6 +212,13 @@ def targets(sizes: Sizes) -> tuple[Target, ...]:
   lstm, stack = _row_name('LSTM-128', length), _row_name('Stack-RNN', length)
   loop = _row_name('LSTM-64', sizes.loop_length)
   keep = {'part': 'stack', 'group': stack, 'against': 'all states kept'}
+  variants = {
+    'RELATIVE': 1.4,
+    'ALIBI': 1.1,
+    'NONE': 1.1,
+    'attention window': 0.65,
+    'in windows': 0.5,
+  }
   return (
     Target(
       name=f'{transformer}: step, against plain JAX',
@@ -277,6 +296,17 @@ def targets(sizes: Sizes) -> tuple[Target, ...]:
       group=f'8 of {loop}',
       against='one after another',
       at_least=1.1,
+    ),
+    *(
+      Target(
+        name=f'{_row_name("Transformer", length)}: {name}, against SIN_COS',
+        part='transformers',
+        group=_row_name('Transformer', length),
+        ours=name,
+        against='SIN_COS',
+        at_most=at_most,
+      )
+      for name, at_most in variants.items()
     ),
   )
 

@@ -92,15 +92,6 @@ def distances(queries: range, keys: range) -> jax.Array:
   return query[:, None] - jnp.arange(keys.start, keys.stop)
 
 
-def alibi_bias(
-  num_heads: int, queries: range, keys: range, dtype: Any
-) -> jax.Array:
-  """Returns -slope * (query - key) where key <= query, `[heads, t, s]`."""
-  slopes = jnp.asarray(alibi_slopes(num_heads), dtype)
-  past = jnp.maximum(distances(queries, keys), 0).astype(dtype)
-  return -slopes[:, None, None] * past
-
-
 class Encoding(Protocol):
   """Positional encoding in attention; a pytree of its learned parameters.
 
@@ -108,20 +99,22 @@ class Encoding(Protocol):
   """
 
   def content_query(self, query: jax.Array) -> jax.Array:
-    """Returns the queries to multiply with the keys, `[B, heads, t, D]`."""
+    """Returns the queries to multiply with the keys, `[heads, B, t, D]`."""
 
   def bias(
     self, query: jax.Array, queries: range, keys: range
   ) -> jax.Array | None:
     """Returns the term added to the logits, of meaning where key <= query.
 
+    It is free up to a term of the query alone, which the softmax does not see.
+
     Args:
-      query: `[B, heads, t, D]`.
+      query: `[heads, B, t, D]`.
       queries: Times of the queries.
       keys: Times of the keys, up to that of the last query.
 
     Returns:
-      `[B or 1, heads, t, s]`, or None for nothing.
+      `[heads, B or 1, t or 1, s]`, or None for nothing.
     """
 
 
@@ -136,13 +129,20 @@ class Content(NamedTuple):
 
 
 class Alibi(NamedTuple):
-  """The bias of `alibi_bias`."""
+  """A bias linear in the distance, -slope * (query - key).
+
+  To the softmax that is -slope * (last query - key): a number for every key.
+  """
 
   def content_query(self, query: jax.Array) -> jax.Array:
     return query
 
   def bias(self, query: jax.Array, queries: range, keys: range) -> jax.Array:
-    return alibi_bias(query.shape[1], queries, keys, query.dtype)[None]
+    # In bfloat16, distances of more than 256 would be rounded.
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    slopes = jnp.asarray(alibi_slopes(query.shape[0]), dtype)
+    past = distances(queries[-1:], keys).astype(dtype)
+    return -slopes[:, None, None, None] * past
 
 
 class Relative(NamedTuple):
@@ -157,7 +157,7 @@ class Relative(NamedTuple):
   Attributes:
     content_bias: u, `[heads, D]`.
     position_bias: v, `[heads, D]`.
-    position_key: W R of the distances T - 1, ..., 0, `[heads, D, T]`.
+    position_key: W R of the distances T, ..., 0, `[heads, D, T + 1]`.
   """
 
   content_bias: jax.Array
@@ -165,13 +165,15 @@ class Relative(NamedTuple):
   position_key: jax.Array
 
   def content_query(self, query: jax.Array) -> jax.Array:
-    return query + self.content_bias[:, None]
+    return query + self.content_bias[:, None, None]
 
   def bias(self, query: jax.Array, queries: range, keys: range) -> jax.Array:
-    query = query + self.position_bias[:, None]
-    query = query / math.sqrt(query.shape[-1])
-    position_key = self.position_key[..., -len(keys) :]
-    return _shift(jnp.einsum('bhtd,hds->bhts', query, position_key))
+    num_heads, batch_size, num_queries, size = query.shape
+    query = query + self.position_bias[:, None, None]
+    query = query.reshape(num_heads, -1, size) / math.sqrt(size)
+    # Times the keys of distances s, ..., 0.
+    logits = query @ self.position_key[..., -len(keys) - 1 :]
+    return _shift(logits.reshape(num_heads, batch_size, num_queries, -1))
 
 
 class RelativePositions(hk.Module):
@@ -187,7 +189,7 @@ class RelativePositions(hk.Module):
   ) -> Relative:
     """Returns the encoding of T positions for heads of the given size."""
     waves = sinusoids(
-      np.arange(seq_length)[::-1], num_heads * size, self._max_timescale
+      np.arange(seq_length + 1)[::-1], num_heads * size, self._max_timescale
     )
     projected = hk.Linear(
       num_heads * size, with_bias=False, name='position_key'
@@ -197,17 +199,34 @@ class RelativePositions(hk.Module):
     return Relative(
       hk.get_parameter('content_bias', shape, dtype, init),
       hk.get_parameter('position_bias', shape, dtype, init),
-      projected.T.reshape(num_heads, size, seq_length),
+      projected.T.reshape(num_heads, size, seq_length + 1),
     )
 
 
+@jax.custom_vjp
 def _shift(logits: jax.Array) -> jax.Array:
-  """Turns distances into keys: row i of t moves left by t - 1 - i.
+  """Turns distances into keys: row i of t moves left by t - i.
 
-  Column c of s is for distance s - 1 - c. The last query meets the last key at
-  distance 0, so out[i, j] = logits[i, j + t - 1 - i]. One column of padding and
-  a reshape do it without a gather (Dai et al., 2019, appendix B).
+  Column c of s + 1 is for distance s - c. The last query meets the last key at
+  distance 0, so out[i, j] = logits[i, j + t - i]. As memory lies, that is all
+  but the first t numbers (Dai et al., 2019, appendix B): no gather.
   """
-  *batch, rows, _ = logits.shape
-  padded = jnp.pad(logits, [(0, 0)] * (len(batch) + 1) + [(1, 0)])
-  return padded.reshape(*batch, -1)[..., rows:].reshape(logits.shape)
+  *batch, rows, columns = logits.shape
+  flat = logits.reshape(*batch, -1)[..., rows:]
+  return flat.reshape(*batch, rows, columns - 1)
+
+
+def _shift_forward(logits: jax.Array) -> tuple[jax.Array, None]:
+  return _shift(logits), None
+
+
+def _shift_backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+  *batch, rows, columns = grad.shape
+  flat = grad.reshape(*batch, -1)
+  # With constant zeros it would be a `pad`, which XLA for CPUs computes number
+  # by number.
+  flat = jnp.concatenate([0 * flat[..., :rows], flat], axis=-1)
+  return (flat.reshape(*batch, rows, columns + 1),)
+
+
+_shift.defvjp(_shift_forward, _shift_backward)

@@ -111,6 +111,51 @@ class TransformerConfig:
 FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig))
 
 
+class Linear(hk.Module):
+  """`hk.Linear` at every position, `[B, T, F]` to `[B, T, output_size]`."""
+
+  def __init__(
+    self,
+    output_size: int,
+    with_bias: bool = True,
+    w_init: hk.initializers.Initializer | None = None,
+    name: str | None = None,
+  ):
+    """Initializes the module; arguments as those of `hk.Linear`."""
+    super().__init__(name)
+    self._output_size = output_size
+    self._with_bias = with_bias
+    self._w_init = w_init
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Returns the outputs."""
+    size, dtype = inputs.shape[-1], inputs.dtype
+    w_init = self._w_init or hk.initializers.TruncatedNormal(
+      stddev=1 / math.sqrt(size)
+    )
+    shape = (size, self._output_size)
+    weights = hk.get_parameter('w', shape, dtype, w_init)
+    # As a product of two matrices; of more axes, XLA would transpose some.
+    outputs = _product(inputs.reshape(-1, size), weights)
+    if self._with_bias:
+      outputs += hk.get_parameter('b', shape[1:], dtype, jnp.zeros)
+    return outputs.reshape(*inputs.shape[:-1], -1)
+
+
+class MLP(hk.Module):
+  """A hidden ReLU layer: `hk.nets.MLP` at every position."""
+
+  def __init__(self, hidden_size: int, output_size: int, name: str):
+    """Initializes the module."""
+    super().__init__(name)
+    self._hidden = Linear(hidden_size, name='linear_0')
+    self._output = Linear(output_size, name='linear_1')
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Returns the outputs, `[B, T, output_size]`."""
+    return self._output(jax.nn.relu(self._hidden(inputs)))
+
+
 class MultiHeadAttention(hk.Module):
   """Causal multi-head self-attention (Vaswani et al., 2017, section 3.2)."""
 
@@ -127,10 +172,8 @@ class MultiHeadAttention(hk.Module):
     size = config.num_hiddens_per_head or embedding_dim // num_heads
 
     def project(name: str) -> jax.Array:
-      linear = hk.Linear(num_heads * size, with_bias=False, name=name)
-      return _by_position(linear, inputs).reshape(
-        batch_size, seq_length, num_heads, size
-      )
+      projected = Linear(num_heads * size, with_bias=False, name=name)(inputs)
+      return projected.reshape(batch_size, seq_length, num_heads, size)
 
     query, key, value = project('query'), project('key'), project('value')
     if config.positional_encodings is PositionalEncodings.RELATIVE:
@@ -145,8 +188,7 @@ class MultiHeadAttention(hk.Module):
       query, key, value, encoding, config.attention_window
     )
     read = read.reshape(batch_size, seq_length, num_heads * size)
-    output = hk.Linear(embedding_dim, with_bias=False, name='output')
-    return _by_position(output, read)
+    return Linear(embedding_dim, with_bias=False, name='output')(read)
 
 
 class TransformerEncoder(hk.Module):
@@ -219,10 +261,10 @@ class TransformerEncoder(hk.Module):
     _, seq_length, num_features = inputs.shape
     if config.use_embeddings:
       init = hk.initializers.TruncatedNormal(stddev=config.emb_init_scale)
-      embed = hk.Linear(
+      embed = Linear(
         config.embedding_dim, with_bias=False, w_init=init, name='embedding'
       )
-      hidden = _by_position(embed, inputs) * math.sqrt(config.embedding_dim)
+      hidden = embed(inputs) * math.sqrt(config.embedding_dim)
     else:
       config.check_heads(
         'use_embeddings is False, and feature size', num_features
@@ -267,7 +309,7 @@ def make_transformer_encoder(
 
   def transformer(inputs: jax.Array) -> jax.Array:
     hidden = TransformerEncoder(config)(inputs)
-    return _by_position(hk.Linear(output_size, name='logits'), hidden)
+    return Linear(output_size, name='logits')(hidden)
 
   return transformer
 
@@ -284,11 +326,9 @@ def _block(
   read = MultiHeadAttention(config, name=f'attention_{layer}')(hidden)
   read = _dropout(keep_read, config.dropout_prob, read)
   hidden = _layer_norm(hidden + read, f'attention_norm_{layer}')
-  mlp = hk.nets.MLP(
-    (config.widening_factor * embedding_dim, embedding_dim),
-    name=f'mlp_{layer}',
-  )
-  added = _dropout(keep_mlp, config.dropout_prob, _by_position(mlp, hidden))
+  hidden_size = config.widening_factor * embedding_dim
+  mlp = MLP(hidden_size, embedding_dim, name=f'mlp_{layer}')
+  added = _dropout(keep_mlp, config.dropout_prob, mlp(hidden))
   return _layer_norm(hidden + added, f'mlp_norm_{layer}')
 
 
@@ -321,16 +361,31 @@ def _dropout(
   return jnp.where(keep, inputs * scale, jnp.zeros_like(inputs))
 
 
-def _by_position(
-  layer: Callable[[jax.Array], jax.Array], inputs: jax.Array
-) -> jax.Array:
-  """Applies a layer to `[B, T, F]` as `[B T, F]`.
+@jax.custom_vjp
+def _product(inputs: jax.Array, weights: jax.Array) -> jax.Array:
+  """Returns inputs `[n, F]` times weights `[F, D]`."""
+  return inputs @ weights
 
-  The gradient of its weights is then a product of two matrices as they lie in
-  memory; with two axes to sum over, XLA would transpose them first.
-  """
-  outputs = layer(inputs.reshape(-1, inputs.shape[-1]))
-  return outputs.reshape(*inputs.shape[:-1], -1)
+
+def _product_forward(
+  inputs: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return inputs @ weights, (inputs, weights)
+
+
+def _product_backward(
+  residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  inputs, weights = residuals
+  if inputs.shape[1] <= grad.shape[1]:
+    weights_grad = inputs.T @ grad
+  else:
+    # Twice as fast on a CPU, which would else make the product above of it.
+    weights_grad = jax.lax.optimization_barrier(grad.T @ inputs).T
+  return grad @ weights.T, weights_grad
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _layer_norm(inputs: jax.Array, name: str) -> jax.Array:

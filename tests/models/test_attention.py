@@ -32,7 +32,7 @@ def _inputs(encoding, seq_length, batch_size=3, dtype=jnp.float32):
     'RELATIVE': lambda: positional_encodings.Relative(
       normal(_HEADS, _SIZE),
       normal(_HEADS, _SIZE),
-      normal(_HEADS, _SIZE, seq_length),
+      normal(_HEADS, _SIZE, seq_length + 1),
     ),
   }[encoding]()
   return (query, key, value, learned), weights
@@ -99,6 +99,10 @@ def _assert_same(attend, args, weights, window=None, tolerance=1e-5):
     ),
     ('RELATIVE', 5, 1),
     ('RELATIVE', 1, None),
+    # Every block, with its keys, a sequence of its own.
+    *((encoding, 18, 5) for encoding in _ENCODINGS),
+    ('NONE', 16, 4),
+    ('RELATIVE', 11, 1),
   ],
 )
 def test_blocked_attention_is_plain_attention(encoding, seq_length, window):

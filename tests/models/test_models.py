@@ -185,13 +185,14 @@ def test_alibi_slopes_are_the_papers(num_heads, slopes):
 
 
 def test_alibi_bias_grows_with_the_distance():
-  bias = np.asarray(
-    positional_encodings.alibi_bias(2, range(4), range(4), jnp.float32)
-  )
+  query = jnp.zeros((2, 1, 3, 1))
+  bias = positional_encodings.Alibi().bias(query, range(1, 4), range(4))
   for head, slope in enumerate((2.0**-4, 2.0**-8)):
     for query in range(4):
+      of_itself = bias[head, 0, 0, query]
       for key in range(query + 1):
-        assert bias[head, query, key] == -slope * (query - key)
+        distance = query - key
+        assert bias[head, 0, 0, key] - of_itself == -slope * distance
 
 
 def test_relative_logits_are_the_formula():
@@ -207,9 +208,9 @@ def test_relative_logits_are_the_formula():
   @jax.jit
   def make_logits(params):
     encoding = transformed.apply(params, None)
-    by_head = jnp.asarray(query).swapaxes(1, 2)
+    by_head = jnp.moveaxis(jnp.asarray(query), 2, 0)
     times = range(seq_length)
-    logits = jnp.einsum('bhtd,bshd->bhts', encoding.content_query(by_head), key)
+    logits = jnp.einsum('hbtd,bshd->hbts', encoding.content_query(by_head), key)
     return logits + np.sqrt(size) * encoding.bias(by_head, times, times)
 
   logits = np.asarray(make_logits(params))
@@ -224,7 +225,7 @@ def test_relative_logits_are_the_formula():
         q = query[0, i, head]
         expected = (q + u[head]) @ key[0, j, head]
         expected += (q + v[head]) @ keys[i - j, head]
-        np.testing.assert_allclose(logits[0, head, i, j], expected, atol=1e-5)
+        np.testing.assert_allclose(logits[head, 0, i, j], expected, atol=1e-5)
 
 
 def _layer_norm(x, layer):
