@@ -269,7 +269,7 @@ def targets(sizes: Sizes) -> tuple[Target, ...]:
     Target(
       name=f'{stack}: step, against a plain one that keeps all states',
       **keep,
-      at_least=1.3,
+      at_least=3,
     ),
     Target(
       name=f'{stack}: temporary memory, against keeping all states',

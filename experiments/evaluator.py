@@ -13,6 +13,7 @@ Axes: B batch, T time, K alphabet size.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -369,7 +370,10 @@ def draw_sequence(
   """
   size = (_DRAWN_BATCH, evaluator.seq_length)
 
-  @jax.jit
+  # It runs once: quick code would take longer to compile than it saves.
+  @functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+  )
   def draw(params: predictors.Params, rng: jax.Array) -> DrawnSequence:
     batch, parameters = evaluator.generator.sample(rng, *size)
     switches = evaluator.generator.switch_points(rng, *size)

@@ -249,6 +249,11 @@ def unroll(
   return unroll_segments(whole, inputs, state)
 
 
+def segment_length(num_inputs: int) -> int:
+  """Returns the inputs of a segment of `unroll_segments`."""
+  return math.isqrt(num_inputs)
+
+
 def unroll_segments(
   run: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
   inputs: jax.Array,
@@ -273,7 +278,7 @@ def unroll_segments(
     outputs, state = run(inputs, state)
     return state, outputs
 
-  length = math.isqrt(len(inputs))
+  length = segment_length(len(inputs))
   rest = len(inputs) % length
   segments = inputs[rest:].reshape(-1, length, *inputs.shape[1:])
   if rest:

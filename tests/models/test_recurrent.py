@@ -127,6 +127,9 @@ def test_initial_parameters_are_haikus(name):
     pytest.param(2, 2, recurrent.VanillaRNN, marks=pytest.mark.slow),
     (4, 2, hk.LSTM),
     (T + 2, 1, recurrent.VanillaRNN),
+    # In blocks of three cells, with one or none left over.
+    (28, 1, recurrent.VanillaRNN),
+    pytest.param(27, 2, recurrent.LSTM, marks=pytest.mark.slow),
   ],
 )
 def test_stack_rnn_is_the_plain_one(stack_size, n_stacks, inner_core):
