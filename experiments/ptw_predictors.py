@@ -32,8 +32,8 @@ times in that half, with A the sum of the prior,
   d_j             = (p_{j+1} - kt_{j+1}) + (kt_{j+1} - kt_j)
   p_j - kt_j      = sigmoid(L_j) d_j
 
-A whole sequence needs no p_j for its L_j. With G_j = log(1/2 + 1/2 exp L_j), the
-log of how much more probable PTW makes the block so far than KT does, G_d = 0,
+A whole sequence needs no p_j for its L_j. With G_j = log(1/2 + 1/2 exp L_j) the
+log of how much more probable the block so far is by PTW than by KT, G_d = 0,
 
   L_j(t) = G_{j+1}(t) in the first half of the block, and in the second half
   L_j(t) = G_{j+1}(end of the first half) + G_{j+1}(t)
