@@ -52,6 +52,7 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
+from nonstationary_mbml.models import backend
 
 # The time is an int32.
 MAX_DEPTH = 30
@@ -363,6 +364,7 @@ def _predict_whole(
     add_level,
     (jnp.ones(shape, dtype), jnp.zeros(shape, dtype)),
     (np.arange(depth, 0, -1, dtype=np.int32), log_odds),
+    unroll=not backend.is_cpu(),
   )
   share = share + all_split / prior.sum()
 
@@ -374,7 +376,13 @@ def _predict_whole(
       prob += shares[depth - 1 - bits] * counts[block].astype(dtype)
     return jnp.log(prob)
 
-  log_probs = jax.lax.map(predict, (prior, first_halves))  # [K, T', B]
+  symbols = (prior, first_halves)
+  # One after another, so that a CPU does not transpose term by term.
+  log_probs = (
+    jax.lax.map(predict, symbols)
+    if backend.is_cpu()
+    else jax.vmap(predict)(symbols)
+  )  # [K, T', B]
   counts = [jnp.zeros((alphabet_size, batch_size), jnp.int32)]
   for bits, halves in enumerate(first_halves):
     in_second = seq_length >> bits & 1
