@@ -26,6 +26,7 @@ from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import cli
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.experiments import forget_me_not_predictors
 from nonstationary_mbml.experiments import live_and_die_predictors
 from nonstationary_mbml.experiments import ptw_predictors
 from nonstationary_mbml.experiments import run_length_predictors
@@ -227,7 +228,7 @@ def compare_predictors(sizes: Sizes) -> Iterator[Row]:
       'PTW',
       ptw_predictors.PTWPredictor(depth),
       lambda: numpy_ptw(batch, depth),
-      '>= 4',
+      '>= 15',
     ),
     (
       'LAD',
@@ -278,6 +279,38 @@ def time_predictors(sizes: Sizes) -> Iterator[Row]:
   }.items():
     unroll = jit_unroll(constants.OPTIMAL_PREDICTORS[name](**kwargs))
     yield whole_batch(name, unroll, batch, sizes)
+
+
+def compare_alphabets(sizes: Sizes) -> Iterator[Row]:
+  """Many symbols against two, and the first call, which compiles."""
+  rng = np.random.default_rng(0)
+  shape = (sizes.batch_size, sizes.seq_length)
+  batches = {
+    f'K={size}': jnp.eye(size)[rng.integers(size, size=shape)]
+    for size in (2, 26)
+  }
+  depth = ptw_predictors.min_depth(sizes.seq_length)
+  for predictor, first_target, ratio_target in (
+    # Half of what it took on one core, level by level in one vmap.
+    (ptw_predictors.PTWPredictor(depth), '<= 1.3', '<= 5'),
+    (live_and_die_predictors.LADPredictor(), '', '<= 5'),
+    (forget_me_not_predictors.ForgetMeNotPredictor(depth), '', ''),
+  ):
+    unroll = jit_unroll(predictor)
+    began = time.perf_counter()
+    jax.block_until_ready(unroll(batches['K=2']))
+    first = time.perf_counter() - began
+    name = predictor.label
+    yield quantity(f'{name}, first call', first, 's', first_target)
+    times = in_turns(
+      {size: functools.partial(unroll, batches[size]) for size in batches},
+      repeats=9,
+    )
+    for size in batches:
+      yield milliseconds(f'{name}, {size}', times[size])
+    yield ratio(
+      f'{name}, K=26 / K=2', times['K=26'], times['K=2'], ratio_target
+    )
 
 
 def time_sources(sizes: Sizes) -> Iterator[Row]:
@@ -516,6 +549,7 @@ PARTS = {
   'sources': time_sources,
   'exact predictors': time_predictors,
   'loops in NumPy': compare_predictors,
+  'alphabets': compare_alphabets,
   'long mixtures': scale_run_length_mixture,
   'long sequence': time_long_sequence,
   'stream': time_stream,

@@ -31,6 +31,14 @@ times in that half, with A the sum of the prior,
   kt_{j+1} - kt_j = [kt_{j+1} s - (1 - kt_{j+1}) r] / (n + m + r + s + A)
   d_j             = (p_{j+1} - kt_{j+1}) + (kt_{j+1} - kt_j)
   p_j - kt_j      = sigmoid(L_j) d_j
+
+A whole sequence needs no p_j for its L_j. With G_j = log(1/2 + 1/2 exp L_j) the
+log of how much more probable the block so far is by PTW than by KT, G_d = 0,
+
+  L_j(t) = G_{j+1}(t) in the first half of the block, and in the second half
+  L_j(t) = G_{j+1}(end of the first half) + G_{j+1}(t)
+           + sum over tau < t in the second half of
+             log kt_{j+1}(x_tau) - log kt_j(x_tau)
 """
 
 from collections.abc import Sequence
@@ -44,6 +52,7 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml import predictors
+from nonstationary_mbml.models import backend
 
 # The time is an int32.
 MAX_DEPTH = 30
@@ -223,7 +232,7 @@ class PTWPredictor(predictors.OptimalPredictor):
     self._check_time(self._start(batch, None), batch.shape[1])
     dtype = predictors.compute_dtype(batch)
     posterior = _switch_posterior(
-      batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
+      batch, self.prior(batch.shape[-1], dtype), self.depth
     )
     return posterior.astype(predictors.dtype_of(batch))
 
@@ -287,20 +296,11 @@ class PTWPredictor(predictors.OptimalPredictor):
     self, batch: jax.Array, state_dtype: Any
   ) -> tuple[jax.Array, PTWState]:
     """All predictions at once, from the first symbol."""
-    dtype = predictors.compute_dtype(batch)
-    log_probs, counts, log_odds = _predict_whole(
-      batch.astype(dtype), self.prior(batch.shape[-1], dtype), self.depth
-    )
-    state = PTWState(
+    prior = self.prior(batch.shape[-1], predictors.compute_dtype(batch))
+    log_probs, counts, log_odds = _predict_whole(batch, prior, self.depth)
+    log_odds = log_odds.astype(state_dtype)
+    return log_probs.astype(predictors.dtype_of(batch)), PTWState(
       np.int32(batch.shape[1]), counts, log_odds, jnp.zeros_like(log_odds)
-    )
-    # log_probs[t] is about symbol t: what the last prediction is about is seen
-    # from the final state.
-    last = self.output_from_state(state)
-    log_probs = jnp.concatenate([log_probs[:, 1:], last[:, None]], axis=1)
-    return log_probs.astype(predictors.dtype_of(batch)), state._replace(
-      log_odds=log_odds.astype(state_dtype),
-      log_odds_residual=jnp.zeros_like(log_odds, state_dtype),
     )
 
 
@@ -313,14 +313,199 @@ def _concrete_time(state: PTWState) -> int:
   return int(state.time)
 
 
+# The functions of whole sequences have the batch as their last axis: loops over
+# it are long, however short a block is. T' is T padded to a power of two.
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def _predict_whole(
   batch: jax.Array, prior: jax.Array, depth: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`_predict_one` of every sequence of a batch `[B, T, K]`."""
-  return jax.vmap(lambda symbols: _predict_one(symbols, prior, depth)[:3])(
-    batch
+  """PTW of whole sequences, level by level, all times at once.
+
+  With c_j the posterior of one level-j segment, and f_j the counts of the first
+  half of the block if the symbol is in the second one, else 0,
+
+    p_0 = sum_j c_j kt_j = sum_j h_j f_j + h_d a
+    h_j = sum_{i <= j} c_i / (symbols before it in its level-i block + A)
+
+  since the symbols of f_j are in all blocks of level j and above.
+
+  Args:
+    batch: Symbols `[B, T, K]`.
+    prior: Dirichlet concentration `[K]`.
+    depth: d.
+
+  Returns:
+    Log-probabilities after each symbol `[B, T, K]`, and the statistics of the
+    blocks open at the end: counts `[B, d + 1, K]` and log-odds `[B, d]`.
+  """
+  batch_size, seq_length, alphabet_size = batch.shape
+  dtype = prior.dtype
+  log_odds, first_halves = _whole_levels(batch, prior, depth)
+  shape = log_odds.shape[1:]
+  # For the symbol after each.
+  times = np.arange(1, shape[0] + 1, dtype=np.int32)
+
+  def add_level(
+    carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, jax.Array]
+  ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    all_split, share = carry
+    bits, log_odds = level
+    position = (times & ((1 << bits) - 1))[:, None]
+    log_odds = jnp.where(position == 0, 0, log_odds)
+    whole = all_split * jax.nn.sigmoid(-log_odds)
+    share = share + whole / (position.astype(dtype) + prior.sum())
+    in_second = position >> (bits - 1) == 1
+    all_split = all_split * jax.nn.sigmoid(log_odds)
+    return (all_split, share), jnp.where(in_second, share, 0)
+
+  (all_split, share), shares = jax.lax.scan(
+    add_level,
+    (jnp.ones(shape, dtype), jnp.zeros(shape, dtype)),
+    (np.arange(depth, 0, -1, dtype=np.int32), log_odds),
+    unroll=not backend.is_cpu(),
   )
+  share = share + all_split / prior.sum()
+
+  def predict(symbol: tuple[jax.Array, list[jax.Array]]) -> jax.Array:
+    prior, first_halves = symbol
+    prob = share * prior
+    for bits, counts in enumerate(first_halves):
+      block = np.minimum(times >> (bits + 1), len(counts) - 1)
+      prob += shares[depth - 1 - bits] * counts[block].astype(dtype)
+    return jnp.log(prob)
+
+  symbols = (prior, first_halves)
+  # One after another, so that a CPU does not transpose term by term.
+  log_probs = (
+    jax.lax.map(predict, symbols)
+    if backend.is_cpu()
+    else jax.vmap(predict)(symbols)
+  )  # [K, T', B]
+  counts = [jnp.zeros((alphabet_size, batch_size), jnp.int32)]
+  for bits, halves in enumerate(first_halves):
+    in_second = seq_length >> bits & 1
+    block = halves[:, seq_length >> (bits + 1)] if in_second else 0
+    counts.append(counts[-1] + block)
+  counts += counts[-1:] * (depth + 1 - len(counts))
+  is_open = seq_length % (1 << np.arange(depth, 0, -1)) != 0
+  open_log_odds = jnp.where(is_open[:, None], log_odds[:, seq_length - 1], 0)
+  return (
+    log_probs[:, :seq_length].transpose(2, 1, 0),
+    jnp.stack(counts[::-1]).transpose(2, 0, 1),
+    open_log_odds.T,
+  )
+
+
+def _whole_levels(
+  batch: jax.Array, prior: jax.Array, depth: int
+) -> tuple[jax.Array, list[jax.Array]]:
+  """What `_predict_whole` computes from the last level to the root.
+
+  Args:
+    batch: Symbols `[B, T, K]`.
+    prior: Dirichlet concentration `[K]`.
+    depth: d.
+
+  Returns:
+    L_j of t's block with the symbol at t, `[d, T', B]`; and the counts of the
+    first halves of all blocks, `[K, T' / 2^n, B]` for n = 1, 2, ..., from the
+    last level to the one whose first half is all of T'.
+  """
+  batch_size, seq_length, alphabet_size = batch.shape
+  padded_length = 1 << min_depth(seq_length)
+  symbols = jnp.argmax(batch, axis=-1).astype(jnp.int32).T
+  # Any symbol will do: nobody sees what comes after the end.
+  symbols = jnp.pad(symbols, ((0, padded_length - seq_length), (0, 0)))
+  drawn_prior = predictors.prior_of_symbols(symbols, prior)
+  alphabet = jnp.arange(alphabet_size, dtype=jnp.int32)[:, None, None]
+  counts = (symbols == alphabet).astype(jnp.int32)  # Of each block.
+  # Times that the symbol came before in its block, and G_j with it.
+  drawn, evidence = jnp.zeros_like(symbols), jnp.zeros_like(drawn_prior[0])
+  log_odds, first_halves = [], []
+  for half in (1 << bits for bits in range(depth)):
+    if half <= padded_length:
+      first_halves.append(counts[:, ::2])
+    if half < padded_length:
+      evidence, drawn, drawn_own, drawn_rest, drawn_symbols = (
+        array.reshape(-1, 2, half, batch_size)
+        for array in (evidence, drawn, *drawn_prior, symbols)
+      )
+      is_drawn = drawn_symbols[:, 1] == alphabet[..., None]
+      added = jnp.where(is_drawn, first_halves[-1][:, :, None], 0).sum(axis=0)
+      position = np.arange(half, dtype=np.int32)[:, None]
+      inner, outer = drawn[:, 1], drawn[:, 1] + added
+      inner_kt, kt, change = _kt_and_change(
+        (inner, position - inner),
+        (outer, position + half - outer),
+        (drawn_own[:, 1], drawn_rest[:, 1]),
+      )
+      gains = _running_sums(_gain(change, kt, inner_kt))
+      both = evidence[:, 0, -1:] + evidence[:, 1] + gains
+      evidence = jnp.stack([evidence[:, 0], both], axis=1)
+      evidence = evidence.reshape(symbols.shape)
+      drawn = jnp.stack([drawn[:, 0], outer], axis=1).reshape(symbols.shape)
+      counts = counts.reshape(alphabet_size, -1, 2, batch_size).sum(axis=2)
+    # In a first half, L_j is G_{j+1}.
+    log_odds.append(evidence)
+    likelier = jnp.exp(-jnp.abs(evidence))
+    evidence = jnp.maximum(evidence, 0) + jnp.log(0.5 + 0.5 * likelier)
+  if not depth:
+    return jnp.zeros((0, *symbols.shape), prior.dtype), first_halves
+  return jnp.stack(log_odds[::-1]), first_halves
+
+
+def _running_sums(terms: jax.Array) -> jax.Array:
+  """Sums of `[N, T, B]` up to each of T, a power of two, in little rounding."""
+  num, length, _ = terms.shape
+  size = min(length, 32)
+  parts = terms.reshape(-1, size, terms.shape[2])
+  # Broadcast, since a product of one matrix and all parts would transpose them.
+  triangle = jnp.broadcast_to(
+    np.tril(np.ones((size, size), terms.dtype)), (len(parts), size, size)
+  )
+  sums = jnp.matmul(triangle, parts, precision=jax.lax.Precision.HIGHEST)
+  if size < length:
+    totals = sums[:, -1].reshape(num, -1, terms.shape[2])
+    before = _running_sums(totals) - totals
+    sums += before.reshape(-1, 1, terms.shape[2])
+  return sums.reshape(terms.shape)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _switch_posterior(
+  batch: jax.Array, prior: jax.Array, depth: int
+) -> jax.Array:
+  """P(a segment starts at t | all symbols) for a batch, `[B, T]`."""
+  log_odds, _ = _whole_levels(batch, prior, depth)
+  return _switches(log_odds[:, : batch.shape[1]]).T
+
+
+def _switches(log_odds: jax.Array) -> jax.Array:
+  """P(a segment starts at t | all T symbols), `[T, ...]`.
+
+  Args:
+    log_odds: L_j of t's block with the symbol at t, `[d, T, ...]`.
+  """
+  depth, length, *shape = log_odds.shape
+  times = np.arange(length, dtype=np.int32)
+  bits = np.arange(depth, 0, -1, dtype=np.int32)
+
+  def add_level(
+    carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, jax.Array]
+  ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    all_split, posterior = carry
+    log_odds, bits = level
+    last = jnp.minimum(((times >> bits) + 1) << bits, length) - 1
+    all_split = all_split * jax.nn.sigmoid(log_odds[last])
+    is_middle = times & ((1 << bits) - 1) == 1 << (bits - 1)
+    is_middle = jnp.expand_dims(is_middle, range(1, all_split.ndim))
+    return (all_split, jnp.where(is_middle, all_split, posterior)), None
+
+  ones = jnp.ones((length, *shape), log_odds.dtype)
+  start = (ones, jnp.zeros_like(ones))
+  return jax.lax.scan(add_level, start, (log_odds, bits))[0][1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -335,108 +520,6 @@ def _unroll_segments(
 
   state, posteriors = jax.lax.scan(step, state, batch.swapaxes(0, 1))
   return posteriors.swapaxes(0, 1), state
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _switch_posterior(
-  batch: jax.Array, prior: jax.Array, depth: int
-) -> jax.Array:
-  """P(a segment starts at t | all symbols) for a batch, `[B, T]`."""
-  seq_length = batch.shape[1]
-
-  def one(symbols: jax.Array) -> jax.Array:
-    *_, block_log_odds = _predict_one(symbols, prior, depth)
-    posterior = jnp.zeros(seq_length, symbols.dtype)
-    # P(a block and all blocks that contain it are split), from the root.
-    all_split = jnp.ones(1, symbols.dtype)
-    for level, log_odds in enumerate(block_log_odds):
-      num_blocks = len(log_odds)
-      all_split = jnp.repeat(all_split, num_blocks // len(all_split))
-      all_split = all_split * jax.nn.sigmoid(log_odds)
-      length = 1 << depth - level
-      middles = np.arange(num_blocks) * length + length // 2
-      inside = middles < seq_length
-      posterior = posterior.at[middles[inside]].set(all_split[inside])
-    return posterior
-
-  return jax.vmap(one)(batch)
-
-
-def _predict_one(
-  symbols: jax.Array, prior: jax.Array, depth: int
-) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
-  """PTW of one sequence, level by level, all times at once.
-
-  Args:
-    symbols: `[T, K]`, one-hot.
-    prior: Dirichlet concentration `[K]`.
-    depth: d.
-
-  Returns:
-    log p_0 of every symbol given those before it `[T, K]`; the statistics of
-    the blocks open at the end: counts `[d + 1, K]`, log-odds `[d]`; and the
-    log-odds of all blocks of each level at their ends, for those that begin
-    before T padded to a power of two.
-  """
-  seq_length, alphabet_size = symbols.shape
-  # Levels whose blocks would reach beyond the padded end have only one block.
-  padded_length = 1 << min_depth(seq_length)
-  # Any symbol will do: nobody sees what comes after the end.
-  padding = jnp.zeros((padded_length - seq_length, alphabet_size))
-  symbols = jnp.concatenate(
-    [symbols, padding.at[:, 0].set(1).astype(symbols.dtype)]
-  ).T
-  drawn_prior = _drawn_prior(symbols.T, prior)
-  symbols_int = symbols.astype(jnp.int32)
-  counts_upto = jnp.cumsum(symbols_int, axis=-1)
-  counts_total = counts_upto[:, seq_length - 1]
-  counts_before = counts_upto - symbols_int  # [K, T']
-
-  mixture = inner = None  # p_{j+1}, [K, T']; counts in its block.
-  # For the symbol at each time: p_{j+1} and p_{j+1} - kt_{j+1}, [T'].
-  drawn_mixture = drawn_prior[0] / sum(drawn_prior)
-  excess = jnp.zeros_like(drawn_mixture)
-  final_counts, final_log_odds, block_log_odds = [], [], []
-  for level in reversed(range(depth + 1)):
-    length = min(1 << depth - level, padded_length)
-    blocks = (alphabet_size, padded_length // length, length)
-    counts = counts_before.reshape(blocks)
-    counts = counts - counts[..., :1]
-    totals = jnp.arange(length, dtype=symbols.dtype) + prior.sum()
-    kt = counts.astype(symbols.dtype) + prior[:, None, None]
-    kt = (kt / totals).reshape(symbols.shape)
-    # The block that is open after the last symbol begins here.
-    start = seq_length & -(1 << depth - level)
-    is_open = start < seq_length
-    final_counts.append(
-      counts_total - counts_before[:, start]
-      if is_open
-      else jnp.zeros_like(counts_total)
-    )
-    drawn = (symbols_int * counts.reshape(symbols.shape)).sum(axis=0)
-    outer = (drawn, jnp.arange(padded_length) % length - drawn)
-    if mixture is None:
-      mixture, inner = kt, outer
-      continue
-    drawn_kt, change = _kt_and_change(inner, outer, drawn_prior)
-    difference = excess + change
-    gains = _gain(difference, drawn_kt, drawn_mixture)
-    gains = jnp.where(jnp.arange(padded_length) < seq_length, gains, 0)  # [T']
-    final_log_odds.append(gains[start:].sum())
-    gains = gains.reshape(blocks[1:])
-    block_log_odds.append(gains.sum(axis=-1))
-    log_odds = (jnp.cumsum(gains, axis=-1) - gains).reshape(padded_length)
-    split, whole = jax.nn.sigmoid(log_odds), jax.nn.sigmoid(-log_odds)
-    mixture = whole * kt + split * mixture
-    drawn_mixture = whole * drawn_kt + split * drawn_mixture
-    excess, inner = split * difference, outer
-  log_probs = jnp.log(mixture[:, :seq_length]).T
-  return (
-    log_probs,
-    jnp.stack(final_counts[::-1]),
-    jnp.stack(final_log_odds[::-1]) if depth else jnp.zeros(0, symbols.dtype),
-    block_log_odds[::-1],
-  )
 
 
 # One sequence: a state without the batch axis.
@@ -460,27 +543,10 @@ def _switches_of_symbols(
   symbols: jax.Array, state: PTWState, prior: jax.Array
 ) -> jax.Array:
   """P(a segment starts at t | all symbols) for integers `[B, T]`."""
-  depth, length = state.log_odds.shape[1], symbols.shape[1]
-  times = np.arange(length, dtype=np.int32)
-  bits = np.arange(depth, 0, -1, dtype=np.int32)
-
-  def one(symbols: jax.Array, state: PTWState) -> jax.Array:
-    log_odds = _unroll_symbols_one(symbols, state, prior)[2]
-
-    def add_level(
-      carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-      all_split, posterior = carry
-      log_odds, bits = level
-      last = jnp.minimum(((times >> bits) + 1) << bits, length) - 1
-      all_split = all_split * jax.nn.sigmoid(log_odds[last])
-      is_middle = times & ((1 << bits) - 1) == 1 << (bits - 1)
-      return (all_split, jnp.where(is_middle, all_split, posterior)), None
-
-    start = (jnp.ones(length, prior.dtype), jnp.zeros(length, prior.dtype))
-    return jax.lax.scan(add_level, start, (log_odds, bits))[0][1]
-
-  return jax.vmap(one, in_axes=(0, _BATCH_AXES))(symbols, state)
+  return jax.vmap(
+    lambda *args: _switches(_unroll_symbols_one(*args)[2]),
+    in_axes=(0, _BATCH_AXES, None),
+  )(symbols, state, prior)
 
 
 def _unroll_symbols_one(
@@ -519,7 +585,7 @@ def _unroll_symbols_one(
     drawn = own + jnp.where(is_first, seen[symbols], 0)
     position = times & ((1 << bits) - 1)
     outer = (drawn, position - drawn)
-    kt, change = _kt_and_change(inner[:2], outer, (own_prior, rest_prior))
+    _, kt, change = _kt_and_change(inner[:2], outer, (own_prior, rest_prior))
     difference = excess + change
     gains = _gain(difference, kt, mixture)
     sums = _sums_in_blocks(gains, position == 0)
@@ -685,7 +751,7 @@ def _step(
   # Counts of the symbol that came, and of all others, per level: [B, d + 1].
   drawn = (symbols[:, None] * state.counts).sum(axis=-1)
   others = state.counts.sum(axis=-1) - drawn
-  drawn_kts, changes = _kt_and_change(
+  _, drawn_kts, changes = _kt_and_change(
     (drawn[:, 1:], others[:, 1:]),
     (drawn[:, :-1], others[:, :-1]),
     tuple(part[:, None] for part in drawn_prior),
@@ -735,8 +801,8 @@ def _kt_and_change(
   inner: tuple[jax.Array, jax.Array],
   outer: tuple[jax.Array, jax.Array],
   prior: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-  """KT of the symbol that comes: kt_j, and kt_{j+1} - kt_j, `[...]`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """KT of the symbol that comes: kt_{j+1}, kt_j, and their difference, `[...]`.
 
   Args:
     inner: Times that the symbol, and that another one came before in the
@@ -757,7 +823,7 @@ def _kt_and_change(
     for out, inn in zip(outer, inner, strict=True)
   )
   change = inner_kt * others - inner_complement * drawn
-  return kt, change
+  return inner_kt, kt, change
 
 
 def _gain(
@@ -770,14 +836,10 @@ def _gain(
     kt: kt_j of the symbol.
     mixture: p_{j+1} of the symbol.
   """
-  # Each form has its digits where the other one loses them. No quotient of
-  # quotients: the compiler would multiply their denominators.
-  is_near = jnp.abs(difference) < kt / 2
-  return jnp.where(
-    is_near,
-    jnp.log1p(jnp.where(is_near, difference / kt, 0)),
-    jnp.log(mixture) - jnp.log(kt),
-  )
+  # The logarithm of a number above 1, which has its digits either way.
+  is_less = difference < 0
+  ratio = jnp.abs(difference) / jnp.where(is_less, mixture, kt)
+  return jnp.where(is_less, -1, 1) * jnp.log1p(ratio)
 
 
 def compensated_sum(
