@@ -433,7 +433,9 @@ def _whole_levels(
         for array in (evidence, drawn, *drawn_prior, symbols)
       )
       is_drawn = drawn_symbols[:, 1] == alphabet[..., None]
-      added = jnp.where(is_drawn, first_halves[-1][:, :, None], 0).sum(axis=0)
+      added = jnp.where(is_drawn, first_halves[-1][:, :, None], 0).sum(
+        axis=0, dtype=jnp.int32
+      )
       position = np.arange(half, dtype=np.int32)[:, None]
       inner, outer = drawn[:, 1], drawn[:, 1] + added
       inner_kt, kt, change = _kt_and_change(
@@ -446,7 +448,7 @@ def _whole_levels(
       evidence = jnp.stack([evidence[:, 0], both], axis=1)
       evidence = evidence.reshape(symbols.shape)
       drawn = jnp.stack([drawn[:, 0], outer], axis=1).reshape(symbols.shape)
-      counts = counts.reshape(alphabet_size, -1, 2, batch_size).sum(axis=2)
+      counts = counts[:, ::2] + counts[:, 1::2]
     # In a first half, L_j is G_{j+1}.
     log_odds.append(evidence)
     likelier = jnp.exp(-jnp.abs(evidence))
