@@ -111,33 +111,23 @@ class TransformerConfig:
 FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig))
 
 
-class Linear(hk.Module):
-  """`hk.Linear` at every position, `[B, T, F]` to `[B, T, output_size]`."""
+class Linear(hk.Linear):
+  """`hk.Linear` at every position, `[B, T, F]` to `[B, T, output_size]`.
 
-  def __init__(
-    self,
-    output_size: int,
-    with_bias: bool = True,
-    w_init: hk.initializers.Initializer | None = None,
-    name: str | None = None,
-  ):
-    """Initializes the module; arguments as those of `hk.Linear`."""
-    super().__init__(name)
-    self._output_size = output_size
-    self._with_bias = with_bias
-    self._w_init = w_init
+  Its weight gradients are quicker on a CPU.
+  """
 
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Returns the outputs."""
     size, dtype = inputs.shape[-1], inputs.dtype
-    w_init = self._w_init or hk.initializers.TruncatedNormal(
+    w_init = self.w_init or hk.initializers.TruncatedNormal(
       stddev=1 / math.sqrt(size)
     )
-    shape = (size, self._output_size)
+    shape = (size, self.output_size)
     weights = hk.get_parameter('w', shape, dtype, w_init)
     # As a product of two matrices; of more axes, XLA would transpose some.
     outputs = _product(inputs.reshape(-1, size), weights)
-    if self._with_bias:
+    if self.with_bias:
       outputs += hk.get_parameter('b', shape[1:], dtype, jnp.zeros)
     return outputs.reshape(*inputs.shape[:-1], -1)
 
