@@ -448,7 +448,10 @@ def _whole_levels(
       evidence = jnp.stack([evidence[:, 0], both], axis=1)
       evidence = evidence.reshape(symbols.shape)
       drawn = jnp.stack([drawn[:, 0], outer], axis=1).reshape(symbols.shape)
-      counts = counts[:, ::2] + counts[:, 1::2]
+      # Two slices that are added would be added again at every level above.
+      counts = counts.reshape(alphabet_size, -1, 2, batch_size).sum(
+        axis=2, dtype=jnp.int32
+      )
     # In a first half, L_j is G_{j+1}.
     log_odds.append(evidence)
     likelier = jnp.exp(-jnp.abs(evidence))
