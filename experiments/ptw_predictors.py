@@ -454,8 +454,8 @@ def _whole_levels(
       )
     # In a first half, L_j is G_{j+1}.
     log_odds.append(evidence)
-    likelier = jnp.exp(-jnp.abs(evidence))
-    evidence = jnp.maximum(evidence, 0) + jnp.log(0.5 + 0.5 * likelier)
+    less = 0.5 * jnp.expm1(-jnp.abs(evidence))
+    evidence = jnp.maximum(evidence, 0) + jnp.log1p(less)
   if not depth:
     return jnp.zeros((0, *symbols.shape), prior.dtype), first_halves
   return jnp.stack(log_odds[::-1]), first_halves
