@@ -257,8 +257,8 @@ def t256() -> config_lib.ExperimentSweep:
   )
   one_seed = {n: m for n, m in models.items() if n not in three_seeds}
   sources = _sources(shift_period=20, max_shift=39.0)
-  # At twice the rate, 5,000 steps on `ptw` end no nearer than 2,000: some losses
-  # jump half-way, and hardly recover.
+  # At twice the rate, 5,000 steps on `ptw` end no nearer than 2,000: the losses
+  # of some seeds jump half-way, and hardly recover.
   lengths = {
     name: (5_000, 5e-3) if name == 'ptw' else (2_000, 1e-2) for name in sources
   }
