@@ -26,6 +26,7 @@ from nonstationary_mbml import base_constants
 from nonstationary_mbml import predictors
 from nonstationary_mbml.experiments import config as config_lib
 from nonstationary_mbml.experiments import constants
+from nonstationary_mbml.models import backend
 from nonstationary_mbml.runtime import multihost
 from nonstationary_mbml.runtime import progress
 from nonstationary_mbml.runtime import sharding
@@ -371,9 +372,9 @@ def draw_sequence(
   size = (_DRAWN_BATCH, evaluator.seq_length)
 
   # It runs once: quick code would take longer to compile than it saves.
-  @functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-  )
+  options = {'xla_backend_optimization_level': 0} if backend.is_cpu() else None
+
+  @functools.partial(jax.jit, compiler_options=options)
   def draw(params: predictors.Params, rng: jax.Array) -> DrawnSequence:
     batch, parameters = evaluator.generator.sample(rng, *size)
     switches = evaluator.generator.switch_points(rng, *size)

@@ -17,6 +17,7 @@ import numpy as np
 
 from nonstationary_mbml import base_config
 from nonstationary_mbml.models import attention as attention_lib
+from nonstationary_mbml.models import backend
 from nonstationary_mbml.models import positional_encodings as pos_encs_lib
 
 PositionalEncodings = pos_encs_lib.PositionalEncodings
@@ -126,7 +127,8 @@ class Linear(hk.Linear):
     shape = (size, self.output_size)
     weights = hk.get_parameter('w', shape, dtype, w_init)
     # As a product of two matrices; of more axes, XLA would transpose some.
-    outputs = _product(inputs.reshape(-1, size), weights)
+    product = _product if backend.is_cpu() else jnp.matmul
+    outputs = product(inputs.reshape(-1, size), weights)
     if self.with_bias:
       outputs += hk.get_parameter('b', shape[1:], dtype, jnp.zeros)
     return outputs.reshape(*inputs.shape[:-1], -1)

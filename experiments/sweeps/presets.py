@@ -247,9 +247,10 @@ def _recipes_of(
 def t256() -> config_lib.ExperimentSweep:
   """The questions of `small` at T = 256, the length of the paper as we read it.
 
-  Five hours of two CPU cores. What is hard at this length is the clock of
-  `ptw`, which therefore has more steps. Relative encodings have a begin symbol,
-  without which they cannot count equal symbols at the beginning.
+  Reckoned from the time of steps, five hours of two CPU cores. What is hard at
+  this length is the clock of `ptw`, which therefore has more steps. Relative
+  encodings have a begin symbol, without which they cannot count equal symbols
+  at the beginning.
   """
   models = _t256_architectures()
   three_seeds = _chosen(

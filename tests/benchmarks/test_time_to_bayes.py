@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 
 import pytest
@@ -54,3 +55,19 @@ def test_table_has_the_quickest_that_is_near_enough(time_to_bayes):
     '1.20% in 4 s (400 steps) |',
     '| LSTM | b | – | – | – | – | – | 9.00% in 0.5 s (50 steps) |',
   ]
+
+
+def test_only_times_keeps_what_was_reached(
+  time_to_bayes, tmp_path, monkeypatch
+):
+  case = _tiny(time_to_bayes)
+  recipe = 'Muon, cosine'
+  row = {'case': case.name, 'recipe': recipe, 'steps': 10, 'percent': 3.0}
+  # Rows are in the order of the cases, which this one takes the place of.
+  monkeypatch.setattr(time_to_bayes, 'cases', lambda: [case])
+  results = {'rows': [{**row, 'seconds': 1e6}]}
+  args = argparse.Namespace(only_times=True, output=tmp_path / 'times.json')
+  time_to_bayes._replace_rows(results, case, recipe, args)
+  (new,) = json.loads(args.output.read_text())['rows']
+  assert {**new, 'seconds': None} == {**row, 'seconds': None}
+  assert 0 < new['seconds'] < 1e3
