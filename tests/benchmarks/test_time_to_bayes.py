@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import json
 
 import pytest
 
