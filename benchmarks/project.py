@@ -30,6 +30,7 @@ def make_config(job: timing.Job) -> config_lib.ExperimentConfig:
     train=base_config.TrainConfig(
       seq_length=job.seq_length,
       batch_size=job.batch_size,
+      optimizer=job.optimizer,
       learning_rate=job.learning_rate,
       clip_grad_norm=job.clip_grad_norm,
     ),

@@ -66,7 +66,8 @@ class Job:
     process_id: Index of the child.
     coordinator: Address at which the processes meet.
     huge_pages: Memory as `make run` takes it, else as it comes.
-    learning_rate: Learning rate of Adam.
+    optimizer: Optimiser, for `project`; elsewhere it is Adam.
+    learning_rate: Its learning rate.
     clip_grad_norm: Largest global norm of a gradient.
   """
 
@@ -89,6 +90,7 @@ class Job:
   process_id: int = 0
   coordinator: str = ''
   huge_pages: bool = False
+  optimizer: str = 'adam'
   learning_rate: float = 2e-3
   clip_grad_norm: float = 1.0
 
