@@ -21,6 +21,7 @@ parameters (`averaging`), which changes nothing about training.
 """
 
 from collections.abc import Callable
+import functools
 import inspect
 import math
 from typing import Any
@@ -38,6 +39,22 @@ _WARMUP_SHARE = 0.05
 # Share of the steps in which `warmup_stable_decay` decays.
 _DECAY_SHARE = 0.2
 
+
+@functools.wraps(optax.contrib.muon, assigned=())
+def muon(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+  """Optax's Muon, whose Newton-Schulz iterations are a loop.
+
+  As rows of `ns_coeffs`, one for every iteration, they compile once for every
+  matrix; with one row, Optax unrolls them.
+  """
+  given = inspect.signature(optax.contrib.muon).bind(*args, **kwargs)
+  given.apply_defaults()
+  coeffs, steps = given.arguments['ns_coeffs'], given.arguments['ns_steps']
+  if np.shape(coeffs) == (3,) and steps > 0:
+    given.arguments['ns_coeffs'] = (tuple(coeffs),) * steps
+  return optax.contrib.muon(*given.args, **given.kwargs)
+
+
 # A factory takes the learning rate (a number, or a function of the number of
 # steps before), and `train.optimizer_kwargs`.
 OPTIMIZERS = base_config.Registry(
@@ -46,7 +63,7 @@ OPTIMIZERS = base_config.Registry(
     'adam': optax.adam,
     'adamw': optax.adamw,
     'lion': optax.lion,
-    'muon': optax.contrib.muon,
+    'muon': muon,
     'sgd': optax.sgd,
   },
 )

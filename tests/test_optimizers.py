@@ -187,3 +187,26 @@ def test_what_cannot_be_is_named(field, value, message):
   config = base_config.TrainConfig(**{field: value})
   with pytest.raises(ValueError, match=message):
     optimizers.make_optimizer(config, 10)
+
+
+@pytest.mark.parametrize('ns_steps', [3, 7])
+def test_muon_is_that_of_optax(ns_steps):
+  params = {
+    'w': jax.random.normal(jax.random.key(0), (8, 12)),
+    'b': jnp.arange(3.0),
+  }
+  for kwargs in ({}, {'ns_steps': ns_steps}):
+    updates = []
+    for factory in (optimizers.muon, optax.contrib.muon):
+      optimizer = factory(0.1, **kwargs)
+      update, _ = jax.jit(optimizer.update)(
+        params, optimizer.init(params), params
+      )
+      updates.append(update)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *updates
+    )
+  own = ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5))
+  state = optimizers.muon(0.1, ns_coeffs=own).init(params)
+  expected = optax.contrib.muon(0.1, ns_coeffs=own).init(params)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
