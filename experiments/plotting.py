@@ -90,6 +90,8 @@ _FALLBACKS = (
 )
 # A label with this after it is of the same predictor.
 _SEEDS = re.compile(r', (1 of )?\d+ seeds$')
+# A label with this after it has the same looks, but for its line.
+_VARIANT = ', begin symbol'
 # Distance of markers on a line, in diagonals of the panel, and how much later
 # the first one is from one predictor to the next: lines that coincide show the
 # markers of each other.
@@ -135,6 +137,8 @@ def style(label: str) -> Style:
   label = _SEEDS.sub('', label)
   if label in STYLES:
     return STYLES[label]
+  if label.removesuffix(_VARIANT) in STYLES:
+    return STYLES[label.removesuffix(_VARIANT)]._replace(linestyle='--')
   rest = zlib.crc32(label.encode())
   chosen = []
   for choices in _FALLBACKS:
@@ -146,7 +150,7 @@ def style(label: str) -> Style:
 
 def rank(label: str) -> int:
   """Returns the place of a label in `STYLES`; what it lacks comes last."""
-  label = _SEEDS.sub('', label)
+  label = _SEEDS.sub('', label).removesuffix(_VARIANT)
   return list(STYLES).index(label) if label in STYLES else len(STYLES)
 
 

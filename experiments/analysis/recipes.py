@@ -45,9 +45,8 @@ _SCHEDULES = {
   'warmup_cosine': 'cosine',
 }
 _TARGETS = ('symbols', 'parameters', 'bayes')
-# End of the name of a network with a begin symbol, and of its label.
+# End of the name of a network with a begin symbol.
 _BEGIN = '_begin'
-_BEGIN_LABEL = ', begin symbol'
 # Less is shown as this much: what is left is noise.
 _LEAST_PERCENT = 0.005
 
@@ -76,7 +75,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
       title: lambda row, column=column: str(row[column])
       for title, column in _RECIPE.items()
     },
-    lambda row: _label(row['model']),
+    lambda row: study_figures.label(row['model']),
     text,
   )
 
@@ -117,7 +116,7 @@ def draw(rows: Sequence[Row]) -> figure_lib.Figure:
       },
       'target and begin symbol\n(Muon, peak 0.01, cosine, 5,000 steps)',
     )
-    names = dict.fromkeys(_label(row['model'], short=True) for row in rows)
+    names = dict.fromkeys(_short_label(row['model']) for row in rows)
     plotting.add_legend(
       figure,
       [
@@ -156,7 +155,7 @@ def _draw_rates(panel: matplotlib.axes.Axes, rows: Sequence[Row]) -> set[str]:
       continue
     drawn.add(model)
     rates = sorted(points)
-    looks = plotting.line_style(_label(model))
+    looks = plotting.line_style(study_figures.label(model))
     if optimizer != _USUAL[0]:
       looks |= {'linestyle': ':', 'markerfacecolor': 'white'}
     means, stderrs = zip(*(percent(points[r]) for r in rates), strict=True)
@@ -180,13 +179,13 @@ def _draw_cases(
   title: str,
 ) -> None:
   """A line for every case, and a marker on it for every network."""
-  names = dict.fromkeys(_label(row['model'], short=True) for row in rows)
+  names = dict.fromkeys(_short_label(row['model']) for row in rows)
   names = sorted(names, key=plotting.rank)
   for y, is_of_case in enumerate(cases.values()):
     of_case = [row for row in rows if is_of_case(row)]
     by_model = study_figures.groups(of_case, 'model')
     for (model,), of_model in by_model.items():
-      name = _label(model, short=True)
+      name = _short_label(model)
       looks = plotting.style(name)
       mean, stderr = percent(of_model)
       # Side by side, where they would hide each other.
@@ -210,10 +209,9 @@ def _draw_cases(
   plotting.add_grid(panel)
 
 
-def _label(model: str, short: bool = False) -> str:
-  """Label of a network, by its name; short without the begin symbol."""
-  label = study_figures.label(model.removesuffix(_BEGIN))
-  return label + (_BEGIN_LABEL if model.endswith(_BEGIN) and not short else '')
+def _short_label(model: str) -> str:
+  """Label of a network, by its name, without the begin symbol."""
+  return study_figures.label(model.removesuffix(_BEGIN))
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

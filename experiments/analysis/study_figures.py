@@ -29,7 +29,8 @@ Row = Mapping[str, Any]
 # Labels of the networks of the presets, by their names in a sweep.
 LABELS = {
   point.settings['model']: predictor_factories.label(point.config.model)
-  for point in presets.small().points()
+  for sweep in (presets.small, presets.t256, presets.recipes)
+  for point in sweep().points()
 }
 TARGETS = {
   'run_length': 'expected run length',

@@ -269,7 +269,17 @@ def test_no_dot_and_no_error_bar_is_cut(table, draw):
 
 
 def test_names_of_the_sweep_are_labelled_as_their_networks_are():
-  assert set(study_figures.LABELS.values()) <= plotting.STYLES.keys()
+  labels = list(study_figures.LABELS.values())
+  assert len(set(labels)) == len(labels)
+  assert all(plotting.rank(label) < len(plotting.STYLES) for label in labels)
+  begun = study_figures.label('transformer_alibi_begin')
+  assert begun == 'Transformer, ALIBI, begin symbol'
+  looks = [
+    plotting.style(label)
+    for label in (begun, study_figures.label('transformer_alibi'))
+  ]
+  assert looks[0].colour == looks[1].colour
+  assert looks[0].linestyle != looks[1].linestyle
   assert study_figures.label('stack_lstm') == 'Stack-LSTM'
   assert [
     study_figures.exact_label(name)
