@@ -379,7 +379,9 @@ def test_export_keeps_the_name_of_an_imported_file(folder, modules):
 MODELS = pathlib.Path(saved_runs.__file__).parent.parent / 'results' / 'models'
 
 
-@pytest.mark.parametrize('name', ['lstm_ptw', 'transformer_alibi_lin'])
+@pytest.mark.parametrize(
+  'name', ['lstm_ptw', 'transformer_alibi_lin', 'lstm_ptw_t256']
+)
 def test_committed_model_loses_what_its_table_says(name):
   """Within three standard errors, on fresh sequences of a fixed seed."""
   run = saved_runs.load_run(MODELS / name)
