@@ -16,6 +16,10 @@ from nonstationary_mbml import predictors
 RECENT = 4
 # Penalty of the ridge regression, relative to the number of symbols.
 _RIDGE = 1e-6
+# Features that vary less, relative to the one that varies most, are not scaled
+# to as much: a cell that a stack hardly ever fills may in other sequences be
+# thousands of its standard deviations from its mean.
+_LEAST_SPREAD = 1e-2
 # Entries of the run-length posterior that are computed at a time.
 _CHUNK_SIZE = 2**18
 
@@ -89,8 +93,9 @@ def predict(
   flat = states.reshape(-1, states.shape[-1]).astype(np.float64)
   fit = slice(0, half * states.shape[1])
   mean, spread = flat[fit].mean(axis=0), flat[fit].std(axis=0)
-  # Constant features have no scale, and explain nothing.
-  flat = (flat - mean)[:, spread > 0] / spread[spread > 0]
+  # Constant features explain nothing.
+  scale = np.maximum(spread, _LEAST_SPREAD * spread.max())[spread > 0]
+  flat = (flat - mean)[:, spread > 0] / scale
   inputs = flat[fit]
   gram = inputs.T @ inputs + _RIDGE * len(inputs) * np.eye(inputs.shape[1])
   predicted = {}

@@ -286,7 +286,7 @@ def main(argv: list[str]) -> None:
         studies.Options(values.num_sequences, values.seed, use_tqdm=True),
         f'python experiments/analysis/report.py --sweep_dir={sweep.path} '
         f'--output_dir={folder} --num_sequences={values.num_sequences} '
-        f'--seed={values.seed}',
+        f'--seed={values.seed}' + (' --partial' if values.partial else ''),
         sweep.digest(),
       )
     written = draw(folder)

@@ -21,6 +21,17 @@ def test_probe_finds_a_linear_map_and_nothing_else():
   assert linear_probe.r2_score(targets['noise'][30:], predicted['noise']) < 0.1
 
 
+def test_cells_that_are_hardly_ever_filled_do_no_harm():
+  rng = np.random.default_rng(0)
+  states = rng.normal(size=(60, 8, 5))
+  states[..., 4] *= 1e-8
+  states[40, 3, 4] = 1
+  values = states @ [1.0, -2, 0, 0.5, 0] + rng.normal(size=(60, 8))
+  predicted = linear_probe.predict(states, {'values': values})['values']
+  score = linear_probe.r2_score(values[30:], predicted)
+  assert score == pytest.approx(5.25 / 6.25, abs=0.05)
+
+
 def test_clock_in_the_state_explains_variance_but_none_given_time():
   rng = np.random.default_rng(0)
   times = np.tile(np.arange(6.0), (400, 1))
