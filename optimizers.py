@@ -44,15 +44,36 @@ _DECAY_SHARE = 0.2
 def muon(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
   """Optax's Muon, whose Newton-Schulz iterations are a loop.
 
-  As rows of `ns_coeffs`, one for every iteration, they compile once for every
-  matrix; with one row, Optax unrolls them.
+  With a row of `ns_coeffs` for every iteration, they compile once for every
+  matrix; with one row, Optax unrolls them. The state has the one row.
   """
+  optimizer = optax.contrib.muon(*args, **kwargs)
   given = inspect.signature(optax.contrib.muon).bind(*args, **kwargs)
   given.apply_defaults()
   coeffs, steps = given.arguments['ns_coeffs'], given.arguments['ns_steps']
-  if np.shape(coeffs) == (3,) and steps > 0:
-    given.arguments['ns_coeffs'] = (tuple(coeffs),) * steps
-  return optax.contrib.muon(*given.args, **given.kwargs)
+  if np.shape(coeffs) != (3,) or steps < 1:
+    return optimizer
+  given.arguments['ns_coeffs'] = (tuple(coeffs),) * steps
+  looped = optax.contrib.muon(*given.args, **given.kwargs)
+
+  def with_coeffs(state: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
+    is_muon = lambda node: isinstance(node, optax.contrib.MuonState)
+    return jax.tree.map(
+      lambda node: (
+        node._replace(ns_coeffs=change(node.ns_coeffs))
+        if is_muon(node)
+        else node
+      ),
+      state,
+      is_leaf=is_muon,
+    )
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    rows = with_coeffs(state, lambda row: jnp.tile(row, (steps, 1)))
+    updates, rows = looped.update(updates, rows, params)
+    return updates, with_coeffs(rows, lambda rows: rows[0])
+
+  return optax.GradientTransformation(optimizer.init, update)
 
 
 # A factory takes the learning rate (a number, or a function of the number of
