@@ -287,7 +287,7 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
       figure,
       image,
       panels,
-      'regret above the exact predictor (nats, log scale)',
+      'regret above the exact predictor\n(nats, log scale)',
       aspect=40,
     )
   return figure
@@ -340,7 +340,7 @@ def draw_resemblance(
       figure,
       image,
       panels,
-      'KL(exact || network), 1/1000 nats per symbol, log scale',
+      'KL(exact || network)\n(1/1000 nats per symbol, log scale)',
       aspect=40,
     )
     plotting.add_legend(
