@@ -285,17 +285,30 @@ def t256_bayes() -> config_lib.ExperimentSweep:
   config = _t256_config('t256_bayes')
   config.train.target = 'bayes'
   models = _t256_architectures()
-  sources = _sources(shift_period=20, max_shift=39.0)
-  return config_lib.ExperimentSweep(
-    specific_sweeps=tuple(
-      {
-        'data': {name: sources[name]},
-        'model': _chosen(models, 'lstm', 'stack_lstm', 'transformer_sin_cos'),
-        **_length_of_training(*length, num_seeds=1),
-      }
-      for name, length in (('ptw', (5_000, 5e-3)), ('lin', (2_000, 1e-2)))
-    ),
-    base_config=config,
+  return _on_ptw_and_lin(
+    config,
+    _chosen(models, 'lstm', 'stack_lstm', 'transformer_sin_cos'),
+    num_seeds=1,
+  )
+
+
+def t256_large() -> config_lib.ExperimentSweep:
+  """Larger networks than those of `t256`, of four seeds, for a GPU.
+
+  An LSTM of twice the width, a Stack-LSTM likewise, and a Transformer of five
+  layers, trained for the steps of `t256`.
+  """
+  models = _t256_architectures()
+  return _on_ptw_and_lin(
+    _t256_config('t256_large'),
+    {
+      'lstm': _with_kwargs(models['lstm'], hidden_size=256),
+      'stack_lstm': _with_kwargs(models['stack_lstm'], hidden_size=128),
+      'transformer_sin_cos': _with_kwargs(
+        models['transformer_sin_cos'], num_layers=5
+      ),
+    },
+    num_seeds=4,
   )
 
 
@@ -320,6 +333,24 @@ def t256_width() -> config_lib.ExperimentSweep:
       for width, steps in ((32, 12_000), (64, 5_500), (128, 2_300), (256, 700))
     ),
     base_config=_t256_config('t256_width'),
+  )
+
+
+def _on_ptw_and_lin(
+  config: config_lib.ExperimentConfig, models: dict[str, Any], num_seeds: int
+) -> config_lib.ExperimentSweep:
+  """Sweep of some networks on two sources, each as long as in `t256`."""
+  sources = _sources(shift_period=20, max_shift=39.0)
+  return config_lib.ExperimentSweep(
+    specific_sweeps=tuple(
+      {
+        'data': {name: sources[name]},
+        'model': models,
+        **_length_of_training(*length, num_seeds),
+      }
+      for name, length in (('ptw', (5_000, 5e-3)), ('lin', (2_000, 1e-2)))
+    ),
+    base_config=config,
   )
 
 
@@ -456,6 +487,7 @@ SWEEPS = base_config.Registry(
     'small_constant': small_constant,
     't256': t256,
     't256_bayes': t256_bayes,
+    't256_large': t256_large,
     't256_width': t256_width,
     'tiny': tiny,
   },
