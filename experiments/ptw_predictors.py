@@ -360,11 +360,12 @@ def _predict_whole(
     all_split = all_split * jax.nn.sigmoid(log_odds)
     return (all_split, share), jnp.where(in_second, share, 0)
 
+  # Unrolled, XLA does not get done compiling it for a GPU: a level is used more
+  # than once by the next one, and each use would be computed anew.
   (all_split, share), shares = jax.lax.scan(
     add_level,
     (jnp.ones(shape, dtype), jnp.zeros(shape, dtype)),
     (np.arange(depth, 0, -1, dtype=np.int32), log_odds),
-    unroll=not backend.is_cpu(),
   )
   share = share + all_split / prior.sum()
 

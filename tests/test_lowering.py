@@ -232,6 +232,15 @@ def test_streams_lower_and_their_products_keep_float32(predictor):
   assert set(products) <= {('HIGHEST', 'HIGHEST')}
 
 
+def test_levels_of_ptw_are_a_loop():
+  # benchmarks/compile_for_gpu.py: written out, no GPU program comes of them.
+  predictor = ptw_predictors.PTWPredictor(8)
+  unroll = jax.jit(lambda batch: predictor.unroll({}, None, batch, None))
+  traced = unroll.trace(jnp.zeros((BATCH_SIZE, 256, 2)))
+  text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert 'stablehlo.while' in text
+
+
 def test_members_compute_no_length_but_that_of_the_step():
   config = _config('lstm', model_init_seed=(0, 1), seq_length_fixed=False)
   text = _trace_loop(config).lower(lowering_platforms=('cuda',)).as_text()
