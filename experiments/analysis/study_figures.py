@@ -10,6 +10,7 @@ Every function takes the rows of a table, as they were measured or as
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -40,6 +41,8 @@ TARGETS = {
 # it, and not far from it.
 _SHARES = (0.01, 0.15)
 _STDERR = 'mean ± standard error over seeds'
+# Of a line above a narrow panel.
+_TITLE_CHARACTERS = 24
 
 
 def label(predictor: str) -> str:
@@ -277,9 +280,8 @@ def draw_off_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
         [cell for cell in own if not np.isnan(matrix[cell])],
         norm,
       )
-      panel.set_title(
-        'the exact predictors' if name == studies.EXACT else label(name)
-      )
+      of = 'the exact predictors' if name == studies.EXACT else label(name)
+      panel.set_title(textwrap.fill(of, _TITLE_CHARACTERS))
       _name_cells(panel, trained, tested)
     figure.supxlabel('tested on')
     figure.supylabel('trained on, or the exact predictor of')
@@ -553,7 +555,8 @@ def draw_linear_probe(rows: Sequence[Row]) -> figure_lib.Figure:
       _finish_rows(panel, names)
       panel.update_datalim([(0, 0), (1, 0)])
       panel.autoscale_view()
-      panel.set_title(f'{TARGETS[targets[i]]}\n{sources[j]}', fontsize=9)
+      target = textwrap.fill(TARGETS[targets[i]], _TITLE_CHARACTERS)
+      panel.set_title(f'{target}\n{sources[j]}', fontsize=9)
       if i == len(panels) - 1:
         panel.set_xlabel('share explained')
     looks = {'marker': 'o', 'color': '0.4'}
