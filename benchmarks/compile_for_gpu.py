@@ -8,7 +8,7 @@ The loop over steps of every network, evaluation beside the exact predictors on
 every source, and the exact predictors, at T = 256. XLA does all that it does on
 an H100 but for trying out kernels, and nothing runs. So it is seen here whether
 a program compiles there, in how long, and how much memory it will take: XLA may
-need hours for a program that it compiles for a CPU in a second.
+not get done with a program that it compiles for a CPU in a second.
 
 Every program is compiled by a process of its own; one that takes too long, or
 fails, is named at the end, and the command ends with 1.

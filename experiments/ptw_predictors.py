@@ -360,8 +360,8 @@ def _predict_whole(
     all_split = all_split * jax.nn.sigmoid(log_odds)
     return (all_split, share), jnp.where(in_second, share, 0)
 
-  # Unrolled, XLA does not get done compiling it for a GPU: a level is used more
-  # than once by the next one, and each use would be computed anew.
+  # Unrolled, XLA does not get done compiling an evaluation for a GPU, where it
+  # computes anew what is used more than once, as each level is by the next one.
   (all_split, share), shares = jax.lax.scan(
     add_level,
     (jnp.ones(shape, dtype), jnp.zeros(shape, dtype)),

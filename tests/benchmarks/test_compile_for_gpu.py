@@ -1,5 +1,6 @@
 """The compiler of GPU programs, where JAX's plug-in for GPUs is not needed."""
 
+import jax
 import pytest
 
 
@@ -20,6 +21,15 @@ def test_every_network_and_source_is_compiled(compile_for_gpu):
     'predictor: PTW',
     'switch posterior: LAD',
   } <= names
+
+
+@pytest.mark.parametrize(
+  'name', ['training: LSTM-128', 'evaluation: lin', 'switch posterior: PTW']
+)
+def test_programs_lower(compile_for_gpu, name):
+  # For a CPU here, whose branches differ.
+  lowered = compile_for_gpu.programs()[name](jax.devices('cpu')[0])
+  assert 'stablehlo' in lowered.as_text()
 
 
 def test_without_the_plug_in_there_is_an_error(
