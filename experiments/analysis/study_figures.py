@@ -170,11 +170,12 @@ def draw_on_distribution(rows: Sequence[Row]) -> figure_lib.Figure:
     )
   )
   by_source = groups(rows, 'source')
+  columns = min(3, len(sources))
   title = 'What networks lose on the source they were trained on'
   with plotting.new_figure(
-    12, 1.2 + 3.6 * -(-len(sources) // 3), title
+    max(7.0, 4.0 * columns), 1.2 + 3.6 * -(-len(sources) // columns), title
   ) as figure:
-    panels = _panels(figure, len(sources), 3, sharey=True)
+    panels = _panels(figure, len(sources), columns, sharey=True)
     for panel, source in zip(panels, sources, strict=True):
       for (name, is_exact), of_name in groups(
         [{'is_exact': None, **row} for row in by_source[source,]],
