@@ -318,20 +318,34 @@ def t256_large() -> config_lib.ExperimentSweep:
 
 
 def t256_long() -> config_lib.ExperimentSweep:
-  """Does time alone teach networks without gates the clock of `ptw`?
+  """Can networks without gates learn the clock of `ptw`?
 
-  After the steps of `t256` they lose 16 to 21% there; these are 16 times as
-  many, an hour of one CPU core each.
+  After the steps of `t256` they lose 16 to 21% there. Here they have 16 times
+  as many, an hour of one CPU core each; and half of that with weight decay,
+  without which Muon's steps make the weights ever larger.
   """
+  models = _chosen(_t256_architectures(), 'rnn', 'stack_rnn')
   config = _t256_config('t256_long')
   config.schedule.ckpt_frequency = 1_000
   config.logger.log_frequency = 500
+  decayed = _length_of_training(40_000, 5e-3, num_seeds=1)
+  decayed['train'] = {
+    'weight_decay=0.1': {
+      **decayed['train']['seeds=1'],
+      'optimizer_kwargs': {'weight_decay': 0.1},
+    }
+  }
   return config_lib.ExperimentSweep(
     general_sweep={
-      'data': _chosen(_sources(shift_period=20, max_shift=39.0), 'ptw'),
-      'model': _chosen(_t256_architectures(), 'rnn', 'stack_rnn'),
-      **_length_of_training(80_000, 5e-3, num_seeds=1),
+      'data': _chosen(_sources(shift_period=20, max_shift=39.0), 'ptw')
     },
+    specific_sweeps=(
+      {'model': models, **_length_of_training(80_000, 5e-3, num_seeds=1)},
+      {
+        'model': {f'{name}_decay': model for name, model in models.items()},
+        **decayed,
+      },
+    ),
     base_config=config,
   )
 
