@@ -91,7 +91,7 @@ _FALLBACKS = (
 # A label with this after it is of the same predictor.
 _SEEDS = re.compile(r', (1 of )?\d+ seeds$')
 # A label with this after it has the same looks, but for its line.
-_VARIANT = ', begin symbol'
+_VARIANT = re.compile(r', (begin symbol|weight decay)$')
 # Distance of markers on a line, in diagonals of the panel, and how much later
 # the first one is from one predictor to the next: lines that coincide show the
 # markers of each other.
@@ -137,8 +137,9 @@ def style(label: str) -> Style:
   label = _SEEDS.sub('', label)
   if label in STYLES:
     return STYLES[label]
-  if label.removesuffix(_VARIANT) in STYLES:
-    return STYLES[label.removesuffix(_VARIANT)]._replace(linestyle='--')
+  plain = _VARIANT.sub('', label)
+  if plain in STYLES:
+    return STYLES[plain]._replace(linestyle='--')
   rest = zlib.crc32(label.encode())
   chosen = []
   for choices in _FALLBACKS:
@@ -150,7 +151,7 @@ def style(label: str) -> Style:
 
 def rank(label: str) -> int:
   """Returns the place of a label in `STYLES`; what it lacks comes last."""
-  label = _SEEDS.sub('', label).removesuffix(_VARIANT)
+  label = _VARIANT.sub('', _SEEDS.sub('', label))
   return list(STYLES).index(label) if label in STYLES else len(STYLES)
 
 

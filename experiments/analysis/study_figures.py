@@ -33,6 +33,10 @@ LABELS = {
   for sweep in (presets.small, presets.t256, presets.recipes)
   for point in sweep().points()
 }
+LABELS |= {
+  f'{name}_decay': f'{LABELS[name]}, weight decay'
+  for name in ('rnn', 'stack_rnn')
+}
 TARGETS = {
   'run_length': 'expected run length',
   'recent_switch': 'probability of a recent switch',

@@ -281,6 +281,7 @@ def test_names_of_the_sweep_are_labelled_as_their_networks_are():
   assert looks[0].colour == looks[1].colour
   assert looks[0].linestyle != looks[1].linestyle
   assert study_figures.label('stack_lstm') == 'Stack-LSTM'
+  assert study_figures.label('rnn_decay') == 'Vanilla RNN, weight decay'
   assert [
     study_figures.exact_label(name)
     for name in ('ptw', 'lin', 'regular_shift', 'ptw_depth_8', 'recurring', 'x')
