@@ -196,7 +196,7 @@ def test_muon_is_that_of_optax(ns_steps):
     'w': jax.random.normal(jax.random.key(0), (8, 12)),
     'b': jnp.arange(3.0),
   }
-  for kwargs in ({}, {'ns_steps': ns_steps}):
+  for kwargs in ({}, {'ns_steps': ns_steps, 'weight_decay': 0.1}):
     updates = []
     for factory in (optimizers.muon, optax.contrib.muon):
       optimizer = factory(0.1, **kwargs)

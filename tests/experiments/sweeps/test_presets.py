@@ -82,3 +82,14 @@ def test_points_have_the_networks_of_their_names():
   alibi = by_name['transformer_alibi']
   assert alibi.architecture_kwargs['positional_encodings'] == 'ALIBI'
   assert by_name['sliding_window'].model_type == 'sliding_window_transformer'
+
+
+def test_t256_long_has_weight_decay_where_the_name_says_so():
+  points = presets.t256_long().points()
+  assert len(points) == 4
+  for point in points:
+    kwargs = point.config.train.optimizer_kwargs
+    is_decayed = point.settings['model'].endswith('_decay')
+    assert kwargs == ({'weight_decay': 0.1} if is_decayed else {})
+    steps = 40_000 if is_decayed else 80_000
+    assert point.config.schedule.training_steps == steps
